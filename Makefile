@@ -1,0 +1,104 @@
+# Everything a user or a developer types; `make help` lists it. Each target sets up what it needs.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+NPM := $(VENV)/npm
+BUF := $(NPM)/node_modules/.bin/buf
+BUF_VERSION := 1.75.0
+
+# The first Python that fits, or set PYTHON=/path/to/python.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
+
+# What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,examples,dev TORCH=torch`.
+EXTRAS ?= cpu,examples,dev
+TORCH ?= torch==2.13.0+cpu
+# An additional package index that has the CPU build of torch, where pip does not know one already.
+OUTRIDER_TORCH_INDEX ?=
+PIP_INSTALL = $(BIN)/pip install $(if $(OUTRIDER_TORCH_INDEX),--extra-index-url $(OUTRIDER_TORCH_INDEX))
+
+# Arguments of the demo: `make demo SEED=2`, `make demo ARGS="--help"`.
+SEED ?=
+ARGS ?=
+# Arguments of pytest: `make test ARGS="tests/unit -k packing"`.
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+die = { printf '\n%s\n' $(1) >&2; exit 1; }
+
+.PHONY: help setup demo test test-gpu check bench proto format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed  ## build .venv with everything that the other targets need (once, under 5 minutes)
+
+# Written last, so that an install that was cut off starts again. Changes of pyproject.toml install what is new.
+$(VENV)/.installed: pyproject.toml
+	@[ -n "$(PYTHON)" ] || $(call die,"Python 3.11 or 3.12 is needed and not on PATH: install it or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'.")
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		$(call die,"$(PYTHON) comes without its venv module: on Debian and Ubuntu 'apt-get install python3-venv'.")
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+		$(call die,"vLLM's CPU build needs the system library libnuma.so.1: on Debian and Ubuntu 'apt-get install libnuma1'.")
+	@echo "[1/4] virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] $(TORCH)"
+	@$(PIP_INSTALL) '$(TORCH)' 2>&1 | tee $(VENV)/setup.log | $(PROGRESS) || $(call die,"pip found no $(TORCH) (details: $(VENV)/setup.log). Set OUTRIDER_TORCH_INDEX to the address of PyTorch's CPU index: choose pip and CPU on https://pytorch.org/get-started/locally/ and copy the address from the command there.")
+	@echo "[3/4] vLLM, the learner's libraries and the tools ($(EXTRAS)): two to three minutes"
+	@$(PIP_INSTALL) -e '.[$(EXTRAS)]' 2>&1 | tee -a $(VENV)/setup.log | $(PROGRESS) || \
+		$(call die,"The install failed: $(VENV)/setup.log says why.")
+# vLLM's CPU wheel asks for these three, nothing here uses them, and the builds that pip finds are for CUDA: they fail to
+# import, or make PyTorch believe that it has a Triton compiler.
+	@case ",$(EXTRAS)," in *,cpu,*) $(BIN)/pip uninstall -q -y torchaudio torchcodec triton 2>/dev/null || true;; esac
+	@echo "[4/4] buf"
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(BUF); \
+		else echo "npm is not installed: 'make check' will need it, nothing else does."; fi
+	@touch $@
+	@echo "ready: $(VENV)"
+
+# pip's output, without its noise.
+PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing collected packages\).*/  \1 .../p' \
+	-e '/^ERROR/p' -e '/^Successfully built/p'
+
+$(BUF):
+	@command -v npm >/dev/null || $(call die,"npm is needed for buf, which lints the proto files: install Node.js.")
+	@npm install --silent --no-audit --no-fund --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
+
+demo: setup  ## a vision-language model learns to read handwriting: two actors and a learner on this machine
+	@$(BIN)/python -m examples.digits $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test: setup  ## unit, contract, integration and fault tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: setup $(BUF)  ## format, lint, types, imports, generated code, protocol compatibility
+	@echo "== ruff format"; $(BIN)/ruff format --check
+	@echo "== ruff"; $(BIN)/ruff check
+	@echo "== import contracts"; $(BIN)/lint-imports
+	@echo "== generated code is current"; $(BIN)/python proto/generate.py --check
+	@echo "== buf lint"; $(BUF) lint proto
+	@echo "== buf breaking"; base=$$(git describe --tags --abbrev=0 2>/dev/null || git rev-parse -q --verify main 2>/dev/null || true); \
+		if [ -n "$$base" ] && git cat-file -e "$$base:proto/buf.yaml" 2>/dev/null; \
+		then $(BUF) breaking proto --against ".git#ref=$$base,subdir=proto"; \
+		else echo "no earlier version to compare with"; fi
+	@echo "== mypy"; $(BIN)/mypy
+
+bench: setup  ## every benchmark, in pairs against its peer, and a table
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+proto: setup  ## regenerate common/pb from the proto files
+	@$(BIN)/python proto/generate.py
+
+format: setup  ## format the code and apply the safe fixes
+	@$(BIN)/ruff format && $(BIN)/ruff check --fix
+
+clean:  ## remove what make built (runs/ stays)
+	rm -rf $(VENV) .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

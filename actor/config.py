@@ -1,0 +1,109 @@
+"""Configuration of an actor. Imports no torch and no vllm."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from common.config import Config, ConfigError
+from common.types import ServerLimits
+
+
+class LimitsConfig(Config):
+    """What one request may ask for; see `ServerLimits`."""
+
+    max_group_size: int = Field(256, ge=1)
+    max_media_bytes: int = Field(32 * 2**20, ge=1)
+    max_media_pixels: int = Field(16 * 2**20, ge=1)
+    max_message_bytes: int = Field(64 * 2**20, ge=2**20, lt=2**31)
+    max_queued_completions: int = Field(4096, ge=1)
+    # Encoded media kept in memory, so that requests can name them by sha256.
+    media_store_bytes: int = Field(256 * 2**20, ge=0)
+
+
+class VllmConfig(Config):
+    """Arguments of vLLM's engine, under vLLM's own names where it has one. None: vLLM decides."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    max_model_len: int | None = Field(None, ge=1)
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    block_size: int | None = Field(None, ge=1)
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    # CPU only: memory for keys and values, and the cores to run on, as "0-1" (VLLM_CPU_OMP_THREADS_BIND).
+    kv_cache_gib: int = Field(1, ge=1)
+    cpu_cores: str | None = None
+    # Images of one prompt.
+    max_images: int = Field(4, ge=0)
+    shutdown_timeout_s: float = Field(5.0, ge=0)
+
+
+class FakeConfig(Config):
+    """The engine for tests: no model, made-up tokens, lengths and times that are a function of the request."""
+
+    vocab_size: int = Field(320, ge=2)
+    max_context_tokens: int = Field(4096, ge=2)
+    max_images: int = Field(16, ge=0)
+    tokens_per_image: int = Field(4, ge=1)
+    # Lengths are uniform on 1 to 2 * mean_tokens - 1.
+    mean_tokens: int = Field(8, ge=1)
+    start_s: float = Field(0.0, ge=0)
+    first_token_s: float = Field(0.0, ge=0)
+    token_s: float = Field(0.001, ge=0)
+    commit_s: float = Field(0.0, ge=0)
+    # Completions that run at once; further ones wait.
+    max_num_seqs: int = Field(256, ge=1)
+    num_workers: int = Field(1, ge=1)
+    # The engine dies when this group (counted from 1) starts; 0: never.
+    die_at_group: int = Field(0, ge=0)
+
+
+class ActorConfig(Config):
+    """One actor process."""
+
+    # Checkpoint directory in Hugging Face format. The fake engine needs none.
+    model: Path | None = None
+    listen: str = "127.0.0.1:50051"
+    engine: Literal["vllm", "fake"] = "vllm"
+    # Serve the checkpoint as version 0 without a learner.
+    standalone: bool = False
+    # Allow plaintext on an address that is not loopback.
+    insecure: bool = False
+    # Seconds that running groups get after SIGTERM.
+    grace_s: float = Field(20.0, ge=0)
+    # Exit after so long without a call; 0: never.
+    idle_exit_s: float = Field(0.0, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    limits: LimitsConfig = LimitsConfig()
+    vllm: VllmConfig = VllmConfig()
+    fake: FakeConfig = FakeConfig()
+
+    def server_limits(self, max_context_tokens: int) -> ServerLimits:
+        """The limits as clients see them."""
+        return ServerLimits(
+            max_context_tokens=max_context_tokens,
+            max_media_items=(self.vllm if self.engine == "vllm" else self.fake).max_images,
+            **self.limits.model_dump(exclude={"media_store_bytes"}),
+        )
+
+
+def check_model(path: Path | None) -> Path:
+    """A directory that an engine can load: `config.json` and safetensors. Raises ConfigError."""
+    if path is None:
+        raise ConfigError("model: is missing; give a checkpoint directory with --model")
+    if not path.is_dir():
+        raise ConfigError(f"model: {path} is not a directory; give a checkpoint directory in Hugging Face format")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model: {path} has no config.json; give a checkpoint directory in Hugging Face format")
+    try:
+        json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        raise ConfigError(f"model: {path / 'config.json'} is not JSON; the checkpoint is damaged") from None
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(f"model: {path} has no *.safetensors file; other weight formats are not loaded")
+    return path

@@ -1,0 +1,91 @@
+"""The seam between the gRPC service and whatever generates: vLLM (`engine_vllm`) or the fake one (`engine_fake`).
+
+An engine knows nothing of gRPC, of the learner or of actor states. It turns one validated request into a stream of
+events, and takes weights in the three moves of the protocol: stage, commit, abort.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from common.types import Completion, EpochSpec, Manifest, Prompt, PromptInfo, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One group, with its media decoded. `sha256[i]` names `images[i]` in every cache of the engine."""
+
+    group_id: str
+    prompt: Prompt
+    images: tuple[Image.Image, ...]
+    sha256: tuple[bytes, ...]
+    sampling: SamplingParams
+    return_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine is, known once it has started."""
+
+    name: str
+    version: str
+    architecture: str
+    max_context_tokens: int
+    vocab_size: int
+    num_workers: int
+    suppressed_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Completions that run and that wait."""
+
+    num_running: int
+    num_waiting: int
+
+
+class Engine(Protocol):
+    """A multimodal generation engine. All coroutines belong to one event loop."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model and warm up; on return the engine answers at full speed."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+        """Sample one group: first its `PromptInfo`, then completions as they finish.
+
+        Closing the iterator aborts what is left. Raises `common.errors.InvalidRequest` for a prompt that the model
+        cannot take and `common.errors.EngineDead` when the engine has died.
+        """
+        ...
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """Join a broadcast group with every worker; leaves the previous one first."""
+        ...
+
+    async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
+        """Receive one update into staging memory while generation goes on; the crc32 of each bucket received.
+
+        Raises `common.errors.StageTimeout`. The live weights are untouched in every case.
+        """
+        ...
+
+    async def commit(self, policy_version: int) -> float:
+        """Make the staged update live; seconds that generation stood still."""
+        ...
+
+    async def abort_epoch(self) -> None:
+        """Drop what is staged and leave the group; never raises for having nothing to leave."""
+        ...
+
+    def load(self) -> EngineLoad: ...
+
+    async def check(self) -> None:
+        """Raise `common.errors.EngineDead` if the engine cannot generate any more."""
+        ...
+
+    async def stop(self) -> None:
+        """Release everything; no process of the engine is left."""
+        ...

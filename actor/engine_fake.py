@@ -1,0 +1,283 @@
+"""An engine without a model, for tests of scale and faults. It keeps the whole contract of `actor.engine.Engine`.
+
+Tokens, logprobs and lengths are a function of the prompt, the seed and the index, and of nothing else; times are the
+configured ones. Weights are really received, over a real process group, and thrown away at the commit.
+"""
+
+import asyncio
+import bisect
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actor.config import FakeConfig
+from actor.engine import EngineInfo, EngineLoad, EngineRequest
+from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
+from common.types import (
+    ChatPrompt,
+    Completion,
+    EpochSpec,
+    FinishReason,
+    Manifest,
+    MediaPart,
+    MediaUse,
+    PlaceholderRange,
+    PromptInfo,
+    TextPrompt,
+    TokenPrompt,
+    VersionSpan,
+)
+
+if TYPE_CHECKING:
+    from actor.transfer import WeightReceiver
+
+EOS_ID = 0
+PLACEHOLDER_ID = 1
+_FIRST_TEXT_ID = 2
+
+
+class FakeEngine:
+    """See the module. `EOS_ID` ends a completion, `PLACEHOLDER_ID` stands for media and is never sampled."""
+
+    def __init__(self, config: FakeConfig, actor_id: str) -> None:
+        self._config = config
+        self._actor_id = actor_id
+        self._slots = asyncio.Semaphore(config.max_num_seqs)
+        self._num_running = 0
+        self._num_waiting = 0
+        self._num_groups = 0
+        self._dead = False
+        self._receivers: list[WeightReceiver] = []
+        self._staged: Manifest | None = None
+        # When each version went live, ascending, on the monotonic clock.
+        self._commit_times: list[float] = [0.0]
+        self._versions: list[int] = [0]
+
+    async def start(self) -> EngineInfo:
+        """Ready after `start_s`."""
+        await asyncio.sleep(self._config.start_s)
+        return EngineInfo(
+            name="fake",
+            version="1",
+            architecture="FakeForConditionalGeneration",
+            max_context_tokens=self._config.max_context_tokens,
+            vocab_size=self._config.vocab_size,
+            num_workers=self._config.num_workers,
+            suppressed_token_ids=(PLACEHOLDER_ID,),
+        )
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+        """See `Engine.generate`."""
+        self._num_groups += 1
+        if self._num_groups == self._config.die_at_group:
+            self._dead = True
+        await self.check()
+        info = self._prompt_info(request)
+        yield info
+        accepted_s = time.monotonic()
+        max_tokens = self._max_tokens(request, len(info.expanded_ids))
+        prompt_digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(request.sha256)).digest()
+        finished: asyncio.Queue[Completion] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._sample(request, prompt_digest, i, max_tokens, accepted_s, finished))
+            for i in range(request.sampling.n)
+        ]
+        try:
+            num_left = len(tasks)
+            while num_left:
+                completions = [await finished.get()]
+                while not finished.empty():
+                    completions.append(finished.get_nowait())
+                await self.check()
+                num_left -= len(completions)
+                yield completions
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _max_tokens(self, request: EngineRequest, num_prompt: int) -> int:
+        room = self._config.max_context_tokens - num_prompt
+        if room < 1:
+            raise InvalidRequest("prompt", f"{num_prompt} tokens; the context has {self._config.max_context_tokens}")
+        return min(request.sampling.max_tokens or room, room)
+
+    async def _sample(
+        self,
+        request: EngineRequest,
+        prompt_digest: bytes,
+        index: int,
+        max_tokens: int,
+        accepted_s: float,
+        finished: asyncio.Queue[Completion],
+    ) -> None:
+        token_ids, logprobs, reason = self._tokens(request, prompt_digest, index, max_tokens)
+        self._num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._num_waiting -= 1
+        self._num_running += 1
+        try:
+            start_s = time.monotonic() + self._config.first_token_s
+            await asyncio.sleep(self._config.first_token_s + self._config.token_s * (len(token_ids) - 1))
+        finally:
+            self._num_running -= 1
+            self._slots.release()
+        completion = Completion(
+            trajectory_id=f"{request.group_id}/{index}/{self._actor_id}",
+            index=index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            version_spans=self._spans(start_s, len(token_ids)),
+            first_token_s=start_s - accepted_s,
+            finished_s=time.monotonic() - accepted_s,
+            text=_text(token_ids) if request.return_text else "",
+        )
+        finished.put_nowait(completion)
+
+    def _tokens(
+        self, request: EngineRequest, prompt_digest: bytes, index: int, max_tokens: int
+    ) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.float32]], FinishReason]:
+        """A pure function of prompt, seed and index. Without a seed, seed 0 counts."""
+        seed = (request.sampling.seed or 0) + index
+        generator = np.random.default_rng([*np.frombuffer(prompt_digest, np.uint32).tolist(), seed])
+        length = int(generator.integers(1, 2 * self._config.mean_tokens))
+        length = max(length, request.sampling.min_tokens, max_tokens if request.sampling.ignore_eos else 0)
+        reason = FinishReason.LENGTH if length > max_tokens or request.sampling.ignore_eos else FinishReason.STOP
+        length = min(length, max_tokens)
+        token_ids = generator.integers(_FIRST_TEXT_ID, self._config.vocab_size, length, dtype=np.int32)
+        if reason is FinishReason.STOP:
+            token_ids[-1] = EOS_ID
+        return token_ids, -generator.random(length, dtype=np.float32), reason
+
+    def _spans(self, start_s: float, num_tokens: int) -> tuple[VersionSpan, ...]:
+        """Token t was sampled at `start_s + t * token_s`, by the version that was live then."""
+        times = start_s + self._config.token_s * np.arange(num_tokens)
+        lives = [bisect.bisect_right(self._commit_times, moment) - 1 for moment in times]
+        edges = [0, *(t for t in range(1, num_tokens) if lives[t] != lives[t - 1]), num_tokens]
+        return tuple(
+            VersionSpan(self._versions[lives[start]], start, end) for start, end in zip(edges, edges[1:], strict=False)
+        )
+
+    def _prompt_info(self, request: EngineRequest) -> PromptInfo:
+        """Text is one id per byte; each media item is one placeholder, expanded to `tokens_per_image`."""
+        unexpanded = self._tokenize(request)
+        num_media = unexpanded.count(PLACEHOLDER_ID)
+        if num_media != len(request.sha256):
+            raise InvalidRequest("media", f"{len(request.sha256)} items came, the prompt has room for {num_media}")
+        expanded: list[int] = []
+        uses: list[MediaUse] = []
+        length = self._config.tokens_per_image
+        for token_id in unexpanded:
+            if token_id == PLACEHOLDER_ID:
+                run = PlaceholderRange(len(expanded), length)
+                uses.append(MediaUse(request.sha256[len(uses)], run, length, (1, 2, 2 * length)))
+                expanded += [PLACEHOLDER_ID] * length
+            else:
+                expanded.append(token_id)
+        return PromptInfo(
+            group_id=request.group_id,
+            actor_id=self._actor_id,
+            unexpanded_ids=np.asarray(unexpanded, np.int32),
+            expanded_ids=np.asarray(expanded, np.int32),
+            media=tuple(uses),
+            suppressed_token_ids=(PLACEHOLDER_ID,),
+        )
+
+    def _tokenize(self, request: EngineRequest) -> list[int]:
+        match request.prompt:
+            case TokenPrompt(ids):
+                return list(ids)
+            case TextPrompt(text):
+                return [PLACEHOLDER_ID] * len(request.sha256) + self._text_ids(text)
+            case ChatPrompt(messages):
+                ids: list[int] = []
+                for message in messages:
+                    ids += self._text_ids(message.role)
+                    for part in message.parts:
+                        ids += [PLACEHOLDER_ID] if isinstance(part, MediaPart) else self._text_ids(part.text)
+                return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        return [_FIRST_TEXT_ID + byte % (self._config.vocab_size - _FIRST_TEXT_ID) for byte in text.encode()]
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """See `Engine.open_epoch`."""
+        from actor.transfer import WeightReceiver  # torch: seconds to import, and most tests need none
+
+        self._leave()
+        self._receivers = [WeightReceiver() for _ in range(self._config.num_workers)]
+        jobs = [receiver.join(spec, spec.rank + i) for i, receiver in enumerate(self._receivers)]
+        await _finish(jobs, spec.timeout_s)
+
+    async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
+        """See `Engine.stage`."""
+        self._staged = None
+        results = await _finish([receiver.receive(manifest) for receiver in self._receivers], timeout_s)
+        if any(result != results[0] for result in results):
+            raise RuntimeError("workers received different bytes")
+        self._staged = manifest
+        return results[0]
+
+    async def commit(self, policy_version: int) -> float:
+        """See `Engine.commit`."""
+        if self._staged is None or self._staged.policy_version != policy_version:
+            raise NotStaged(f"version {policy_version} is not staged")
+        await asyncio.sleep(self._config.commit_s)
+        for receiver in self._receivers:
+            for _ in receiver.take(policy_version):
+                pass
+        self._staged = None
+        self._commit_times.append(time.monotonic())
+        self._versions.append(policy_version)
+        return self._config.commit_s
+
+    async def abort_epoch(self) -> None:
+        """See `Engine.abort_epoch`."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._staged = None
+        receivers, self._receivers = self._receivers, []
+        for receiver in receivers:
+            receiver.leave()
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def load(self) -> EngineLoad:
+        """See `Engine.load`."""
+        return EngineLoad(self._num_running, self._num_waiting)
+
+    async def check(self) -> None:
+        """See `Engine.check`."""
+        if self._dead:
+            raise EngineDead("the fake engine has died, as configured")
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        self._leave()
+
+
+async def _finish(jobs: "list[Future[Any]]", timeout_s: float) -> list[Any]:
+    """Results of background jobs; a job that fails, as one whose peers are gone, is a StageTimeout."""
+    try:
+        return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, jobs)), timeout_s)
+    except TimeoutError:
+        raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s") from None
+    except RuntimeError as error:
+        raise StageTimeout(f"a worker could not finish its part: {error}") from error
+
+
+def _text(token_ids: np.ndarray[Any, np.dtype[np.int32]]) -> str:
+    """Printable text of made-up tokens."""
+    return "".join(chr(ord("a") + token_id % 26) for token_id in token_ids if token_id != EOS_ID)

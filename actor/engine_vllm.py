@@ -1,0 +1,357 @@
+"""The real engine: vLLM's AsyncLLM behind the `Engine` protocol."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from actor.config import VllmConfig
+from actor.engine import EngineInfo, EngineLoad, EngineRequest
+from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
+from common.types import (
+    ChatMessage,
+    ChatPrompt,
+    Completion,
+    EpochSpec,
+    FinishReason,
+    Manifest,
+    MediaPart,
+    MediaUse,
+    PlaceholderRange,
+    PromptInfo,
+    TextPart,
+    TextPrompt,
+    TokenPrompt,
+    VersionSpan,
+)
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.inputs import EngineInput
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+# With this, vLLM reports a request's first token and its end and nothing between, also for each of n samples.
+_FIRST_AND_LAST_ONLY = 2**30
+_POLL_S = 0.002
+_WARM_UP_TOKENS = 4
+
+
+class VllmEngine:
+    """One vLLM engine, its worker processes included."""
+
+    def __init__(self, model: Path, config: VllmConfig, actor_id: str) -> None:
+        self._model = model
+        self._config = config
+        self._actor_id = actor_id
+        self._engine: AsyncLLM | None = None
+        self._placeholder_ids: tuple[int, ...] = ()
+        self._grids: dict[str, tuple[int, ...]] = {}
+        self._staged: Manifest | None = None
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    async def start(self) -> EngineInfo:
+        """Start vLLM's processes, load the model and generate once; tens of seconds."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
+        if self._config.cpu_cores is not None:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._config.cpu_cores
+        import transformers
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actor.vllm_plugin import WEIGHT_TRANSFER_BACKEND, register
+        from actor.vllm_worker import placeholder_ids
+
+        register()
+        arguments = AsyncEngineArgs(
+            model=str(self._model),
+            served_model_name=[self._model.name],
+            dtype=self._config.dtype,
+            seed=self._config.seed,
+            max_model_len=self._config.max_model_len,
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            block_size=self._config.block_size,
+            enable_prefix_caching=self._config.enable_prefix_caching,
+            enforce_eager=self._config.enforce_eager,
+            tensor_parallel_size=self._config.tensor_parallel_size,
+            gpu_memory_utilization=self._config.gpu_memory_utilization,
+            limit_mm_per_prompt={"image": self._config.max_images, "video": 0},
+            skip_mm_profiling=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            stream_interval=_FIRST_AND_LAST_ONLY,
+            logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
+            worker_extension_cls="actor.vllm_worker.WorkerExtension",
+            weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
+            disable_log_stats=True,
+            enable_log_requests=False,
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        await self._engine.update_weight_version("0")
+        self._processor = transformers.AutoProcessor.from_pretrained(self._model)
+        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        model_config = self._engine.model_config
+        self._placeholder_ids = tuple(placeholder_ids(model_config.hf_config))
+        info = EngineInfo(
+            name="vllm",
+            version=vllm.__version__,
+            architecture=model_config.architectures[0],
+            max_context_tokens=model_config.max_model_len,
+            vocab_size=model_config.get_vocab_size(),
+            num_workers=self._engine.vllm_config.parallel_config.world_size,
+            suppressed_token_ids=self._placeholder_ids,
+        )
+        await self._warm_up()
+        return info
+
+    async def _warm_up(self) -> None:
+        """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""
+        from common.types import SamplingParams
+
+        has_images = bool(self._placeholder_ids) and self._config.max_images > 0
+        parts = ((MediaPart(0),) if has_images else ()) + (TextPart("Hello."),)
+        request = EngineRequest(
+            group_id="warm-up",
+            prompt=ChatPrompt((ChatMessage("user", parts),)),
+            images=(Image.new("RGB", (64, 64), "gray"),) if has_images else (),
+            sha256=(bytes(32),) if has_images else (),
+            sampling=SamplingParams(n=2, max_tokens=_WARM_UP_TOKENS, ignore_eos=True),
+        )
+        async for _ in self.generate(request):
+            pass
+        await self._require().reset_prefix_cache()
+
+    async def check(self) -> None:
+        """See `Engine.check`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._require().check_health()
+        except EngineDeadError as error:
+            raise EngineDead("the vLLM engine has died; its log says why") from error
+
+    def load(self) -> EngineLoad:
+        """See `Engine.load`."""
+        unfinished = self._require().get_num_unfinished_requests() if self._engine else 0
+        running = min(unfinished, self._config.max_num_seqs)
+        return EngineLoad(running, unfinished - running)
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown, self._config.shutdown_timeout_s)
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+        """See `Engine.generate`."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        accepted_at = time.monotonic()
+        unexpanded = self._tokenize(request)
+        try:
+            engine_input = await self._render(request, unexpanded)
+            yield self._prompt_info(request, unexpanded, engine_input)
+            parameters = self._sampling_params(request)
+            first_token_s: dict[int, float] = {}
+            outputs = self._require().generate(engine_input, parameters, request_id=request.group_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    now_s = time.monotonic() - accepted_at
+                    for sample in output.outputs:
+                        first_token_s.setdefault(sample.index, now_s)
+                    finished = [
+                        self._completion(request, sample, first_token_s[sample.index], now_s)
+                        for sample in output.outputs
+                        if sample.finish_reason is not None
+                    ]
+                    if finished:
+                        yield finished
+        except EngineDeadError as error:
+            raise EngineDead("the vLLM engine has died; its log says why") from error
+        except (VLLMValidationError, ValueError) as error:
+            raise InvalidRequest("prompt", " ".join(str(error).split())) from error
+
+    def _tokenize(self, request: EngineRequest) -> list[int]:
+        """Ids with one placeholder for each image, before vLLM expands them."""
+        prompt = request.prompt
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.ids)
+        if isinstance(prompt, TextPrompt):
+            return list(self._tokenizer(prompt.text).input_ids)
+        text = self._processor.apply_chat_template(
+            [_hf_message(message) for message in prompt.messages], tokenize=False, add_generation_prompt=True
+        )
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    async def _render(self, request: EngineRequest, token_ids: list[int]) -> "EngineInput":
+        """Run the model's processor; expands the placeholders. Images are known to vLLM's caches by their sha256."""
+        prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            prompt["multi_modal_uuids"] = {"image": [digest.hex() for digest in request.sha256]}
+        rendered = await self._require().renderer.render_cmpl_async([prompt])
+        return rendered[0]
+
+    def _prompt_info(self, request: EngineRequest, unexpanded: list[int], engine_input: "EngineInput") -> PromptInfo:
+        media: tuple[MediaUse, ...] = ()
+        if engine_input["type"] == "multimodal":
+            media = tuple(self._media_uses(engine_input))
+        if len(media) != len(request.images):
+            raise InvalidRequest("media", f"{len(request.images)} images came, the prompt has room for {len(media)}")
+        return PromptInfo(
+            group_id=request.group_id,
+            actor_id=self._actor_id,
+            unexpanded_ids=np.asarray(unexpanded, np.int32),
+            expanded_ids=np.asarray(engine_input["prompt_token_ids"], np.int32),
+            media=media,
+            suppressed_token_ids=self._placeholder_ids,
+        )
+
+    def _media_uses(self, engine_input: Any) -> list[MediaUse]:
+        """What vLLM did with each image, in vLLM's own words: its hashes, placeholders and grids."""
+        uses = []
+        hashes, ranges = engine_input["mm_hashes"]["image"], engine_input["mm_placeholders"]["image"]
+        for digest, place, item in zip(hashes, ranges, engine_input["mm_kwargs"]["image"], strict=True):
+            if item is not None and "image_grid_thw" in item:  # None: the worker has it in its cache
+                self._grids[digest] = tuple(item["image_grid_thw"].data.flatten().tolist())
+            uses.append(
+                MediaUse(
+                    sha256=bytes.fromhex(digest),
+                    placeholder=PlaceholderRange(place.offset, place.length),
+                    num_tokens=place.get_num_embeds(),
+                    grid_thw=self._grids.get(digest, ()),
+                )
+            )
+        return uses
+
+    def _sampling_params(self, request: EngineRequest) -> "VllmSamplingParams":
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        wanted = request.sampling
+        return SamplingParams(
+            n=wanted.n,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            top_k=wanted.top_k,
+            min_p=wanted.min_p,
+            max_tokens=wanted.max_tokens or None,
+            min_tokens=wanted.min_tokens,
+            seed=wanted.seed,
+            stop=list(wanted.stop),
+            stop_token_ids=list(wanted.stop_token_ids),
+            ignore_eos=wanted.ignore_eos,
+            allowed_token_ids=list(wanted.allowed_token_ids) or None,
+            repetition_penalty=wanted.repetition_penalty,
+            presence_penalty=wanted.presence_penalty,
+            frequency_penalty=wanted.frequency_penalty,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=request.return_text or bool(wanted.stop),
+            skip_special_tokens=False,
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+
+    def _completion(
+        self, request: EngineRequest, sample: "CompletionOutput", first_token_s: float, finished_s: float
+    ) -> Completion:
+        flat: Any = sample.logprobs
+        # The sampled token comes first at each position.
+        logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], np.float32)
+        spans = sample.weight_versions or []
+        return Completion(
+            trajectory_id=f"{request.group_id}/{sample.index}/{self._actor_id}",
+            index=sample.index,
+            token_ids=np.asarray(sample.token_ids, np.int32),
+            logprobs=logprobs,
+            finish_reason=FinishReason.LENGTH if sample.finish_reason == "length" else FinishReason.STOP,
+            version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in spans),
+            first_token_s=first_token_s,
+            finished_s=finished_s,
+            text=sample.text if request.return_text else "",
+        )
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """See `Engine.open_epoch`."""
+        await self._on_workers("join_epoch", asdict(spec))
+        await self._finish_job(spec.timeout_s)
+
+    async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
+        """See `Engine.stage`."""
+        self._staged = None
+        await self._on_workers("stage_weights", asdict(manifest))
+        results = await self._finish_job(timeout_s)
+        if any(tuple(result) != tuple(results[0]) for result in results):
+            raise RuntimeError("workers received different bytes")
+        self._staged = manifest
+        return tuple(results[0])
+
+    async def commit(self, policy_version: int) -> float:
+        """See `Engine.commit`. Requests in flight are kept and go on under the new weights."""
+        engine, manifest = self._require(), self._staged
+        if manifest is None or manifest.policy_version != policy_version:
+            raise NotStaged(f"version {policy_version} is not staged")
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._staged = None
+        started_at = time.monotonic()
+        # Not AsyncLLM.pause_generation: that sleeps for 20 ms so as to order events for its caller.
+        await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        await engine.start_weight_update()
+        await engine.update_weights(WeightTransferUpdateRequest({"policy_version": policy_version}))
+        await engine.finish_weight_update(weight_version=str(policy_version))
+        # Keys and values of requests in flight were computed by the old weights: they are computed again.
+        await engine.reset_prefix_cache(reset_running_requests=True)
+        if manifest.updates_vision:
+            await engine.reset_encoder_cache()
+        await engine.resume_generation()
+        return time.monotonic() - started_at
+
+    async def abort_epoch(self) -> None:
+        """See `Engine.abort_epoch`."""
+        self._staged = None
+        await self._on_workers("leave_epoch")
+
+    async def _finish_job(self, timeout_s: float) -> list[Any]:
+        """Wait for the workers' background job; its result on each worker."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            reports = await self._on_workers("job_result")
+            for report in reports:
+                if report["done"] and report["error"] is not None:
+                    raise StageTimeout(f"a worker could not finish its part: {report['error']}")
+            if all(report["done"] for report in reports):
+                return [report["result"] for report in reports]
+            if time.monotonic() > deadline:
+                raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s")
+            await asyncio.sleep(_POLL_S)
+
+    async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
+        result: list[Any] = await self._require().collective_rpc(method, args=arguments)
+        return result
+
+    def _require(self) -> "AsyncLLM":
+        if self._engine is None:
+            raise EngineDead("the engine is not running")
+        return self._engine
+
+
+def _hf_message(message: ChatMessage) -> dict[str, Any]:
+    content = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.parts]
+    return {"role": message.role, "content": content}

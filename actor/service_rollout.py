@@ -1,0 +1,192 @@
+"""`rollout.v1.RolloutService`: from a request on the wire to the engine and back."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from PIL import Image
+
+from actor.engine import Engine, EngineRequest
+from actor.media_store import MediaStore
+from actor.validation import check_request
+from actor.weights import PolicyState
+from common.errors import Draining, EngineDead, InvalidRequest, MediaMissing, QueueFull, TooLarge, WeightsPending
+from common.media import check_image, content_hash, decode_image
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.pb.rollout.v1 import rollout_pb2_grpc
+from common.types import ActorState, Completion, MediaItem, PromptInfo, RolloutRequest, ServerInfo
+from common.wire import request_from_proto, response_to_proto, server_info_to_proto
+
+SERVICE_NAME = "rollout.v1.RolloutService"
+
+Context = Any  # grpc.aio.ServicerContext; nothing of it is used
+_RETRY_AFTER_S = 0.5
+_MAX_CHUNK_BYTES = 2**20
+_MAX_ITEMS_PER_UPLOAD = 4096
+# A response of some hundred KiB: large ones hold up the event loop.
+_MAX_TOKENS_PER_RESPONSE = 2**15
+
+
+class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
+    """See proto/rollout/v1/rollout.proto. `info` holds the limits; its policy version is filled in when asked for."""
+
+    def __init__(self, engine: Engine, policy: PolicyState, info: ServerInfo, vocab_size: int, store: MediaStore) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._info = info
+        self._vocab_size = vocab_size
+        self._store = store
+        self._num_completions = 0  # accepted and not finished
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    # ------------------------------------------------------------------------------------------------ rollouts
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        """Sample one group."""
+        self._refuse_unless_serving(request.min_policy_version)
+        rollout = request_from_proto(request)
+        check_request(rollout, self._info.limits, self._vocab_size)
+        with self._accepted(rollout.sampling.n):
+            engine_request = await self._prepare(rollout)
+            async with aclosing(self._events(engine_request)) as events:
+                async for event in events:
+                    yield response_to_proto(event)
+
+    async def _events(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+        """The engine's events; completions that finished together stay together up to a bound on the message."""
+        # The engine's generator is closed with this one, which aborts what still runs.
+        async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, PromptInfo):
+                    yield event
+                    continue
+                for part in _split(event):
+                    yield part
+
+    def _refuse_unless_serving(self, min_policy_version: int) -> None:
+        policy = self._policy
+        match policy.state:
+            case ActorState.DRAINING:
+                raise Draining("this actor is draining")
+            case ActorState.FAILED:
+                raise EngineDead("the engine of this actor has failed")
+            case ActorState.SERVING if policy.policy_version >= min_policy_version:
+                return
+            case ActorState.SERVING:
+                raise WeightsPending(f"policy version {policy.policy_version} is served, not yet {min_policy_version}")
+            case _:
+                raise WeightsPending(f"this actor is {policy.state.value}: it waits for the weights of a learner")
+
+    @contextmanager
+    def _accepted(self, n: int) -> Iterator[None]:
+        """Count a group's completions against the queue for as long as the block runs."""
+        limit = self._info.limits.max_queued_completions
+        if self._num_completions + n > limit:
+            raise QueueFull(_RETRY_AFTER_S, f"{self._num_completions} completions run or wait; the limit is {limit}")
+        self._num_completions += n
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._num_completions -= n
+            if not self._num_completions:
+                self.idle.set()
+
+    # ------------------------------------------------------------------------------------------------ media
+
+    async def _prepare(self, rollout: RolloutRequest) -> EngineRequest:
+        """Resolve, verify and decode the media. Raises MediaMissing with every hash that is not stored here."""
+        images: tuple[Image.Image, ...] = ()
+        hashes: tuple[bytes, ...] = ()
+        if rollout.media:
+            contents = self._contents(rollout.media)
+            limits = self._info.limits
+            hashes, images = await asyncio.to_thread(_decode, rollout.media, contents, limits.max_media_pixels)
+            for sha256, data in zip(hashes, contents, strict=True):
+                if len(data) <= self._store.max_bytes:
+                    self._store.put(sha256, data)
+        return EngineRequest(
+            rollout.group_id, rollout.prompt, images, hashes, rollout.sampling, return_text=rollout.return_text
+        )
+
+    def _contents(self, media: tuple[MediaItem, ...]) -> list[bytes]:
+        contents = [item.encoded if item.encoded is not None else self._store.get(item.sha256) for item in media]
+        missing = dict.fromkeys(item.sha256 for item, data in zip(media, contents, strict=True) if data is None)
+        if missing:
+            raise MediaMissing(tuple(missing))
+        return [data for data in contents if data is not None]
+
+    async def PutMedia(self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context) -> pb.PutMediaResponse:
+        """Store uploaded items."""
+        stored: dict[bytes, None] = {}
+        sha256, num_bytes, data = b"", 0, bytearray()
+        async for request in request_iterator:
+            if request.sha256:
+                if sha256:
+                    await self._store_item(sha256, num_bytes, bytes(data))
+                sha256, num_bytes, data = request.sha256, request.num_bytes, bytearray()
+                self._check_item(sha256, num_bytes)
+                stored[sha256] = None
+                if len(stored) > _MAX_ITEMS_PER_UPLOAD:
+                    raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
+            elif not sha256:
+                raise InvalidRequest("sha256", "is missing in the first chunk")
+            if len(request.chunk) > _MAX_CHUNK_BYTES:
+                raise TooLarge("chunk", f"{len(request.chunk)} bytes; the limit is {_MAX_CHUNK_BYTES}")
+            if len(data) + len(request.chunk) > num_bytes:
+                raise InvalidRequest("chunk", f"more bytes than the {num_bytes} of num_bytes")
+            data += request.chunk
+        if sha256:
+            await self._store_item(sha256, num_bytes, bytes(data))
+        return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
+
+    def _check_item(self, sha256: bytes, num_bytes: int) -> None:
+        if len(sha256) != 32:
+            raise InvalidRequest("sha256", f"must be 32 bytes, not {len(sha256)}")
+        limit = min(self._info.limits.max_media_bytes, self._store.max_bytes)
+        if num_bytes > limit:
+            raise TooLarge("num_bytes", f"is {num_bytes}; the limit is {limit}")
+
+    async def _store_item(self, sha256: bytes, num_bytes: int, data: bytes) -> None:
+        if len(data) != num_bytes:
+            raise InvalidRequest("num_bytes", f"is {num_bytes}, but {len(data)} bytes came")
+        if await asyncio.to_thread(content_hash, data) != sha256:
+            raise InvalidRequest("sha256", f"{sha256.hex()} is not the hash of the {num_bytes} bytes that came")
+        await asyncio.to_thread(check_image, data, "chunk", self._info.limits.max_media_pixels)
+        self._store.put(sha256, data)
+
+    # ------------------------------------------------------------------------------------------------ server
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        """What this server is."""
+        return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
+
+
+def _decode(
+    media: tuple[MediaItem, ...], contents: list[bytes], max_pixels: int
+) -> tuple[tuple[bytes, ...], tuple[Image.Image, ...]]:
+    """Hashes and images; runs in a thread."""
+    hashes, images = [], []
+    for i, (item, data) in enumerate(zip(media, contents, strict=True)):
+        actual = content_hash(data) if item.encoded is not None else item.sha256
+        if item.sha256 and item.sha256 != actual:
+            raise InvalidRequest(f"media[{i}].sha256", f"is {item.sha256.hex()}, but the bytes hash to {actual.hex()}")
+        hashes.append(actual)
+        images.append(decode_image(data, f"media[{i}].encoded", max_pixels))
+    return tuple(hashes), tuple(images)
+
+
+def _split(completions: list[Completion]) -> Iterator[list[Completion]]:
+    part: list[Completion] = []
+    num_tokens = 0
+    for completion in completions:
+        if part and num_tokens + len(completion.token_ids) > _MAX_TOKENS_PER_RESPONSE:
+            yield part
+            part, num_tokens = [], 0
+        part.append(completion)
+        num_tokens += len(completion.token_ids)
+    if part:
+        yield part

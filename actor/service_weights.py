@@ -1,0 +1,78 @@
+"""`weights.v1.WeightService`: the wire in front of `actor.weights.PolicyState`."""
+
+import asyncio
+from typing import Any
+
+from actor.engine import Engine
+from actor.weights import PolicyState
+from common.errors import InvalidRequest
+from common.pb.weights.v1 import weights_pb2 as pb
+from common.pb.weights.v1 import weights_pb2_grpc
+from common.types import ActorStatus
+from common.wire import epoch_from_proto, manifest_from_proto, status_to_proto
+
+SERVICE_NAME = "weights.v1.WeightService"
+
+Context = Any  # grpc.aio.ServicerContext; nothing of it is used
+
+
+class WeightService(weights_pb2_grpc.WeightServiceServicer):
+    """See proto/weights/v1/weights.proto."""
+
+    def __init__(self, engine: Engine, policy: PolicyState, actor_id: str, num_workers: int) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._actor_id = actor_id
+        self._num_workers = num_workers
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+        """What is served, and how busy it is."""
+        load, policy = self._engine.load(), self._policy
+        status = ActorStatus(
+            actor_id=self._actor_id,
+            state=policy.state,
+            policy_version=policy.policy_version,
+            run_id=policy.run_id,
+            epoch=policy.epoch,
+            staged_version=policy.staged_version,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_workers=self._num_workers,
+        )
+        return status_to_proto(status)
+
+    async def OpenEpoch(self, request: pb.OpenEpochRequest, context: Context) -> pb.OpenEpochResponse:
+        """Join a broadcast group."""
+        spec = epoch_from_proto(request)
+        if spec.rank + self._num_workers > spec.world_size:
+            raise InvalidRequest(
+                "world_size", f"is {spec.world_size}; rank {spec.rank} and {self._num_workers} worker(s) do not fit"
+            )
+        await self._policy.open_epoch(spec)
+        return pb.OpenEpochResponse()
+
+    async def Stage(self, request: pb.StageRequest, context: Context) -> pb.StageResponse:
+        """Receive one version."""
+        # Thousands of parameters: checked off the event loop, which goes on streaming completions.
+        manifest = await asyncio.to_thread(manifest_from_proto, request.manifest)
+        timeout_s = _timeout_s(request.timeout_ms)
+        checksums, receive_s = await self._policy.stage(request.run_id, request.epoch, manifest, timeout_s)
+        return pb.StageResponse(crc32=checksums, receive_s=receive_s)
+
+    async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        """Make the staged version live."""
+        pause_s = await self._policy.commit(
+            request.run_id, request.epoch, request.policy_version, _timeout_s(request.timeout_ms)
+        )
+        return pb.CommitResponse(policy_version=request.policy_version, pause_s=pause_s)
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        """Drop what is staged and leave the epoch."""
+        await self._policy.abort(request.run_id, request.epoch)
+        return pb.AbortResponse()
+
+
+def _timeout_s(timeout_ms: int) -> float:
+    if not timeout_ms:
+        raise InvalidRequest("timeout_ms", "must be positive")
+    return timeout_ms / 1e3

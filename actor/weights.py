@@ -1,0 +1,218 @@
+"""Which policy this actor serves, and how it changes: the state machine behind `weights.v1`.
+
+    LOADING ---> PENDING_WEIGHTS ---first commit of a run---> SERVING ---> DRAINING
+       \\--- standalone: version 0 -----------------------------^   \\---> FAILED (a commit broke, or the engine died)
+
+An epoch is opened, then each version is staged and committed in it. One operation runs at a time. Abort, and OpenEpoch of
+a later epoch or another run, interrupt OpenEpoch and Stage; nothing interrupts Commit, also not the caller's leaving.
+A stage that fails ends its epoch here and changes neither state nor version.
+
+A new run takes the actor over. Versions of the old run say nothing about the new one's policy, so the actor is
+PENDING_WEIGHTS until the new run's first commit.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from actor.engine import Engine
+from common.errors import Draining, EngineDead, InvalidRequest, NotStaged, StageCorrupt, StageTimeout, StaleEpoch
+from common.log import get_logger
+from common.types import ActorState, EpochSpec, Manifest
+
+log = get_logger(__name__)
+
+_RUNS_REMEMBERED = 64
+
+T = TypeVar("T")
+
+
+class PolicyState:
+    """The state of one actor. All methods belong to one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.state = ActorState.LOADING
+        self.policy_version = 0
+        self.run_id = ""
+        self.epoch = 0
+        self.staged_version = -1
+        self.on_change: Callable[[], None] = lambda: None
+        self._joined = False
+        self._retired_runs: deque[str] = deque(maxlen=_RUNS_REMEMBERED)
+        self._lock = asyncio.Lock()
+        self._running: asyncio.Task[Any] | None = None  # what may be interrupted
+        self._commit: tuple[int, asyncio.Task[float]] | None = None
+        self._committed = ("", 0, -1)
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def loaded(self, *, standalone: bool) -> None:
+        """The engine is ready."""
+        self._become(ActorState.SERVING if standalone else ActorState.PENDING_WEIGHTS)
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        if self.state is not ActorState.FAILED:
+            self._become(ActorState.DRAINING)
+
+    def fail(self) -> None:
+        """The engine is dead, or what it serves is no known policy."""
+        self._become(ActorState.FAILED)
+
+    def _become(self, state: ActorState) -> None:
+        if state is not self.state:
+            log.info("state", state=state.value, policy_version=self.policy_version)
+            self.state = state
+            self.on_change()
+
+    # ------------------------------------------------------------------------------------------------ operations
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """Join a broadcast group. Raises StaleEpoch, StageTimeout, Draining or EngineDead."""
+        self._refuse_if_leaving()
+        if spec.run_id in self._retired_runs:
+            raise StaleEpoch(f"run {spec.run_id} has been replaced by run {self.run_id}")
+        if spec.run_id == self.run_id and spec.epoch <= self.epoch:
+            raise StaleEpoch(f"epoch {spec.epoch} is not after epoch {self.epoch}")
+        if spec.run_id != self.run_id:
+            if self.run_id:
+                self._retired_runs.append(self.run_id)
+            log.info("following a new run", run_id=spec.run_id, old_run_id=self.run_id)
+            self._become(ActorState.PENDING_WEIGHTS)
+        # From here on the old epoch is history, whatever becomes of the new one.
+        self.run_id, self.epoch = spec.run_id, spec.epoch
+        self._interrupt()
+        async with self._lock:
+            self._fence(spec.run_id, spec.epoch)
+            await self._leave()
+            await self._interruptible(self._engine.open_epoch(spec), spec.timeout_s)
+            self._joined = True
+            log.info("joined an epoch", epoch=spec.epoch, world_size=spec.world_size)
+
+    async def stage(self, run_id: str, epoch: int, manifest: Manifest, timeout_s: float) -> tuple[tuple[int, ...], float]:
+        """Receive one version; the crc32 of each bucket, and the seconds that it took.
+
+        Raises StaleEpoch, InvalidRequest (a version before the one served), StageTimeout, StageCorrupt, Draining or
+        EngineDead.
+        """
+        started_s = time.monotonic()
+        async with self._lock:
+            self._fence(run_id, epoch)
+            self._refuse_if_leaving()
+            if not self._joined:
+                raise StaleEpoch(f"epoch {epoch} is not open here; open the next one")
+            version = manifest.policy_version
+            if self.state is ActorState.SERVING and version < self.policy_version:
+                raise InvalidRequest("manifest.policy_version", f"is {version}; {self.policy_version} is served already")
+            self.staged_version = -1
+            checksums = await self._interruptible(self._engine.stage(manifest, timeout_s), timeout_s)
+            expected = tuple(bucket.crc32 for bucket in manifest.buckets)
+            if checksums != expected:
+                await self._leave()
+                wrong = [i for i, pair in enumerate(zip(checksums, expected, strict=False)) if pair[0] != pair[1]]
+                raise StageCorrupt(f"version {version}: the crc32 of bucket(s) {wrong} is not the manifest's")
+            self.staged_version = version
+            return checksums, time.monotonic() - started_s
+
+    async def commit(self, run_id: str, epoch: int, policy_version: int, timeout_s: float) -> float:
+        """Make the staged version live; seconds that generation stood still.
+
+        Idempotent: a second call for the same version waits for the first, or answers 0 after it. Raises StaleEpoch,
+        NotStaged, StageTimeout (the commit itself goes on), Draining or EngineDead.
+        """
+        self._fence(run_id, epoch)
+        if self._committed == (run_id, epoch, policy_version):
+            return 0.0
+        if self._commit is None or self._commit[0] != policy_version:
+            task = asyncio.create_task(self._do_commit(run_id, epoch, policy_version))
+            task.add_done_callback(self._commit_done)
+            self._commit = (policy_version, task)
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._commit[1]), timeout_s)
+        except TimeoutError:
+            raise StageTimeout(f"version {policy_version} was not live within {timeout_s:.1f} s") from None
+
+    async def abort(self, run_id: str, epoch: int) -> None:
+        """Drop what is staged and leave the epoch; fine if there is nothing to leave. Raises StaleEpoch."""
+        if not self.run_id:
+            return
+        self._fence(run_id, epoch)
+        self._interrupt()
+        async with self._lock:
+            if (run_id, epoch) == (self.run_id, self.epoch):
+                await self._leave()
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    async def _do_commit(self, run_id: str, epoch: int, policy_version: int) -> float:
+        async with self._lock:
+            self._fence(run_id, epoch)
+            self._refuse_if_leaving()
+            if self.staged_version != policy_version:
+                staged = f"version {self.staged_version}" if self.staged_version >= 0 else "nothing"
+                raise NotStaged(f"version {policy_version} cannot be committed: {staged} is staged")
+            self.staged_version = -1
+            try:
+                pause_s = await self._engine.commit(policy_version)
+            except NotStaged:
+                raise
+            except Exception:
+                # Half of the weights may be new: nobody may be told that this is a policy.
+                self.fail()
+                raise
+            self.policy_version = policy_version
+            self._committed = (run_id, epoch, policy_version)
+            log.info("serving", policy_version=policy_version, pause_s=round(pause_s, 4))
+            if self.state is ActorState.PENDING_WEIGHTS:
+                self._become(ActorState.SERVING)
+            return pause_s
+
+    def _commit_done(self, task: asyncio.Task[float]) -> None:
+        if self._commit is not None and self._commit[1] is task:
+            self._commit = None
+        if not task.cancelled():
+            task.exception()  # seen, also when every caller has left
+
+    async def _interruptible(self, operation: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Run one operation of the engine; whatever ends it early also ends the epoch here."""
+        self._running = task = asyncio.ensure_future(operation)
+        try:
+            return await asyncio.wait_for(task, timeout_s)
+        except TimeoutError:
+            await self._leave()
+            raise StageTimeout(f"not done within {timeout_s:.1f} s") from None
+        except asyncio.CancelledError:
+            await self._leave()
+            if self._running is None:
+                raise StaleEpoch("the epoch was aborted") from None
+            raise
+        except Exception:
+            await self._leave()
+            raise
+        finally:
+            self._running = None
+
+    def _interrupt(self) -> None:
+        task, self._running = self._running, None
+        if task is not None:
+            task.cancel()
+
+    async def _leave(self) -> None:
+        self._joined = False
+        self.staged_version = -1
+        await asyncio.shield(self._engine.abort_epoch())
+
+    def _fence(self, run_id: str, epoch: int) -> None:
+        if run_id != self.run_id:
+            raise StaleEpoch(f"run {run_id} is not the one that this actor follows ({self.run_id or 'none'})")
+        if epoch != self.epoch:
+            raise StaleEpoch(f"epoch {epoch} is not the current one ({self.epoch})")
+
+    def _refuse_if_leaving(self) -> None:
+        if self.state is ActorState.DRAINING:
+            raise Draining("this actor is draining")
+        if self.state is ActorState.FAILED:
+            raise EngineDead("the engine of this actor has failed")

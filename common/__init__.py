@@ -1,0 +1,5 @@
+"""What learner and actor share; neither imports the other."""
+
+from common.torchvision_ops import install
+
+install()

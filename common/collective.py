@@ -1,0 +1,100 @@
+"""The process group that carries weights: one learner and some workers, fixed for one epoch.
+
+Both ends use this class and nothing else: the learner as rank 0, each engine worker as a higher rank. It is built
+straight from a TCPStore, beside the default group of `torch.distributed`, so that it can be made, aborted and made again
+while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are the same.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from common.types import EpochSpec
+
+_POLL_S = 0.0005
+
+
+class BroadcastGroup:
+    """One epoch's communicator. Not thread-safe, except for `abort`, which any thread may call at any time."""
+
+    def __init__(self, spec: EpochSpec, rank: int) -> None:
+        """Join the epoch as `rank`; blocks until all members are in.
+
+        Raises:
+            RuntimeError: a member did not come within `spec.timeout_s`, or the store is unreachable.
+        """
+        timeout = timedelta(seconds=spec.timeout_s)
+        store = dist.TCPStore(
+            spec.master_host, spec.master_port, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+        # Keys of one epoch are invisible to every other, so that a straggler of an old one can disturb nobody.
+        scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
+        self._timeout = timeout
+        self._aborted = threading.Event()
+        self._backend: dist.Backend | None = _make_backend(spec, scoped, rank, timeout)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if spec.backend == "nccl" else torch.device("cpu")
+        )
+        # Everybody is here before anybody returns: a member that is missing fails the epoch now, not in its first update.
+        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        """Send `buffer` from rank 0 to all others, or receive it in place; blocks.
+
+        Raises:
+            RuntimeError: a member is gone, the group was aborted, or the epoch's timeout has passed.
+        """
+        backend = self._backend
+        if backend is None:
+            raise RuntimeError("the weight epoch was aborted")
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        options.timeout = self._timeout
+        work = backend.broadcast([buffer], options)
+        while not work.is_completed():  # not wait(): Gloo's cannot be interrupted by abort()
+            if self._aborted.is_set():
+                raise RuntimeError("the weight epoch was aborted")
+            time.sleep(_POLL_S)
+        work.wait()
+        if buffer.is_cuda:
+            torch.cuda.synchronize(buffer.device)  # NCCL's wait() only orders streams
+
+    def abort(self) -> None:
+        """Fail what is under way, here and soon at the peers. The group is unusable afterwards; idempotent."""
+        self._aborted.set()
+        backend, self._backend = self._backend, None
+        if backend is None:
+            return
+        with contextlib.suppress(RuntimeError):  # already broken
+            backend.abort()
+        # Gloo's destructor waits for a stuck operation until that has timed out: keep the object alive for that long.
+        keeper = threading.Timer(self._timeout.total_seconds() + 1, [backend].clear)
+        keeper.daemon = True
+        keeper.start()
+
+
+def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> dist.Backend:
+    if spec.backend == "nccl":
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout  # torch's own name for it
+        return dist.ProcessGroupNCCL(store, rank, spec.world_size, nccl_options)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [
+        dist.ProcessGroupGloo.create_device(hostname=_address_towards(spec.master_host, spec.master_port))
+    ]
+    return dist.ProcessGroupGloo(store, rank, spec.world_size, options)
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's own address on the route to `host`: the one that the other members can reach."""
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, proto) as probe:
+        probe.connect(address)  # a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])

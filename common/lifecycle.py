@@ -1,0 +1,36 @@
+"""Stopping a process in order: the first signal asks, the second one insists.
+
+The handlers run inside the event loop, so that `finally` blocks run and drains can await.
+"""
+
+import asyncio
+import signal
+
+
+class Shutdown:
+    """SIGTERM and SIGINT as events of the running loop.
+
+    `requested` is set by the first signal or by `request`; `forced` by the second signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.forced = asyncio.Event()
+        self.reason = ""
+
+    def install(self) -> None:
+        """Take over both signals. Call from the main thread, inside the loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def request(self, reason: str) -> None:
+        """Ask for an orderly stop; only the first reason is kept."""
+        if not self.requested.is_set():
+            self.reason = reason
+            self.requested.set()
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self.requested.is_set():
+            self.forced.set()
+        self.request(number.name)

@@ -1,0 +1,112 @@
+"""What happens around every call of a server: errors become statuses, and activity is counted."""
+# ruff: noqa: ANN401, BLE001 - a handler takes every message type; this is the boundary that maps every exception
+
+import inspect
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import grpc
+
+from common.errors import DETAILS_KEY, Internal, OutriderError, to_status
+from common.log import get_logger
+
+log = get_logger(__name__)
+
+Handler = Any  # grpc.RpcMethodHandler: generic in the stubs only
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Activity:
+    """When a server was last used; probes of the health service do not count."""
+
+    def __init__(self) -> None:
+        self.num_active = 0
+        self._last_s = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last call ended; 0 while one runs."""
+        return 0.0 if self.num_active else time.monotonic() - self._last_s
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Count one call for as long as the block runs."""
+        self.num_active += 1
+        try:
+            yield
+        finally:
+            self.num_active -= 1
+            self._last_s = time.monotonic()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Sends an `OutriderError` as its rich status.
+
+    Anything else that a handler raises is a bug: the client gets INTERNAL with a random id, and the log has the
+    traceback under that id.
+    """
+
+    def __init__(self, activity: Activity) -> None:
+        self.activity = activity
+
+    async def intercept_service(  # type: ignore[override]  # the stubs forget that a method may be unknown
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler of one method."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        for kind in ("unary_unary", "stream_unary", "unary_stream", "stream_stream"):
+            behavior = getattr(handler, kind)
+            if behavior is None:
+                continue
+            wrap = self._stream if inspect.isasyncgenfunction(behavior) else self._single
+            return getattr(grpc, f"{kind}_rpc_method_handler")(
+                wrap(method, behavior), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+    def _single(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            with self.activity.call():
+                try:
+                    return await behavior(request, context)
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await abort(method, context, error)
+
+        return call
+
+    def _stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            with self.activity.call():
+                responses = behavior(request, context)
+                try:
+                    async for response in responses:
+                        yield response
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await abort(method, context, error)
+                finally:
+                    await responses.aclose()  # type: ignore[attr-defined]
+
+        return call
+
+
+async def abort(method: str, context: Context, error: Exception) -> NoReturn:
+    """End the call with the status of `error`."""
+    if not isinstance(error, OutriderError):
+        error_id = secrets.token_hex(4)
+        log.error("internal error", method=method, error_id=error_id, exc_info=error)
+        error = Internal(f"internal error; the server's log has it under {error_id}")
+    status = to_status(error)
+    await context.abort(error.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+    raise AssertionError("abort returned")

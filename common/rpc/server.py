@@ -1,0 +1,120 @@
+"""A gRPC server as all of ours are: health, reflection, keepalive, bounds, and no surprise about its port."""
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from common.config import ConfigError
+from common.log import get_logger
+from common.rpc.interceptors import Activity, CallInterceptor
+from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, server_options
+
+log = get_logger(__name__)
+
+MAX_STREAMS_PER_PEER = 1024
+
+
+class RpcServer:
+    """`grpc.aio.Server` with health, reflection, error mapping and an activity counter.
+
+    Example::
+
+        server = RpcServer()
+        add_RolloutServiceServicer_to_server(servicer, server.grpc)
+        port = await server.start("127.0.0.1:50051", ["rollout.v1.RolloutService"])
+        await server.set_health(liveness=True, readiness=False)
+    """
+
+    def __init__(self, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self.activity = Activity()
+        self.grpc = grpc.aio.server(
+            interceptors=[CallInterceptor(self.activity)],
+            options=server_options(max_message_bytes, MAX_STREAMS_PER_PEER),
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+
+    async def start(self, listen: str, services: Iterable[str]) -> int:
+        """Serve at `host:port` and announce `services` through reflection; the port (of use where it was 0).
+
+        Raises ConfigError if the port is taken.
+        """
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+        await self.set_health(liveness=True, readiness=False)
+        try:
+            port = self.grpc.add_insecure_port(listen)
+        except RuntimeError:
+            raise ConfigError(_taken(listen)) from None
+        await self.grpc.start()
+        return port
+
+    async def set_health(self, *, liveness: bool, readiness: bool) -> None:
+        """Health of the services "liveness" and "readiness"; the whole server ("") is as healthy as "readiness"."""
+        for service, healthy in (("liveness", liveness), ("readiness", readiness), ("", readiness)):
+            status = health_pb2.HealthCheckResponse
+            await self._health.set(service, status.SERVING if healthy else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once; cancel those that still run after `grace_s`."""
+        await self.grpc.stop(grace_s)
+
+
+def reserve_port(listen: str, *, insecure: bool) -> socket.socket:
+    """Take `host:port` before something slow starts; close the socket just before the server binds the port.
+
+    The socket does not listen, so clients are refused meanwhile. Raises ConfigError for an address that is malformed,
+    taken, or not loopback without `insecure`.
+    """
+    host, port = split_address(listen)
+    if not is_loopback(host):
+        if not insecure:
+            raise ConfigError(
+                f"listen: {listen} is not a loopback address and the connection is plaintext;"
+                " listen on 127.0.0.1, or set insecure=true if the network is trusted"
+            )
+        log.warning("plaintext on a network address", listen=listen)
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # As the server itself: connections of a server that has just stopped do not keep the port, one that listens does.
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(_taken(listen)) from None
+        raise ConfigError(f"listen: {listen}: {error.strerror or error}") from None
+    return reserved
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` as host and port. Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not an address; write host:port, as 127.0.0.1:50051")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _taken(listen: str) -> str:
+    return f"listen: {listen} is in use by another process; stop it or choose another port"

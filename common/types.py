@@ -1,0 +1,279 @@
+"""The domain types that cross the wire: one rollout request and what comes back.
+
+Plain dataclasses of Python and numpy values. `common.wire` turns them into protobuf and back; nothing else does.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Modality(enum.Enum):
+    """What a media item is."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text inside a chat message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """The place of one media item inside a chat message, as an index into `RolloutRequest.media`."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat.
+
+    Example: `ChatMessage("user", (MediaPart(0), TextPart("Which digit?")))`.
+    """
+
+    role: str
+    parts: tuple[TextPart | MediaPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages, to be rendered by the model's chat template with the generation prompt added."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text with the model's own placeholder strings in it, one for each media item."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids.
+
+    Without `placeholders`, `ids` hold one placeholder token for each media item. With them, `ids` are expanded and
+    `placeholders[i]` is the run that media item i fills.
+    """
+
+    ids: tuple[int, ...]
+    placeholders: tuple["PlaceholderRange", ...] = ()
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceholderRange:
+    """The run of tokens `[offset, offset + length)` of the expanded prompt that one media item fills."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One image of a prompt: its sha256 (32 bytes), and the encoded file unless the receiver has it already."""
+
+    sha256: bytes
+    encoded: bytes | None = None
+    modality: Modality = Modality.IMAGE
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are sampled. `None` and the defaults mean "off"; `temperature=0` is greedy."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 0
+    min_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One group: a prompt with its media and how to sample from it."""
+
+    group_id: str
+    prompt: Prompt
+    media: tuple[MediaItem, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    min_policy_version: int = 0
+    return_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MediaUse:
+    """What the actor did with one media item; the learner holds it against its own processor."""
+
+    sha256: bytes
+    placeholder: PlaceholderRange
+    num_tokens: int
+    grid_thw: tuple[int, ...] = ()
+    modality: Modality = Modality.IMAGE
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """How the actor understood a prompt. `expanded_ids` are the ids that the model saw."""
+
+    group_id: str
+    actor_id: str
+    unexpanded_ids: IntArray
+    expanded_ids: IntArray
+    media: tuple[MediaUse, ...] = ()
+    suppressed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a completion were sampled by `policy_version`."""
+
+    policy_version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished sample of a group.
+
+    `logprobs[t]` is the natural log of the probability of `token_ids[t]` under the distribution that it was sampled
+    from (after temperature, truncation and suppression).
+    """
+
+    trajectory_id: str
+    index: int
+    token_ids: IntArray
+    logprobs: FloatArray
+    finish_reason: FinishReason
+    version_spans: tuple[VersionSpan, ...]
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What one actor accepts; each is named in the error that it causes."""
+
+    max_group_size: int = 256
+    max_context_tokens: int = 4096
+    max_media_items: int = 16
+    max_media_bytes: int = 32 * 2**20
+    max_media_pixels: int = 16 * 2**20
+    max_message_bytes: int = 64 * 2**20
+    max_queued_completions: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What an actor is."""
+
+    actor_id: str
+    model: str
+    architecture: str
+    engine: str
+    engine_version: str
+    server_version: str
+    policy_version: int
+    limits: ServerLimits
+    suppressed_token_ids: tuple[int, ...] = ()
+
+
+class ActorState(enum.Enum):
+    """Life of an actor; only SERVING takes rollouts."""
+
+    LOADING = "loading"
+    PENDING_WEIGHTS = "pending_weights"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ActorStatus:
+    """What an actor reports to the learner. `staged_version` is -1 for none, `run_id` empty for none."""
+
+    actor_id: str
+    state: ActorState
+    policy_version: int
+    run_id: str
+    epoch: int
+    staged_version: int
+    num_running: int
+    num_waiting: int
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochSpec:
+    """One broadcast group as seen by one member. `rank` is that of the actor's first worker; the learner is rank 0."""
+
+    run_id: str
+    epoch: int
+    master_host: str
+    master_port: int
+    world_size: int
+    rank: int
+    backend: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestParameter:
+    """One tensor of an update: Hugging Face name, safetensors dtype ("F32"), where it lies in the buckets."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bucket: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestBucket:
+    """One flat buffer of an update and the crc32 of its bytes."""
+
+    num_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What one weight update sends, in order."""
+
+    policy_version: int
+    parameters: tuple[ManifestParameter, ...]
+    buckets: tuple[ManifestBucket, ...]
+    updates_vision: bool
+    adapter: str = ""

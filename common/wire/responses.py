@@ -1,0 +1,139 @@
+"""What `Generate` streams: `PromptInfo` first, then `Completion`s."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from common.errors import MalformedResponse
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.types import (
+    Completion,
+    FinishReason,
+    IntArray,
+    MediaUse,
+    Modality,
+    PlaceholderRange,
+    PromptInfo,
+    VersionSpan,
+)
+
+_MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
+_MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
+_FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+
+
+def response_to_proto(event: PromptInfo | Sequence[Completion]) -> pb.GenerateResponse:
+    """One message of the stream."""
+    if isinstance(event, PromptInfo):
+        return pb.GenerateResponse(prompt=prompt_info_to_proto(event))
+    items = [completion_to_proto(completion) for completion in event]
+    return pb.GenerateResponse(completions=pb.Completions(items=items))
+
+
+def response_from_proto(message: pb.GenerateResponse) -> PromptInfo | list[Completion]:
+    """The inverse. Raises MalformedResponse."""
+    match message.WhichOneof("event"):
+        case "prompt":
+            return prompt_info_from_proto(message.prompt)
+        case "completions":
+            return [completion_from_proto(item) for item in message.completions.items]
+        case _:
+            raise MalformedResponse("event: a response with neither prompt nor completions")
+
+
+def prompt_info_to_proto(info: PromptInfo) -> pb.PromptInfo:
+    """`PromptInfo` as a message."""
+    return pb.PromptInfo(
+        group_id=info.group_id,
+        actor_id=info.actor_id,
+        unexpanded_ids=info.unexpanded_ids.tolist(),
+        expanded_ids=info.expanded_ids.tolist(),
+        media=[_media_use_to_proto(use) for use in info.media],
+        suppressed_token_ids=info.suppressed_token_ids,
+    )
+
+
+def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
+    """Raises MalformedResponse for placeholders that lie outside the prompt, or hashes of a wrong length."""
+    num_ids = len(message.expanded_ids)
+    return PromptInfo(
+        group_id=message.group_id,
+        actor_id=message.actor_id,
+        unexpanded_ids=_ids(message.unexpanded_ids),
+        expanded_ids=_ids(message.expanded_ids),
+        media=tuple(_media_use_from_proto(use, f"prompt.media[{i}]", num_ids) for i, use in enumerate(message.media)),
+        suppressed_token_ids=tuple(message.suppressed_token_ids),
+    )
+
+
+def completion_to_proto(completion: Completion) -> pb.Completion:
+    """`Completion` as a message."""
+    return pb.Completion(
+        trajectory_id=completion.trajectory_id,
+        index=completion.index,
+        token_ids=completion.token_ids.tolist(),
+        logprobs=completion.logprobs.tolist(),
+        finish_reason=_FINISH[completion.finish_reason],
+        version_spans=[
+            pb.VersionSpan(policy_version=span.policy_version, start=span.start, end=span.end)
+            for span in completion.version_spans
+        ],
+        timing=pb.Timing(first_token_s=completion.first_token_s, finished_s=completion.finished_s),
+        text=completion.text,
+    )
+
+
+def completion_from_proto(message: pb.Completion) -> Completion:
+    """Raises MalformedResponse unless logprobs and version spans cover the tokens exactly."""
+    num_tokens = len(message.token_ids)
+    if len(message.logprobs) != num_tokens:
+        raise MalformedResponse(f"completion: {len(message.logprobs)} logprobs for {num_tokens} tokens")
+    if message.finish_reason not in _FINISH_BACK:
+        raise MalformedResponse(f"completion: finish_reason {message.finish_reason} is not known")
+    return Completion(
+        trajectory_id=message.trajectory_id,
+        index=message.index,
+        token_ids=_ids(message.token_ids),
+        logprobs=np.fromiter(message.logprobs, np.float32, num_tokens),
+        finish_reason=_FINISH_BACK[message.finish_reason],
+        version_spans=_spans(message.version_spans, num_tokens),
+        first_token_s=message.timing.first_token_s,
+        finished_s=message.timing.finished_s,
+        text=message.text,
+    )
+
+
+def _spans(messages: Iterable[pb.VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
+    spans = tuple(VersionSpan(span.policy_version, span.start, span.end) for span in messages)
+    position = 0
+    for span in spans:
+        if span.start != position or span.end <= span.start:
+            raise MalformedResponse("completion: version_spans are not contiguous")
+        position = span.end
+    if position != num_tokens:
+        raise MalformedResponse(f"completion: version_spans cover {position} of {num_tokens} tokens")
+    return spans
+
+
+def _media_use_to_proto(use: MediaUse) -> pb.MediaUse:
+    return pb.MediaUse(
+        sha256=use.sha256,
+        modality=_MODALITY[use.modality],
+        placeholder=pb.PlaceholderRange(offset=use.placeholder.offset, length=use.placeholder.length),
+        num_tokens=use.num_tokens,
+        grid_thw=use.grid_thw,
+    )
+
+
+def _media_use_from_proto(message: pb.MediaUse, field: str, num_ids: int) -> MediaUse:
+    run = PlaceholderRange(message.placeholder.offset, message.placeholder.length)
+    if run.offset + run.length > num_ids or message.num_tokens > run.length:
+        raise MalformedResponse(f"{field}.placeholder: lies outside the {num_ids} expanded ids")
+    if len(message.sha256) != 32 or message.modality not in _MODALITY_BACK:
+        raise MalformedResponse(f"{field}: sha256 or modality is missing")
+    return MediaUse(message.sha256, run, message.num_tokens, tuple(message.grid_thw), _MODALITY_BACK[message.modality])
+
+
+def _ids(values: Sequence[int]) -> IntArray:
+    return np.fromiter(values, np.int32, len(values))

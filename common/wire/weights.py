@@ -1,0 +1,107 @@
+"""Epochs and manifests of `weights.v1`."""
+
+import math
+
+from common.errors import InvalidRequest
+from common.pb.weights.v1 import weights_pb2 as pb
+from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
+
+_BACKEND = {"gloo": pb.BACKEND_GLOO, "nccl": pb.BACKEND_NCCL}
+_BACKEND_BACK = {number: backend for backend, number in _BACKEND.items()}
+# Bytes of one element, by safetensors dtype.
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+ALIGNMENT = 16
+
+
+def epoch_to_proto(spec: EpochSpec) -> pb.OpenEpochRequest:
+    """Raises KeyError for a backend that is neither gloo nor nccl."""
+    return pb.OpenEpochRequest(
+        run_id=spec.run_id,
+        epoch=spec.epoch,
+        master_host=spec.master_host,
+        master_port=spec.master_port,
+        world_size=spec.world_size,
+        rank=spec.rank,
+        backend=_BACKEND[spec.backend],
+        timeout_ms=max(1, round(spec.timeout_s * 1e3)),
+    )
+
+
+def epoch_from_proto(message: pb.OpenEpochRequest) -> EpochSpec:
+    """Raises InvalidRequest, naming the field."""
+    if not 1 <= len(message.run_id) <= 128:
+        raise InvalidRequest("run_id", "must have 1 to 128 characters")
+    if message.epoch < 1:
+        raise InvalidRequest("epoch", "must be 1 or more")
+    if not message.master_host:
+        raise InvalidRequest("master_host", "is empty")
+    if not 1 <= message.master_port <= 65535:
+        raise InvalidRequest("master_port", "must be 1 to 65535")
+    if not 1 <= message.rank < message.world_size:
+        raise InvalidRequest("rank", f"must be 1 to world_size - 1 = {message.world_size - 1}")
+    if message.backend not in _BACKEND_BACK:
+        raise InvalidRequest("backend", "must be BACKEND_GLOO or BACKEND_NCCL")
+    if not message.timeout_ms:
+        raise InvalidRequest("timeout_ms", "must be positive")
+    return EpochSpec(
+        run_id=message.run_id,
+        epoch=message.epoch,
+        master_host=message.master_host,
+        master_port=message.master_port,
+        world_size=message.world_size,
+        rank=message.rank,
+        backend=_BACKEND_BACK[message.backend],
+        timeout_s=message.timeout_ms / 1e3,
+    )
+
+
+def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
+    """`Manifest` as a message."""
+    return pb.Manifest(
+        policy_version=manifest.policy_version,
+        parameters=[
+            pb.Parameter(name=item.name, dtype=item.dtype, shape=item.shape, bucket=item.bucket, offset=item.offset)
+            for item in manifest.parameters
+        ],
+        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, crc32=bucket.crc32) for bucket in manifest.buckets],
+        updates_vision=manifest.updates_vision,
+        adapter=manifest.adapter,
+    )
+
+
+def manifest_from_proto(message: pb.Manifest) -> Manifest:
+    """Raises InvalidRequest unless every parameter lies inside its bucket, aligned, after the one before it."""
+    if message.policy_version < 0:
+        raise InvalidRequest("manifest.policy_version", "must not be negative")
+    if not message.parameters:
+        raise InvalidRequest("manifest.parameters", "is empty")
+    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.crc32) for bucket in message.buckets)
+    parameters = []
+    position = (0, 0)
+    for i, parameter in enumerate(message.parameters):
+        field = f"manifest.parameters[{i}]"
+        end = _end(parameter, field, buckets)
+        if (parameter.bucket, parameter.offset) < position:
+            raise InvalidRequest(f"{field}.offset", "lies before the end of the parameter before it")
+        position = (parameter.bucket, end)
+        shape = tuple(parameter.shape)
+        parameters.append(ManifestParameter(parameter.name, parameter.dtype, shape, parameter.bucket, parameter.offset))
+    return Manifest(message.policy_version, tuple(parameters), buckets, message.updates_vision, message.adapter)
+
+
+def _end(parameter: pb.Parameter, field: str, buckets: tuple[ManifestBucket, ...]) -> int:
+    """Where the parameter ends in its bucket."""
+    if not parameter.name:
+        raise InvalidRequest(f"{field}.name", "is empty")
+    if parameter.dtype not in DTYPE_BYTES:
+        raise InvalidRequest(f"{field}.dtype", f"{parameter.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+    if any(size < 0 for size in parameter.shape):
+        raise InvalidRequest(f"{field}.shape", "has a negative size")
+    if parameter.bucket >= len(buckets):
+        raise InvalidRequest(f"{field}.bucket", f"{parameter.bucket} of {len(buckets)} buckets")
+    if parameter.offset % ALIGNMENT:
+        raise InvalidRequest(f"{field}.offset", f"must be a multiple of {ALIGNMENT}")
+    end = parameter.offset + math.prod(parameter.shape) * DTYPE_BYTES[parameter.dtype]
+    if end > buckets[parameter.bucket].num_bytes:
+        raise InvalidRequest(f"{field}.offset", f"ends at byte {end}, after the end of bucket {parameter.bucket}")
+    return end

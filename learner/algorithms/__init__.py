@@ -1,0 +1,1 @@
+"""Advantages and losses: small pure functions, tensors in, tensors out."""

@@ -1,0 +1,125 @@
+"""The policy-gradient loss over one pack: tensors in, tensors out.
+
+With A the advantage of a token's completion, r = exp(logprob - old logprob) and m the reference policy, the loss of a token is
+
+    - w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)      PPO's clipped objective (arXiv 1707.06347)
+    - entropy_coef * entropy
+    + kl_coef * (m/p - log(m/p) - 1)                                 the "k3" estimate of KL(p || m)
+
+where w = 1, or the truncated importance weight min(p / actor, cap) (arXiv 2508.03260 motivates it for engines that differ
+from the trainer numerically). A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are
+those of the whole batch over all ranks and micro-batches, so that packs may simply be summed.
+
+Nothing here hides a value that is not finite: it reaches the gradient norm, and the step is skipped (learner.step).
+Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.config import LossConfig
+
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTotals:
+    """Counts over the whole training batch: all ranks, all micro-batches."""
+
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """The loss of one pack, and detached float32 values for each of its N tokens."""
+
+    loss: Tensor
+    """Scalar with gradient: this pack's share of the batch's loss."""
+    clipped: Tensor
+    """1 where the clip took the gradient away."""
+    ratio: Tensor
+    """p / old policy."""
+    actor_kl: Tensor
+    """k3 estimate of KL(actor || learner)."""
+    reference_kl: Tensor
+    """k3 estimate of KL(learner || reference); zeros without a reference."""
+
+
+def policy_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    actor_logprobs: Tensor,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    totals: BatchTotals,
+    config: LossConfig,
+    reference_logprobs: Tensor | None = None,
+) -> LossTerms:
+    """This pack's share of the loss.
+
+    Args:
+        logprobs: float32 `[N]`, of the current policy, with gradient.
+        entropy: float32 `[N]`, with gradient.
+        actor_logprobs: float32 `[N]`, of the distribution that was sampled.
+        advantages: float32 `[S]`, one for each completion.
+        sequence_ids: int64 `[N]`, the completion of each token, 0 to S - 1.
+        totals: denominators.
+        config: coefficients.
+        reference_logprobs: float32 `[N]`; needed if `config.kl_coef` is not 0.
+
+    Raises:
+        ValueError: a KL term without reference log-probabilities.
+    """
+    weights = token_weights(sequence_ids, len(advantages), totals, config)
+    token_advantages = advantages[sequence_ids]
+    old = actor_logprobs if config.old_policy == "actor" else logprobs.detach()
+    ratio = _ratio(logprobs - old)
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    objective = torch.minimum(ratio * token_advantages, clipped_ratio * token_advantages)
+    if config.importance_cap is not None:
+        objective = objective * _ratio(logprobs.detach() - actor_logprobs).clamp(max=config.importance_cap)
+    token_loss = -objective - config.entropy_coef * entropy
+    reference_kl = torch.zeros_like(logprobs)
+    if reference_logprobs is not None:
+        reference_kl = k3(reference_logprobs - logprobs)
+    if config.kl_coef:
+        if reference_logprobs is None:
+            raise ValueError("kl_coef needs the log-probabilities of a reference policy")
+        token_loss = token_loss + config.kl_coef * reference_kl
+    with torch.no_grad():
+        clipped = (clipped_ratio * token_advantages < ratio * token_advantages).float()
+        actor_kl = k3(logprobs - actor_logprobs)
+    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), actor_kl, reference_kl.detach())
+
+
+def token_weights(sequence_ids: Tensor, num_sequences: int, totals: BatchTotals, config: LossConfig) -> Tensor:
+    """float32 `[N]`: what each token counts in the batch.
+
+    - `token-mean`: 1 / tokens of the batch (DAPO, arXiv 2503.14476).
+    - `seq-mean-token-mean`: 1 / (completions of the batch * tokens of this completion) (GRPO).
+    - `seq-mean-token-sum-norm`: 1 / (completions of the batch * `max_completion_tokens`) (Dr. GRPO).
+    """
+    if config.aggregation == "token-mean":
+        return torch.full(sequence_ids.shape, 1 / totals.num_tokens, device=sequence_ids.device)
+    if config.aggregation == "seq-mean-token-mean":
+        lengths = torch.bincount(sequence_ids, minlength=num_sequences)
+        return 1 / (totals.num_sequences * lengths[sequence_ids].float())
+    assert config.max_completion_tokens is not None  # LossConfig has checked it
+    weight = 1 / (totals.num_sequences * config.max_completion_tokens)
+    return torch.full(sequence_ids.shape, weight, device=sequence_ids.device)
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(x) - x - 1 with x = log(q / p), at samples of p: an unbiased, non-negative estimate of KL(p || q).
+
+    http://joschu.net/blog/kl-approx.html
+    """
+    x = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return x.exp() - x - 1
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()

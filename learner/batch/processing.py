@@ -1,0 +1,157 @@
+"""A prompt through the model's own processor: expanded ids, positions, media tensors.
+
+The learner trains with what comes out here, and holds the actor's answer against it (the image tripwire).
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import torchvision_ops
+from common.media import content_hash, decode_image
+from common.types import ChatMessage, MediaPart, ServerLimits, TextPart
+from learner.batch.positions import PositionIndexer
+from learner.types import ProcessedPrompt, PromptSample
+
+# Outputs of a processor that are not inputs of the media.
+_TEXT_OUTPUTS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
+
+
+class PromptProcessor:
+    """Turns samples into `ProcessedPrompt`s, remembering the latest. Thread safe; run it off the event loop.
+
+    Args:
+        model_dir: a checkpoint directory with its processor.
+        max_pixels: of one image, before the processor resizes it; the actor's limit.
+        cache_bytes: bound on what is remembered.
+
+    Raises:
+        ValueError: the directory has no processor for images and text.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        max_pixels: int = ServerLimits().max_media_pixels,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        torchvision_ops.install()
+        from transformers import AutoConfig, AutoProcessor
+
+        self._processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        self._has_images = getattr(self._processor, "image_processor", None) is not None
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        self._positions = PositionIndexer(config)
+        self._cache: OrderedDict[bytes, ProcessedPrompt] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._max_pixels = max_pixels
+        self._cached_bytes = 0
+        # Fast tokenizers are not safe to call from two threads at once.
+        self._lock = threading.Lock()
+        self.filler = self._filler() if self._has_images else None
+        """The smallest image that the model takes, alone: untrained company for packs without media; None without vision."""
+
+    def process(self, sample: PromptSample) -> ProcessedPrompt:
+        """Render, tokenize and expand a sample's messages with its images.
+
+        Raises:
+            ValueError: messages and images do not fit together.
+            common.errors.InvalidRequest, common.errors.TooLarge: an image cannot be decoded.
+        """
+        sha256 = tuple(content_hash(image) for image in sample.images)
+        key = hashlib.sha256(repr((sample.messages, sha256)).encode()).digest()
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+            indices = [part.index for message in sample.messages for part in message.parts if isinstance(part, MediaPart)]
+            if indices != list(range(len(sample.images))):
+                raise ValueError(
+                    f"row {sample.row}: its messages refer to images {indices}, in order, but it has {len(sample.images)}"
+                )
+            images = [
+                decode_image(image, f"images[{index}]", self._max_pixels) for index, image in enumerate(sample.images)
+            ]
+            processed = self._run(self.render(sample.messages), images, sha256)
+            self._remember(key, processed)
+            return processed
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The chat as text with one placeholder string for each image, ready for the answer."""
+        conversation = [{"role": message.role, "content": _content(message)} for message in messages]
+        text: str = self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _run(self, text: str, images: Sequence[Image.Image], sha256: tuple[bytes, ...]) -> ProcessedPrompt:
+        arguments: dict[str, Any] = {"images": list(images)} if images else {}
+        output = self._processor(text=[text], return_tensors="pt", **arguments)
+        input_ids: Tensor = output["input_ids"][0]
+        position_ids, next_position = self._positions(input_ids, output)
+        media = {name: value for name, value in output.items() if name not in _TEXT_OUTPUTS}
+        return ProcessedPrompt(
+            input_ids=input_ids.int().numpy(),
+            position_ids=position_ids.numpy(),
+            next_position=next_position,
+            media=media,
+            media_sha256=sha256,
+            placeholder_lengths=self._placeholder_lengths(input_ids, output, len(images)),
+        )
+
+    def _placeholder_lengths(self, input_ids: Tensor, output: Mapping[str, Any], num_images: int) -> tuple[int, ...]:
+        """Tokens that each image fills; their sum is checked against the ids."""
+        if num_images == 0:
+            return ()
+        is_image = input_ids == self._processor.image_token_id
+        if "image_grid_thw" in output:
+            merge = self._processor.image_processor.merge_size**2
+            lengths = tuple(int(grid) // merge for grid in output["image_grid_thw"].prod(-1))
+        else:
+            lengths = _runs(is_image)
+        if len(lengths) != num_images or sum(lengths) != int(is_image.sum()):
+            raise ValueError(
+                f"the processor expanded {num_images} images to placeholders of {lengths} tokens, but the prompt holds "
+                f"{int(is_image.sum())} image tokens"
+            )
+        return lengths
+
+    def _filler(self) -> ProcessedPrompt:
+        image_processor = self._processor.image_processor
+        side = getattr(image_processor, "patch_size", 14) * getattr(image_processor, "merge_size", 2)
+        return self._run(self._processor.image_token, [Image.new("RGB", (side, side))], (b"\0" * 32,))
+
+    def _remember(self, key: bytes, processed: ProcessedPrompt) -> None:
+        self._cache[key] = processed
+        self._cached_bytes += _num_bytes(processed)
+        while self._cached_bytes > self._cache_bytes and self._cache:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= _num_bytes(oldest)
+
+
+def _content(message: ChatMessage) -> str | list[dict[str, str]]:
+    if all(isinstance(part, TextPart) for part in message.parts):
+        # Templates of text models take a string only, those of vision models take both.
+        return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in message.parts
+    ]
+
+
+def _runs(is_image: Tensor) -> tuple[int, ...]:
+    """Lengths of the runs of True."""
+    padded = torch.nn.functional.pad(is_image.int(), (1, 1))
+    edges = padded.diff()
+    return tuple((torch.nonzero(edges == -1) - torch.nonzero(edges == 1)).flatten().tolist())
+
+
+def _num_bytes(processed: ProcessedPrompt) -> int:
+    media = sum(value.nbytes for value in processed.media.values())
+    return media + processed.input_ids.nbytes + processed.position_ids.nbytes

@@ -1,0 +1,207 @@
+"""Datasets of prompts, as files or Python code, with a train part and a held-out part.
+
+Read with Hugging Face `datasets`: parquet and jsonl files (one, several by a glob, or a folder of them), a folder of
+images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.rows`.
+
+No `datasets` and no torch at import: configuration needs this module.
+"""
+
+import importlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pydantic
+
+from common.config import Config, ConfigError
+from learner.rewards.load import load_object
+from learner.rows import RowReader
+from learner.types import PromptSample
+
+Format = Literal["auto", "parquet", "jsonl", "imagefolder", "python"]
+
+_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+# Rows that are read at start, so that a wrong column is found before the actors are busy.
+_NUM_CHECKED_ROWS = 4
+
+
+class DataConfig(Config):
+    """Where the prompts come from."""
+
+    train: str = pydantic.Field(description="file, glob, folder, or package.module:function")
+    held_out: str = pydantic.Field("", description="as train; or leave it empty and set held_out_fraction")
+    held_out_fraction: float = pydantic.Field(0.0, ge=0, lt=1, description="share of train's rows kept for evaluation")
+    split_seed: int = pydantic.Field(0, description="chooses those rows; apart from the run's seed")
+    max_held_out: int = pydantic.Field(0, ge=0, description="evaluate on at most this many rows; 0 is all")
+    format: Format = "auto"
+    prompt_column: str = "prompt"
+    image_column: str = pydantic.Field("images", description="'' for text only")
+    answer_column: str = pydantic.Field("", description="dots lead into structs; '' is reward_model.ground_truth, ...")
+    question: str = pydantic.Field("", description="asked of every row that has no prompt column")
+
+    @pydantic.model_validator(mode="after")
+    def _one_held_out(self) -> "DataConfig":
+        if self.held_out and self.held_out_fraction:
+            raise ValueError("set held_out or held_out_fraction, not both")
+        return self
+
+
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Mapping[str, Any] | PromptSample: ...
+
+
+class PromptDataset:
+    """Some rows of a source, as `PromptSample`s. May be read from several threads."""
+
+    def __init__(self, rows: _Rows, reader: RowReader, indices: Sequence[int] | None = None) -> None:
+        self._rows = rows
+        self._reader = reader
+        self._indices = range(len(rows)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, row: int) -> PromptSample:
+        number = int(self._indices[row])
+        return self._reader.read(number, self._rows[number])
+
+    def subset(self, rows: Sequence[int]) -> "PromptDataset":
+        """These rows of this dataset, in this order."""
+        return PromptDataset(self._rows, self._reader, [int(self._indices[row]) for row in rows])
+
+
+def load_datasets(config: DataConfig, *, base_dir: Path | None = None) -> tuple[PromptDataset, PromptDataset | None]:
+    """(train, held-out or None). Relative paths are relative to `base_dir` (by default the working directory).
+
+    Raises `ConfigError`: one line that says what to do.
+    """
+    train = _load(config, config.train, base_dir or Path())
+    held_out: PromptDataset | None = None
+    if config.held_out:
+        held_out = _load(config, config.held_out, base_dir or Path())
+    elif config.held_out_fraction:
+        order = np.random.default_rng(config.split_seed).permutation(len(train))
+        num_held_out = max(1, round(len(train) * config.held_out_fraction))
+        if num_held_out >= len(train):
+            raise ConfigError(
+                f"data.held_out_fraction: leaves nothing of {len(train)} rows to train on; make it smaller"
+            )
+        held_out = train.subset(np.sort(order[:num_held_out]).tolist())
+        train = train.subset(np.sort(order[num_held_out:]).tolist())
+    if held_out is not None and config.max_held_out:
+        held_out = held_out.subset(range(min(config.max_held_out, len(held_out))))
+    return train, held_out
+
+
+def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
+    kind = config.format if config.format != "auto" else _guess_format(where, base_dir)
+    if kind == "python":
+        rows, folder = _python_rows(where), base_dir
+    else:
+        rows, folder = _file_rows(where, kind, base_dir)
+    if not len(rows):
+        raise ConfigError(f"data: {where} has no rows")
+    image_column = config.image_column
+    first = rows[0]
+    if not isinstance(first, PromptSample):
+        if kind == "imagefolder" and image_column == "images":
+            image_column = "image"
+        _check_columns(config, where, image_column, list(first))
+    reader = RowReader(where, config.prompt_column, image_column, config.answer_column, config.question, folder)
+    dataset = PromptDataset(rows, reader)
+    for row in range(min(_NUM_CHECKED_ROWS, len(dataset))):
+        dataset[row]
+    return dataset
+
+
+def _check_columns(config: DataConfig, where: str, image_column: str, columns: list[str]) -> None:
+    has = f"it has {', '.join(columns)}"
+    if image_column and image_column not in columns:
+        raise ConfigError(
+            f"{where}: no image column {image_column!r} ({has}); set data.image_column, or '' for text only"
+        )
+    if config.prompt_column not in columns and not config.question:
+        raise ConfigError(
+            f"{where}: no prompt column {config.prompt_column!r} ({has}); set data.prompt_column, or data.question"
+        )
+
+
+def _guess_format(where: str, base_dir: Path) -> Format:
+    path = base_dir / where
+    if path.is_dir():
+        for suffix, kind in _SUFFIXES.items():
+            if any(path.glob(f"*{suffix}")):
+                return kind
+        return "imagefolder"
+    if path.suffix in _SUFFIXES:
+        return _SUFFIXES[path.suffix]
+    if ":" in where and not path.exists():
+        return "python"
+    if not path.exists():
+        raise ConfigError(f"data: {where} does not exist; give a file, a folder, or package.module:function")
+    raise ConfigError(f"data: the format of {where} is not clear; set data.format")
+
+
+def _python_rows(where: str) -> _Rows:
+    function = load_object(where, "data")
+    if not callable(function):
+        raise ConfigError(f"data: {where} is no function")
+    rows: Iterable[Mapping[str, Any] | PromptSample] = function()
+    return rows if isinstance(rows, Sequence) else list(rows)
+
+
+def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:
+    """The rows of files, images still encoded, and the folder that relative image paths start from."""
+    datasets = importlib.import_module("datasets")  # 6 s
+    path = base_dir / where
+    if kind == "imagefolder":
+        if not path.is_dir():
+            raise ConfigError(f"data: {where} is no folder of images")
+        arguments: dict[str, Any] = {"data_dir": str(path), "drop_labels": None}
+    else:
+        files = _files(path, kind)
+        if not files:
+            raise ConfigError(f"data: {where} does not exist; give a {kind} file, a glob, or a folder of them")
+        arguments = {"data_files": [str(file) for file in files]}
+    builder = {"parquet": "parquet", "jsonl": "json", "imagefolder": "imagefolder"}[kind]
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(builder, split="train", **arguments)
+    except Exception as error:  # the readers' own errors, of many kinds: all mean that the files are bad
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConfigError(f"data: {where} cannot be read as {kind}: {reason}") from error
+    return _Encoded(rows, datasets), (path if path.is_dir() else path.parent)
+
+
+def _files(path: Path, kind: Format) -> list[Path]:
+    if path.is_dir():
+        return sorted(itertools.chain(*(path.glob(f"*{suffix}") for suffix, k in _SUFFIXES.items() if k == kind)))
+    if path.exists():
+        return [path]
+    return sorted(path.parent.glob(path.name))
+
+
+class _Encoded:
+    """A `datasets.Dataset` whose images stay the files that they are, and whose class labels are their names."""
+
+    def __init__(self, rows: Any, datasets: Any) -> None:  # noqa: ANN401 - the module has no types
+        self._labels: dict[str, Any] = {}
+        for name, feature in dict(rows.features).items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+            elif isinstance(feature, datasets.ClassLabel):
+                self._labels[name] = feature
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        values: dict[str, Any] = self._rows[row]
+        return values | {name: label.int2str(values[name]) for name, label in self._labels.items()}

@@ -1,0 +1,170 @@
+"""Attention of the text model over a packed batch, as a function that `transformers` calls by name.
+
+The model runs on one long sequence [1, T]. Only here do rows matter: rows of similar length are laid side by side as
+[rows, longest], with a boolean mask from the branches (see `learner.batch.packing`), and go through
+`scaled_dot_product_attention`. Where every row has the same length that is a view, otherwise a gather. The vision tower
+keeps its own attention, and a forward without a layout is plain causal attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "outrider_packed"
+"""What `config._attn_implementation` of the text model says."""
+
+# Rows share a block while the shortest is at least this part of the longest: fewer, larger calls against padding.
+_MIN_FILL = 0.7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Rows that go through attention side by side, each padded on the right to `length` tokens."""
+
+    num_rows: int
+    length: int
+    mask: Tensor
+    """bool [rows, 1, length, length]: query may see key. A padding place sees itself only, so that nothing is NaN."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayout:
+    """How a pack of T tokens lies in blocks of M places together; made once for a forward, used by every layer."""
+
+    blocks: tuple[Block, ...]
+    gather: Tensor | None
+    """int64 [M]: the token in each place, 0 in padding; None if places and tokens are the same."""
+    scatter: Tensor | None
+    """int64 [T]: the place of each token."""
+
+
+def register() -> str:
+    """Make the function known to transformers; returns the name that it is known by. Repeated calls are harmless.
+
+    No mask function goes with it: for a name without one, transformers builds no mask at all.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    return NAME
+
+
+def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor) -> PackedLayout:
+    """Group the rows of a pack into blocks.
+
+    Args:
+        row_lengths: tokens of each row, in the order of the pack; sums to T.
+        branch_ids: int64 `[T]`, on the device where attention will run.
+    """
+    if sum(row_lengths) != len(branch_ids):
+        raise ValueError(f"rows hold {sum(row_lengths)} tokens, the pack {len(branch_ids)}")
+    device = branch_ids.device
+    starts = torch.tensor([0, *row_lengths]).cumsum(0)
+    groups = _similar(row_lengths)
+    gathers: list[Tensor] = []
+    for rows in groups:
+        steps = torch.arange(row_lengths[rows[0]])
+        lengths = torch.tensor([row_lengths[row] for row in rows])
+        gathers.append(torch.where(steps < lengths[:, None], starts[rows][:, None] + steps, -1))
+    blocks = tuple(Block(*gather.shape, _mask(branch_ids, gather.to(device))) for gather in gathers)
+    joined = torch.cat([gather.flatten() for gather in gathers])
+    if torch.equal(joined, torch.arange(len(branch_ids))):
+        return PackedLayout(blocks, None, None)
+    places = torch.nonzero(joined >= 0).squeeze(1)
+    scatter = torch.empty_like(places).index_copy_(0, joined[places], places)
+    return PackedLayout(blocks, joined.clamp_(min=0).to(device), scatter.to(device))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: `[1, heads, T, d]` in, (`[1, T, heads, d]`, None) out."""
+    if packed_layout is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain
+    gather, scatter = packed_layout.gather, packed_layout.scatter
+    # One contiguous line for each token: [places, heads, d].
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if gather is not None and scatter is not None:
+        q, k, v = (_Pad.apply(states.contiguous(), gather, scatter) for states in (q, k, v))
+    sizes = [block.num_rows * block.length for block in packed_layout.blocks]
+    outputs = []
+    for block, *parts in zip(packed_layout.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        queries, keys, values = (
+            part.reshape(block.num_rows, block.length, *part.shape[1:]).transpose(1, 2) for part in parts
+        )
+        groups = queries.shape[1] // keys.shape[1]
+        if groups > 1:
+            keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
+        attended = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=block.mask, dropout_p=dropout, scale=scaling
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if scatter is not None:
+        joined = _Unpad.apply(joined, scatter)
+    return joined.unsqueeze(0), None
+
+
+def _similar(row_lengths: Sequence[int]) -> list[list[int]]:
+    """Row numbers in blocks, longest first; rows of equal length keep their order."""
+    blocks: list[list[int]] = []
+    for row in sorted(range(len(row_lengths)), key=lambda row: -row_lengths[row]):
+        if blocks and row_lengths[row] >= _MIN_FILL * row_lengths[blocks[-1][0]]:
+            blocks[-1].append(row)
+        else:
+            blocks.append([row])
+    return blocks
+
+
+def _mask(branch_ids: Tensor, gather: Tensor) -> Tensor:
+    """bool `[rows, 1, L, L]` for the tokens `gather` `[rows, L]`, -1 in padding."""
+    branches = torch.where(gather >= 0, branch_ids[gather.clamp(min=0)], -1)
+    steps = torch.arange(gather.shape[1], device=gather.device)
+    query, key = branches[:, :, None], branches[:, None, :]
+    visible = (steps[:, None] >= steps) & ((key == 0) | (key == query)) & (query >= 0)
+    return (visible | (steps[:, None] == steps)).unsqueeze(1)
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens to places. Every token has one place, so the gradient is a gather too: no atomics, deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        return states.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scatter,) = ctx.saved_tensors
+        return grad.index_select(0, scatter), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Places back to tokens; padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        ctx.num_places = len(states)
+        return states.index_select(0, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scatter,) = ctx.saved_tensors
+        padded = grad.new_zeros(ctx.num_places, *grad.shape[1:])
+        return padded.index_copy_(0, scatter, grad), None

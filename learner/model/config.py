@@ -1,0 +1,36 @@
+"""Settings of the optimizer. Imports no torch."""
+
+import math
+from typing import Literal
+
+import pydantic
+
+from common.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning rate."""
+
+    lr: float = pydantic.Field(default=1e-6, gt=0)
+    """After warm-up."""
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = pydantic.Field(default=1e-8, gt=0)
+    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to `min_lr_ratio * lr` at the last step."""
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps of linear rise; the first has lr / (warmup_steps + 1)."""
+    min_lr_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of a step, counted from 0; a pure function, so that resuming needs no scheduler state."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    falling = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)

@@ -1,0 +1,45 @@
+"""FSDP2 from outside: shards a model that knows nothing of it.
+
+Each decoder layer of the text model and each block of the vision tower is one unit; the root takes the rest. All ranks
+must run every unit in every micro-batch, in the same order: packs without media carry a filler image for that.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from learner.model.load import vision_modules
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None) -> None:
+    """Shard `model` over a one-dimensional mesh, in place. Gloo on CPUs and NCCL on GPUs; one rank works too.
+
+    Call it before the optimizer is made: parameters become DTensors.
+
+    Args:
+        model: as `load_policy` returns it, on the mesh's device type.
+        mesh: of all ranks.
+        compute_dtype: parameters are gathered in this dtype (bfloat16 while float32 ones are updated), gradients are
+            reduced in float32. `None`: as they are stored.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype is not None else None
+    )
+    for unit in fsdp_units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated layers: the members of each module list right below the text model or a vision tower."""
+    parents = [model.get_submodule(name) for name in vision_modules(model)]
+    text = getattr(getattr(model, "model", model), "language_model", None)
+    if text is None:
+        raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")
+    for parent in (*parents, text):
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList):
+                yield from child

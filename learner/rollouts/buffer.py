@@ -1,0 +1,95 @@
+"""Finished groups between the dispatcher (asyncio) and the trainer (a thread that blocks).
+
+The trainer takes whole batches. A group whose oldest token is more than `max_staleness` versions behind is never
+trained: it leaves the buffer when the trainer comes for it, is counted, and goes back to the dispatcher, which samples
+the prompt again.
+"""
+
+import threading
+from collections.abc import Callable
+
+from learner.types import Group
+
+
+class BufferClosed(RuntimeError):  # noqa: N818 - a state, not a mistake
+    """The run is ending; no batch will come."""
+
+
+class GroupBuffer:
+    """A bounded set of finished groups. Thread-safe.
+
+    The credit rule of `learner.rollouts.credits` keeps it within `max_groups`; more is a bug and raises `ValueError`.
+    """
+
+    def __init__(self, max_groups: int) -> None:
+        self.max_groups = max_groups
+        self.num_stale = 0
+        """Groups dropped for staleness so far."""
+        self.on_stale: Callable[[list[Group]], None] | None = None
+        """Called, on the trainer's thread, with the groups that `take` found too stale."""
+        self._groups: dict[int, Group] = {}
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def put(self, group: Group) -> None:
+        """Add a finished group. Never blocks; raises `ValueError` for a second group of one sequence number."""
+        with self._changed:
+            if group.sequence in self._groups:
+                raise ValueError(f"sequence {group.sequence} is in the buffer already")
+            if len(self._groups) >= self.max_groups:
+                raise ValueError(f"the buffer holds {self.max_groups} groups already; the credit rule was broken")
+            self._groups[group.sequence] = group
+            self._changed.notify_all()
+
+    def take(self, batch: int, *, version: int, max_staleness: int, timeout_s: float | None = None) -> list[Group]:
+        """Wait for `batch` groups that may be trained at `version`; those of the oldest policy first.
+
+        Returns them sorted by sequence number. Raises what `fail` was given, `BufferClosed` after `close`, and
+        `TimeoutError` if `timeout_s` passes.
+        """
+        while True:
+            with self._changed:
+                # Wakes for stale groups too: they must go back before a batch can become full.
+                ready = self._changed.wait_for(
+                    lambda: (
+                        self._error is not None or len(self._groups) >= batch or self._stale(version, max_staleness)
+                    ),
+                    timeout_s,
+                )
+                if self._error is not None:
+                    raise self._error
+                if not ready:
+                    raise TimeoutError(f"{len(self._groups)} of {batch} groups after {timeout_s} s")
+                stale = self._stale(version, max_staleness)
+                self._remove(stale)
+                self.num_stale += len(stale)
+                taken = sorted(self._groups.values(), key=lambda g: (g.oldest_version, g.sequence))[:batch]
+                full = len(taken) == batch
+                if full:
+                    self._remove(taken)
+            if stale and self.on_stale is not None:
+                self.on_stale(stale)
+            if full:
+                return sorted(taken, key=lambda g: g.sequence)
+
+    def _stale(self, version: int, max_staleness: int) -> list[Group]:
+        return [group for group in self._groups.values() if version - group.oldest_version > max_staleness]
+
+    def _remove(self, groups: list[Group]) -> None:
+        for group in groups:
+            del self._groups[group.sequence]
+
+    def fail(self, error: BaseException) -> None:
+        """Make every `take`, now and later, raise `error`. The first error stays."""
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wake the trainer with `BufferClosed`."""
+        self.fail(BufferClosed("the rollouts were stopped"))
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._groups)

@@ -1,0 +1,262 @@
+"""One actor as the learner sees it: typed calls with deadlines, domain types in and out.
+
+Every method raises `common.errors.OutriderError`, whatever went wrong on the way.
+"""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import grpc
+import numpy as np
+
+from common import wire
+from common.errors import MalformedResponse, MediaMissing, from_rpc_error
+from common.media import content_hash
+from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
+from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
+from common.rpc.channel import open_channel
+from common.types import ActorStatus, Completion, EpochSpec, Manifest, MediaItem, PromptInfo, RolloutRequest, ServerInfo
+
+CHUNK_BYTES = 512 * 1024
+# Hashes of media that an actor is believed to hold; a wrong belief costs one round trip.
+_MAX_KNOWN_MEDIA = 65536
+# The server's own error, with its reason, should arrive before the deadline of the call.
+_SLACK_S = 2.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SampledGroup:
+    """The whole answer to one request: `completions` are all `n` of them, sorted by index."""
+
+    prompt: PromptInfo
+    completions: tuple[Completion, ...]
+
+
+class RolloutClient(Protocol):
+    """What the learner asks of an actor. `GrpcClient` is the real one."""
+
+    address: str
+
+    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
+        """Sample a group, all or nothing. `request.media` carry their bytes; only what the actor lacks is sent."""
+        ...
+
+    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+        """Who the actor is, and its state."""
+        ...
+
+    async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
+        """The actor's model and limits."""
+        ...
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """Have the actor join a broadcast group; returns when it is in."""
+        ...
+
+    async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
+        """Have the actor receive one update; the crc32 of each bucket received."""
+        ...
+
+    async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
+        """Make the staged version live; seconds that generation stood still."""
+        ...
+
+    async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
+        """Have the actor drop what is staged and leave the epoch."""
+        ...
+
+    def forget_media(self) -> None:
+        """Another process answers at this address now: it holds none of the media that were sent."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connection; calls under way fail."""
+        ...
+
+
+class GrpcClient:
+    """`RolloutClient` over gRPC. Belongs to one event loop.
+
+    Args:
+        address: "host:port".
+        inline_max_bytes: media of one request beyond this are uploaded in chunks first, so that no single message
+            blocks the event loops of both ends.
+    """
+
+    def __init__(self, address: str, *, inline_max_bytes: int = 2**20) -> None:
+        self.address = address
+        self._inline_max_bytes = inline_max_bytes
+        self._channel = open_channel(address)
+        self._rollouts = rollout_pb2_grpc.RolloutServiceStub(self._channel)
+        self._weights = weights_pb2_grpc.WeightServiceStub(self._channel)
+        # An ordered set: the oldest belief goes first.
+        self._known_media: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+
+    # --------------------------------------------------------------------------------------------------- rollouts
+
+    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
+        """See `RolloutClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
+
+        `timeout_s` bounds each of at most two tries: the second one after the actor lacked media.
+        """
+        try:
+            sampled = await self._collect(await self._prepare(request), timeout_s)
+        except MediaMissing:
+            # It evicted some, or is not whom it was. Its list may be cut short: send all.
+            self._forget(request.media)
+            try:
+                sampled = await self._collect(await self._prepare(request), timeout_s)
+            except MediaMissing:
+                self._forget(request.media)
+                raise
+        self._remember(request.media)
+        return sampled
+
+    async def stream(
+        self, request: RolloutRequest, *, timeout_s: float
+    ) -> AsyncGenerator[PromptInfo | list[Completion], None]:
+        """The events of one group as they come, of a request sent as it is. Closing the iterator cancels the call."""
+        call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
+        try:
+            async for message in call:
+                yield wire.response_from_proto(message)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+
+    async def put_media(self, items: Sequence[bytes], *, timeout_s: float = 60.0) -> None:
+        """Upload encoded images in chunks."""
+        response = await _call(self._rollouts.PutMedia(_media_chunks(items), timeout=timeout_s))
+        expected = [content_hash(item) for item in items]
+        if list(response.sha256) != expected:
+            raise MalformedResponse(f"PutMedia: {len(expected)} items were sent, {len(response.sha256)} are stored")
+
+    async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
+        """See `RolloutClient.server_info`."""
+        request = rollout_pb2.GetServerInfoRequest()
+        return wire.server_info_from_proto(await _call(self._rollouts.GetServerInfo(request, timeout=timeout_s)))
+
+    async def _collect(self, request: RolloutRequest, timeout_s: float) -> SampledGroup:
+        prompt: PromptInfo | None = None
+        completions: dict[int, Completion] = {}
+        async with contextlib.aclosing(self.stream(request, timeout_s=timeout_s)) as events:
+            async for event in events:
+                if isinstance(event, PromptInfo):
+                    if prompt is not None or event.group_id != request.group_id:
+                        raise MalformedResponse(f"group {request.group_id}: a prompt message for {event.group_id!r}")
+                    prompt = event
+                    continue
+                for completion in event:
+                    _check_completion(completion, request, completions)
+                    completions[completion.index] = completion
+        if prompt is None or len(completions) != request.sampling.n:
+            raise MalformedResponse(
+                f"group {request.group_id}: {len(completions)} of {request.sampling.n} completions came before the end"
+            )
+        return SampledGroup(prompt, tuple(completions[i] for i in range(request.sampling.n)))
+
+    # ------------------------------------------------------------------------------------------------------ media
+
+    async def _prepare(self, request: RolloutRequest) -> RolloutRequest:
+        """The request with media by hash where the actor has them, uploaded or inline where it has not."""
+        lacking = {item.sha256: item.encoded for item in request.media if item.sha256 not in self._known_media}
+        to_send = [encoded for encoded in lacking.values() if encoded is not None]
+        inline = lacking
+        if sum(map(len, to_send)) > self._inline_max_bytes:
+            await self.put_media(to_send)
+            inline = {}
+        media = tuple(
+            dataclasses.replace(item, encoded=item.encoded if item.sha256 in inline else None) for item in request.media
+        )
+        return dataclasses.replace(request, media=media)
+
+    def _remember(self, media: Sequence[MediaItem]) -> None:
+        for item in media:
+            self._known_media[item.sha256] = None
+            self._known_media.move_to_end(item.sha256)
+        while len(self._known_media) > _MAX_KNOWN_MEDIA:
+            self._known_media.popitem(last=False)
+
+    def _forget(self, media: Sequence[MediaItem]) -> None:
+        for item in media:
+            self._known_media.pop(item.sha256, None)
+
+    def forget_media(self) -> None:
+        """See `RolloutClient.forget_media`."""
+        self._known_media.clear()
+
+    # ---------------------------------------------------------------------------------------------------- weights
+
+    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+        """See `RolloutClient.status`."""
+        request = weights_pb2.GetStatusRequest()
+        return wire.status_from_proto(await _call(self._weights.GetStatus(request, timeout=timeout_s)))
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        """See `RolloutClient.open_epoch`; the deadline is that of `spec`."""
+        await _call(self._weights.OpenEpoch(wire.epoch_to_proto(spec), timeout=spec.timeout_s + _SLACK_S))
+
+    async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
+        """See `RolloutClient.stage`."""
+        request = weights_pb2.StageRequest(
+            run_id=run_id, epoch=epoch, manifest=wire.manifest_to_proto(manifest), timeout_ms=_ms(timeout_s)
+        )
+        return tuple((await _call(self._weights.Stage(request, timeout=timeout_s + _SLACK_S))).crc32)
+
+    async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
+        """See `RolloutClient.commit`. Raises `MalformedResponse` if another version went live."""
+        request = weights_pb2.CommitRequest(
+            run_id=run_id, epoch=epoch, policy_version=policy_version, timeout_ms=_ms(timeout_s)
+        )
+        response = await _call(self._weights.Commit(request, timeout=timeout_s + _SLACK_S))
+        if response.policy_version != policy_version:
+            raise MalformedResponse(f"Commit: version {response.policy_version} is live, not {policy_version}")
+        return response.pause_s
+
+    async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
+        """See `RolloutClient.abort`."""
+        await _call(self._weights.Abort(weights_pb2.AbortRequest(run_id=run_id, epoch=epoch), timeout=timeout_s))
+
+    async def close(self) -> None:
+        """See `RolloutClient.close`."""
+        await self._channel.close(None)
+
+
+def _check_completion(completion: Completion, request: RolloutRequest, received: Mapping[int, Completion]) -> None:
+    where = f"group {request.group_id}, completion {completion.index}"
+    if completion.index >= request.sampling.n:
+        raise MalformedResponse(f"{where}: only {request.sampling.n} were asked for")
+    if completion.index in received:
+        raise MalformedResponse(f"{where}: came twice, as {completion.trajectory_id}")
+    if not len(completion.token_ids):
+        raise MalformedResponse(f"{where}: has no tokens")
+    if not np.isfinite(completion.logprobs).all():
+        raise MalformedResponse(f"{where}: has a logprob that is not finite")
+
+
+def _media_chunks(items: Sequence[bytes]) -> Iterator[rollout_pb2.PutMediaRequest]:
+    for item in items:
+        for offset in range(0, len(item), CHUNK_BYTES):
+            chunk = item[offset : offset + CHUNK_BYTES]
+            if offset:
+                yield rollout_pb2.PutMediaRequest(chunk=chunk)
+            else:
+                yield rollout_pb2.PutMediaRequest(sha256=content_hash(item), num_bytes=len(item), chunk=chunk)
+
+
+async def _call(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1e3))

@@ -1,0 +1,232 @@
+"""The dispatcher: turns credits into finished groups.
+
+    ledger -> row -> processor --+--> sampler (an actor) --> tripwire --> reward --> buffer
+      ^        (thread pool)     |                                          |          |
+      |                          +-------- dropped, counted <---------------+          |
+      +------------------------- too stale: sampled again <----------------------------+
+
+| loop | waits for | unblocked by |
+|---|---|---|
+| `run` | a credit (`learner.rollouts.credits`) | a step (`set_version`), a dropped or stale group |
+| one task per group | a thread, an actor's slot, the completions, the reward | the processor, the fleet, the actor |
+
+What makes the run wrong ends it: an image mismatch, a broken dataset row, too many drops in a row. `run` raises the
+error, and so does the trainer's next `buffer.take`.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from common.log import get_logger
+from common.types import SamplingParams
+from learner.ledger import Ledger
+from learner.rewards.runner import RewardError, RewardRunner
+from learner.rollouts.buffer import GroupBuffer
+from learner.rollouts.credits import Credits
+from learner.rollouts.sampler import GroupFailed, Sampler, build_request
+from learner.types import Group, ProcessedPrompt, PromptSample
+
+log = get_logger("learner.rollouts.dispatcher")
+
+
+class Dataset(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> PromptSample: ...
+
+
+class Processor(Protocol):
+    """The model's own processor; called from several threads."""
+
+    def process(self, sample: PromptSample) -> ProcessedPrompt:
+        """Ids, positions and tensors of one prompt."""
+        ...
+
+
+class TooManyDrops(RuntimeError):  # noqa: N818 - says what happened
+    """So many groups failed one after the other that the cause is not the prompts."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DispatchStats:
+    """Counts since the start of this process."""
+
+    running: int
+    num_groups: int
+    num_completions: int
+    num_tokens: int
+    dropped: dict[str, int]
+    """Reason -> groups."""
+    retries: dict[str, int]
+    """Reason -> groups sent again, evaluation included."""
+
+
+class Dispatcher:
+    """Keeps as many groups going as the credits allow. `run` belongs to the fleet's event loop.
+
+    Args:
+        dataset: rows by number.
+        ledger: which row is next.
+        processor: turns a sample into what the learner trains with.
+        sampler: asks the actors.
+        rewards: scores the completions.
+        buffer: receives finished groups; `run` sets its `on_stale`.
+        credits: how far to run ahead; `credits.step` is the first policy version.
+        sampling: of every group.
+        run_id: part of group ids.
+        sampling_seed: makes sampling reproducible, as far as the engine is; None leaves it to the actors.
+        num_threads: for reading and processing rows.
+        max_consecutive_drops: groups dropped with none finished between them that end the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset,
+        ledger: Ledger,
+        processor: Processor,
+        sampler: Sampler,
+        rewards: RewardRunner,
+        buffer: GroupBuffer,
+        credits: Credits,  # noqa: A002 - site's builtin is no one's
+        sampling: SamplingParams,
+        run_id: str,
+        sampling_seed: int | None = None,
+        num_threads: int = 2,
+        max_consecutive_drops: int = 64,
+    ) -> None:
+        self._dataset = dataset
+        self._ledger = ledger
+        self._processor = processor
+        self._sampler = sampler
+        self._rewards = rewards
+        self._buffer = buffer
+        self._credits = credits
+        self._sampling = sampling
+        self._run_id = run_id
+        self._sampling_seed = sampling_seed
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="process")
+        self._max_consecutive_drops = max_consecutive_drops
+        self._consecutive_drops = 0
+        self._dropped: collections.Counter[str] = collections.Counter()
+        self._num_groups = self._num_completions = self._num_tokens = 0
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+
+    async def run(self) -> None:
+        """Dispatch until cancelled. Raises what ended the run, which the buffer then raises too."""
+        with self._loop_lock:
+            self._loop = asyncio.get_running_loop()
+        self._buffer.on_stale = self._on_stale
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    while self._credits.available:
+                        trained_at = self._credits.start()
+                        tasks.create_task(self._run_group(self._ledger.next_sequence(), trained_at))
+                    self._changed.clear()
+                    await self._changed.wait()
+        except BaseExceptionGroup as errors:
+            # The first one; the others are its consequence or say the same of another group.
+            cause = errors.exceptions[0]
+            log.error("the rollouts failed", error=str(cause), kind=type(cause).__name__)
+            self._buffer.fail(cause)
+            raise cause from None
+        finally:
+            self._buffer.close()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def set_version(self, version: int) -> None:
+        """The trainer has taken optimizer steps up to `version`. Call it before publishing them; from any thread."""
+        self._on_loop(self._set_version, version)
+
+    def stats(self) -> DispatchStats:
+        """Counts, from any thread."""
+        return DispatchStats(
+            self._credits.running,
+            self._num_groups,
+            self._num_completions,
+            self._num_tokens,
+            dict(self._dropped),
+            dict(self._sampler.retries),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- a group
+
+    async def _run_group(self, sequence: int, trained_at: int) -> None:
+        try:
+            group = await self._make_group(sequence, trained_at)
+        except (GroupFailed, RewardError) as error:
+            self._drop(sequence, error)
+        else:
+            self._credits.accept()
+            self._buffer.put(group)
+            self._consecutive_drops = 0
+            self._num_groups += 1
+            self._num_completions += len(group.completions)
+            self._num_tokens += sum(len(completion.token_ids) for completion in group.completions)
+
+    async def _make_group(self, sequence: int, trained_at: int) -> Group:
+        sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
+        max_staleness = self._credits.max_staleness
+        sampled = await self._sampler.sample(
+            build_request(f"{self._run_id}.{sequence}", sample, self._sampling_of(sequence)),
+            # The step that will train it may have moved on while it waited.
+            min_version=lambda: max(trained_at, self._credits.step) - max_staleness,
+            expected=processed,
+        )
+        rewards = await self._rewards.score(sample, sampled.completions)
+        return Group(sampled.prompt.group_id, sequence, sample, processed, sampled.prompt, sampled.completions, rewards)
+
+    def _prepare(self, sequence: int) -> tuple[PromptSample, ProcessedPrompt]:
+        sample = self._dataset[self._ledger.row(sequence)]
+        return sample, self._processor.process(sample)
+
+    def _sampling_of(self, sequence: int) -> SamplingParams:
+        if self._sampling_seed is None:
+            return self._sampling
+        # Completion i samples from seed + i: no two completions of a run share one.
+        return dataclasses.replace(
+            self._sampling, seed=(self._sampling_seed << 32) + sequence * max(1, self._sampling.n)
+        )
+
+    def _drop(self, sequence: int, error: GroupFailed | RewardError) -> None:
+        log.warning("group dropped", sequence=sequence, reason=error.reason, error=str(error))
+        self._ledger.mark_dropped(sequence, error.reason)
+        self._dropped[error.reason] += 1
+        self._credits.drop()
+        self._changed.set()
+        self._consecutive_drops += 1
+        if self._consecutive_drops >= self._max_consecutive_drops:
+            raise TooManyDrops(f"{self._consecutive_drops} groups in a row were dropped; the last: {error}") from error
+
+    # ----------------------------------------------------------------------------------------------- other threads
+
+    def _on_loop(self, function: "collections.abc.Callable[..., None]", *args: object) -> None:
+        with self._loop_lock:
+            if self._loop is None:  # not running yet: nobody else looks
+                function(*args)
+                return
+        self._loop.call_soon_threadsafe(function, *args)
+
+    def _set_version(self, version: int) -> None:
+        self._credits.step = version
+        self._changed.set()
+
+    def _on_stale(self, groups: list[Group]) -> None:
+        self._on_loop(self._take_back, groups)
+
+    def _take_back(self, groups: list[Group]) -> None:
+        for group in groups:
+            self._credits.take_back()
+            self._ledger.give_back(group.sequence)
+        self._dropped["STALE"] += len(groups)
+        log.info("groups too stale to train are sampled again", num_groups=len(groups))
+        self._changed.set()

@@ -1,0 +1,321 @@
+"""The fleet: which actors there are, what each can do now, and who gets the next group.
+
+    addresses --poll GetStatus--> members --slot(min_version)--> sampler
+                                     |  ^
+                              events v  | mark_committed
+                            display, publisher
+
+One `Member` is one incarnation of an actor process. A process that comes back under the same address is another
+member: what was known of the old one (weights, stored media, running groups) is void.
+
+| state of a member | takes groups |
+|---|---|
+| None: unreachable | no; it is polled until it comes (back) |
+| LOADING, PENDING_WEIGHTS, DRAINING, FAILED | no |
+| SERVING, committed version >= what the group needs, a free slot | yes, the least busy first |
+"""
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import ConfigError
+from common.errors import DeadlineExceeded, Draining, OutriderError, QueueFull
+from common.log import get_logger
+from common.types import ActorState, ActorStatus
+from learner.rollouts.client import GrpcClient, RolloutClient
+
+log = get_logger("learner.rollouts.fleet")
+
+# A starved actor may answer late once; a second time in a row counts as gone.
+_MAX_LATE_POLLS = 2
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One incarnation of an actor, or an address that nobody answers at. Changed by the fleet only."""
+
+    address: str
+    client: RolloutClient
+    slots: int
+    actor_id: str = ""
+    state: ActorState | None = None
+    """None: unreachable."""
+    version: int = -1
+    """Policy version that it serves for this run; -1 for none of ours."""
+    status: ActorStatus | None = None
+    in_flight: int = 0
+    """Groups that it works on for this learner."""
+    reason: str = "not reached yet"
+    """Why it is unreachable; empty when it is not."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when this incarnation is gone; its groups will never be finished."""
+    held: bool = False
+    """Gets nothing new for the moment: its queue is full, or a call to it has just failed."""
+    marks: int = 0
+    """Counts what the publisher reported; a poll that began before is older news."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it answers."""
+        return self.state is not None
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """An incarnation "joined" or "left", changed its "state", or an address was "unreachable" from the beginning."""
+
+    kind: Literal["joined", "left", "state", "unreachable"]
+    address: str
+    actor_id: str
+    state: ActorState | None
+    reason: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """One address over time."""
+
+    member: Member
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    late_polls: int = 0
+    reported: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    min_version: Callable[[], int]
+    future: asyncio.Future[Member]
+
+
+class Fleet:
+    """A fixed list of addresses and the actors behind them. Belongs to one event loop, except where noted.
+
+    Args:
+        addresses: "host:port" of each actor.
+        run_id: this learner's. Only what `mark_committed` reports counts as a served version then, so that an actor
+            with the weights of another run gets nothing. None: the version that an actor reports is believed, for
+            standalone actors.
+        connect: makes the client of an address.
+        slots_per_actor: groups that one actor works on at once.
+        poll_s: pause between two GetStatus calls to one actor.
+        status_timeout_s: deadline of one such call.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        run_id: str | None,
+        connect: Callable[[str], RolloutClient] = GrpcClient,
+        slots_per_actor: int = 64,
+        poll_s: float = 0.5,
+        status_timeout_s: float = 5.0,
+    ) -> None:
+        if not addresses:
+            raise ConfigError("no actor addresses; give at least one host:port")
+        if len(set(addresses)) != len(addresses):
+            raise ConfigError(f"an actor address is given twice: {', '.join(addresses)}")
+        self._addresses = tuple(addresses)
+        self._run_id = run_id
+        self._connect = connect
+        self._slots = slots_per_actor
+        self._poll_s = poll_s
+        self._status_timeout_s = status_timeout_s
+        self._places: dict[str, _Place] = {}
+        self._polls: list[asyncio.Task[None]] = []
+        self._waiters: collections.deque[_Waiter] = collections.deque()
+        self._callbacks: list[Callable[[FleetEvent], None]] = []
+        self._enough = asyncio.Event()
+        self._min_actors = 1
+
+    async def start(self, *, startup_timeout_s: float, min_actors: int = 1) -> None:
+        """Begin to poll; return when `min_actors` answer. The others may come later.
+
+        Raises `ConfigError`, one line that names the silent addresses, if too few answer in time.
+        """
+        self._min_actors = min_actors
+        for address in self._addresses:
+            self._places[address] = _Place(Member(address, self._connect(address), self._slots))
+        self._polls = [asyncio.create_task(self._poll(place)) for place in self._places.values()]
+        try:
+            await asyncio.wait_for(self._enough.wait(), startup_timeout_s)
+        except TimeoutError:
+            silent = ", ".join(f"{m.address} ({m.reason})" for m in self.members() if not m.reachable)
+            raise ConfigError(
+                f"no answer within {startup_timeout_s:g} s from {silent}; start `python -m actor --listen ADDRESS "
+                "--model DIR` there, or correct the list of actor addresses"
+            ) from None
+
+    async def close(self) -> None:
+        """Stop polling and close every connection."""
+        for poll in self._polls:
+            poll.cancel()
+        await asyncio.gather(*self._polls, return_exceptions=True)
+        for waiter in self._waiters:
+            waiter.future.cancel()
+        await asyncio.gather(*(place.member.client.close() for place in self._places.values()))
+
+    def members(self) -> tuple[Member, ...]:
+        """One for each address, in the order given, reachable or not. May be called from any thread."""
+        return tuple(place.member for place in self._places.values())
+
+    def live(self) -> tuple[Member, ...]:
+        """Those that answer, in whatever state. May be called from any thread."""
+        return tuple(member for member in self.members() if member.reachable)
+
+    def subscribe(self, callback: Callable[[FleetEvent], None]) -> None:
+        """Call `callback` with each event, on the loop; it must not block."""
+        self._callbacks.append(callback)
+
+    # ------------------------------------------------------------------------------------------ what others report
+
+    def mark_committed(self, address: str, actor_id: str, version: int) -> None:
+        """The publisher: this incarnation now serves `version`. Unknown incarnations are ignored: they are gone."""
+        member = self._places[address].member
+        if member.actor_id != actor_id or not member.reachable:
+            return
+        member.version = version
+        member.marks += 1
+        if member.state in (ActorState.LOADING, ActorState.PENDING_WEIGHTS):
+            self._set_state(member, ActorState.SERVING)
+        self._assign()
+
+    def report_failure(self, member: Member, error: OutriderError) -> None:
+        """A call to `member` failed: it gets nothing new until it has answered a poll, which is made at once."""
+        if member.left.is_set():
+            return
+        if isinstance(error, Draining):
+            self._set_state(member, ActorState.DRAINING)
+        member.held = True
+        if isinstance(error, QueueFull):
+            asyncio.get_running_loop().call_later(max(error.retry_after_s, 0.05), self._unhold, member)
+        else:
+            self._places[member.address].wake.set()
+
+    def _unhold(self, member: Member) -> None:
+        member.held = False
+        self._assign()
+
+    # ------------------------------------------------------------------------------------------------------ slots
+
+    @contextlib.asynccontextmanager
+    async def slot(self, min_version: Callable[[], int]) -> AsyncIterator[Member]:
+        """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot."""
+        waiter = _Waiter(min_version, asyncio.get_running_loop().create_future())
+        self._waiters.append(waiter)
+        self._assign()
+        try:
+            member = await waiter.future
+        except asyncio.CancelledError:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            elif waiter.future.done() and not waiter.future.cancelled():
+                self._release(waiter.future.result())
+            raise
+        try:
+            yield member
+        finally:
+            self._release(member)
+
+    def _release(self, member: Member) -> None:
+        member.in_flight -= 1
+        self._assign()
+
+    def _assign(self) -> None:
+        """Give free slots to those who wait, first come first served among those whom an actor can serve."""
+        waiting: collections.deque[_Waiter] = collections.deque()
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if waiter.future.done():
+                continue
+            minimum = waiter.min_version()
+            fit = [m for m in self.live() if self._has_slot(m) and m.version >= minimum]
+            if fit:
+                member = min(fit, key=lambda m: m.in_flight)
+                member.in_flight += 1
+                waiter.future.set_result(member)
+            else:
+                waiting.append(waiter)
+        self._waiters = waiting
+
+    def _has_slot(self, member: Member) -> bool:
+        return member.state is ActorState.SERVING and not member.held and member.in_flight < member.slots
+
+    # ------------------------------------------------------------------------------------------------------ polls
+
+    async def _poll(self, place: _Place) -> None:
+        while True:
+            marks = place.member.marks
+            place.wake.clear()
+            try:
+                status = await place.member.client.status(timeout_s=self._status_timeout_s)
+            except OutriderError as error:
+                self._missed(place, error)
+            else:
+                self._answered(place, status, is_news=marks == place.member.marks)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(place.wake.wait(), self._poll_s)
+
+    def _answered(self, place: _Place, status: ActorStatus, *, is_news: bool) -> None:
+        place.late_polls = 0
+        member = place.member
+        if member.reachable and member.actor_id != status.actor_id:
+            self._leave(place, "restarted")
+        if not place.member.reachable:
+            member = self._join(place, status)
+        member.status = status
+        if is_news:
+            self._set_state(member, status.state)
+            if self._run_id is None:
+                member.version = status.policy_version
+            elif status.run_id != self._run_id:
+                member.version = -1
+        member.held = False
+        self._assign()
+
+    def _missed(self, place: _Place, error: OutriderError) -> None:
+        place.late_polls += 1
+        if not place.member.reachable:
+            place.member.reason = error.message
+            if not place.reported:
+                log.warning("actor unreachable", address=place.member.address, reason=error.message)
+                self._emit(FleetEvent("unreachable", place.member.address, "", None, error.message))
+                place.reported = True
+        elif not isinstance(error, DeadlineExceeded) or place.late_polls >= _MAX_LATE_POLLS:
+            self._leave(place, error.message)
+
+    def _join(self, place: _Place, status: ActorStatus) -> Member:
+        old = place.member
+        old.client.forget_media()
+        place.member = Member(old.address, old.client, self._slots, status.actor_id, reason="")
+        place.member.state = status.state
+        place.reported = True
+        log.info("actor joined", address=old.address, actor_id=status.actor_id, state=status.state.value)
+        self._emit(FleetEvent("joined", old.address, status.actor_id, status.state))
+        if len(self.live()) >= self._min_actors:
+            self._enough.set()
+        return place.member
+
+    def _leave(self, place: _Place, reason: str) -> None:
+        old = place.member
+        place.member = Member(old.address, old.client, self._slots, reason=reason)
+        old.state = None
+        old.reason = reason
+        old.left.set()
+        log.warning("actor left", address=old.address, actor_id=old.actor_id, reason=reason)
+        self._emit(FleetEvent("left", old.address, old.actor_id, None, reason))
+
+    def _set_state(self, member: Member, state: ActorState) -> None:
+        if member.state is state:
+            return
+        member.state = state
+        log.info("actor state", address=member.address, actor_id=member.actor_id, state=state.value)
+        self._emit(FleetEvent("state", member.address, member.actor_id, state))
+
+    def _emit(self, event: FleetEvent) -> None:
+        for callback in self._callbacks:
+            callback(event)

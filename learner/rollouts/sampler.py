@@ -1,0 +1,138 @@
+"""One group, whatever happens to the actors: asked for, checked, and asked for again elsewhere if it must be.
+
+Training and evaluation both sample through here. A group is one actor's work from end to end: what a failed call had
+already sent is thrown away, and the whole group is sampled again, under a new group id, so that no trajectory can be
+counted twice.
+"""
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from common.errors import (
+    Draining,
+    InvalidRequest,
+    OutriderError,
+    QueueFull,
+    TooLarge,
+    Unimplemented,
+    Unreachable,
+    WeightsPending,
+)
+from common.log import get_logger
+from common.media import content_hash
+from common.types import ChatPrompt, MediaItem, RolloutRequest, SamplingParams
+from learner.rollouts.client import SampledGroup
+from learner.rollouts.fleet import Fleet, Member
+from learner.rollouts.tripwire import ImageMismatch, check_images
+from learner.types import ProcessedPrompt, PromptSample
+
+log = get_logger("learner.rollouts.sampler")
+
+# The request itself is at fault: every actor would answer the same.
+_HOPELESS = (InvalidRequest, TooLarge, Unimplemented)
+# The actor is only not available now: this says nothing about the request.
+_NOT_NOW = (Draining, QueueFull, WeightsPending)
+
+
+class GroupFailed(Exception):  # noqa: N818 - as the group's state
+    """This group cannot be sampled. `reason` is UPPER_SNAKE, for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def build_request(
+    group_id: str, sample: PromptSample, sampling: SamplingParams, *, return_text: bool = False
+) -> RolloutRequest:
+    """The request for one sample: its messages as a chat, its images as encoded files with their hashes."""
+    media = tuple(MediaItem(content_hash(image), image) for image in sample.images)
+    return RolloutRequest(group_id, ChatPrompt(sample.messages), media, sampling, return_text=return_text)
+
+
+class Sampler:
+    """Samples groups on the fleet. Belongs to the fleet's event loop.
+
+    Args:
+        fleet: where the actors come from.
+        group_timeout_s: deadline of one group on one actor; past it the group is sent to another.
+        max_attempts: failures of one group (deaths, deadlines, broken answers; not "busy" or "draining") after which it
+            is given up, in case it is the group that kills the actors.
+    """
+
+    def __init__(self, fleet: Fleet, *, group_timeout_s: float = 120.0, max_attempts: int = 8) -> None:
+        self.fleet = fleet
+        self.retries: collections.Counter[str] = collections.Counter()
+        """How often a group was sent again, by reason."""
+        self._group_timeout_s = group_timeout_s
+        self._max_attempts = max_attempts
+
+    async def sample(
+        self, request: RolloutRequest, *, min_version: Callable[[], int], expected: ProcessedPrompt | None
+    ) -> SampledGroup:
+        """Sample one group on some actor that serves `min_version()` or newer.
+
+        With `expected`, the answer must pass the image tripwire. Raises `ImageMismatch`, and `GroupFailed` for a
+        request that no actor takes or that has failed too often.
+        """
+        failures = 0
+        attempt = 0
+        while True:
+            async with self.fleet.slot(min_version) as member:
+                asked = dataclasses.replace(
+                    request,
+                    group_id=f"{request.group_id}.{attempt}",
+                    min_policy_version=max(0, min_version()),
+                )
+                try:
+                    sampled = await self._call(member, asked)
+                    if expected is not None:
+                        check_images(expected, sampled.prompt, sampled.completions)
+                    return sampled
+                except ImageMismatch:
+                    raise
+                except _HOPELESS as error:
+                    raise GroupFailed(error.reason, error.message) from error
+                except OutriderError as error:
+                    self.fleet.report_failure(member, error)
+                    self.retries[error.reason] += 1
+                    failures += not isinstance(error, _NOT_NOW)
+                    log.info(
+                        "group is sent again", group_id=asked.group_id, address=member.address, reason=error.reason
+                    )
+                    if failures >= self._max_attempts:
+                        raise GroupFailed(
+                            "ATTEMPTS_EXHAUSTED", f"failed {failures} times, last: {error.message}"
+                        ) from error
+            attempt += 1
+
+    async def sample_many(
+        self, requests: Sequence[RolloutRequest], *, min_version: int, expected: Sequence[ProcessedPrompt] | None = None
+    ) -> list[SampledGroup]:
+        """Sample all `requests` at once, beside whatever trains; results in their order.
+
+        Raises what `sample` raises: an evaluation with holes in it would be a wrong number.
+        """
+        checks: Sequence[ProcessedPrompt | None] = expected if expected is not None else [None] * len(requests)
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self.sample(request, min_version=lambda: min_version, expected=check))
+                for request, check in zip(requests, checks, strict=True)
+            ]
+        return [task.result() for task in tasks]
+
+    async def _call(self, member: Member, request: RolloutRequest) -> SampledGroup:
+        """One call; ends as `Unreachable` as soon as the fleet knows that the actor is gone, not at the deadline."""
+        call = asyncio.ensure_future(member.client.generate(request, timeout_s=self._group_timeout_s))
+        left = asyncio.ensure_future(member.left.wait())
+        try:
+            await asyncio.wait({call, left}, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return call.result()
+            raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+        finally:
+            call.cancel()
+            left.cancel()
+            await asyncio.gather(call, left, return_exceptions=True)

@@ -1,0 +1,168 @@
+"""One row of a dataset, as it is stored, to one `PromptSample`.
+
+Two shapes of prompt are read: verl's, a list of `{"role", "content"}` with an `<image>` marker in the content for each
+image, and Hugging Face's, with a list of `{"type": "text" | "image", ...}` as the content. A plain string is a user's
+message.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.config import ConfigError
+from common.types import ChatMessage, MediaPart, TextPart
+from learner.types import PromptSample
+
+MARKER = "<image>"
+# What actors decode; other files are written again as PNG.
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Which columns mean what.
+
+    Args:
+        source: names the dataset in errors.
+        prompt_column: the prompt; without such a column every row asks `question`.
+        image_column: one image or a list of them; "" for text only.
+        answer_column: the ground truth, with dots into structs; "" tries verl's and the usual names.
+        question: asked of every row that has no prompt of its own.
+        base_dir: image paths in rows are relative to it.
+    """
+
+    source: str
+    prompt_column: str = "prompt"
+    image_column: str = "images"
+    answer_column: str = ""
+    question: str = ""
+    base_dir: Path = Path()
+
+    def read(self, number: int, row: Mapping[str, Any] | PromptSample) -> PromptSample:
+        """The sample of row `number`. Raises `ConfigError`, one line that names the row."""
+        if isinstance(row, PromptSample):
+            self._check_parts(number, row.messages, len(row.images))
+            return row
+        images = self._images(number, row)
+        if row.get("videos"):
+            raise self._error(number, "has videos; this version takes images only")
+        used = {self.prompt_column, self.image_column, "data_source", "videos"}
+        return PromptSample(
+            row=number,
+            messages=self._messages(number, row, len(images)),
+            images=images,
+            ground_truth=self._answer(number, row),
+            data_source=str(row.get("data_source") or ""),
+            extra={name: value for name, value in row.items() if name not in used},
+        )
+
+    def _error(self, number: int, problem: str) -> ConfigError:
+        return ConfigError(f"{self.source}: row {number} {problem}")
+
+    # ----------------------------------------------------------------------------------------------------- prompt
+
+    def _messages(self, number: int, row: Mapping[str, Any], num_images: int) -> tuple[ChatMessage, ...]:
+        prompt = row.get(self.prompt_column)
+        if prompt is None:
+            if not self.question:
+                raise self._error(number, f"has no {self.prompt_column!r}; name the column, or give a question")
+            markers = "" if MARKER in self.question else MARKER * num_images
+            prompt = markers + self.question
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, Sequence) or not prompt or not all(_is_message(message) for message in prompt):
+            raise self._error(
+                number, f"has a {self.prompt_column!r} that is neither text nor a list of role and content"
+            )
+        next_image = 0
+        messages = []
+        for message in prompt:
+            parts: list[TextPart | MediaPart] = []
+            for part in _parts(message["content"]):
+                if part is None:
+                    parts.append(MediaPart(next_image))
+                    next_image += 1
+                else:
+                    parts.append(TextPart(part))
+            messages.append(ChatMessage(str(message["role"]), tuple(parts)))
+        self._check_parts(number, messages, num_images)
+        return tuple(messages)
+
+    def _check_parts(self, number: int, messages: Sequence[ChatMessage], num_images: int) -> None:
+        indices = [part.index for message in messages for part in message.parts if isinstance(part, MediaPart)]
+        if indices != list(range(num_images)):
+            raise self._error(
+                number,
+                f"has {len(indices)} {MARKER} markers for {num_images} images; "
+                "write one marker into the prompt for each image, in order",
+            )
+
+    def _answer(self, number: int, row: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the reward expects
+        for path in (self.answer_column,) if self.answer_column else _DEFAULT_ANSWERS:
+            value: Any = row
+            for name in path.split("."):
+                value = value.get(name) if isinstance(value, Mapping) else None
+            if value is not None:
+                return value
+        wanted = self.answer_column or " or ".join(_DEFAULT_ANSWERS)
+        raise self._error(number, f"has no ground truth ({wanted}); set answer_column")
+
+    # ----------------------------------------------------------------------------------------------------- images
+
+    def _images(self, number: int, row: Mapping[str, Any]) -> tuple[bytes, ...]:
+        if not self.image_column:
+            return ()
+        value = row.get(self.image_column)
+        if value is None:
+            return ()
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(self._image(number, i, item) for i, item in enumerate(values))
+
+    def _image(self, number: int, i: int, value: object) -> bytes:
+        if isinstance(value, Image.Image):
+            return _as_png(value)
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            path = self.base_dir / value
+            try:
+                value = path.read_bytes()
+            except OSError as error:
+                raise self._error(number, f"names the image {path}: {error.strerror}") from None
+        if not isinstance(value, bytes):
+            raise self._error(number, f"image {i} is a {type(value).__name__}; give file bytes, a path, or a PIL image")
+        try:
+            with Image.open(io.BytesIO(value)) as image:
+                return value if image.format in _FORMATS else _as_png(image)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise self._error(number, f"image {i} cannot be read: {error}") from None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str | list | tuple)
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Text, and None for each image."""
+    if isinstance(content, str):
+        pieces = re.split(f"({MARKER})", content)
+        return [None if piece == MARKER else piece for piece in pieces if piece]
+    parts: list[str | None] = []
+    for part in content:
+        if part.get("type") == "image":
+            parts.append(None)
+        elif part.get("text"):
+            parts.append(str(part["text"]))
+    return parts
+
+
+def _as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,207 @@
+"""One optimizer step: packs in, a better policy and its statistics out.
+
+    for each micro-batch: forward -> loss (this pack's share of the batch) -> backward (FSDP2 reduces the gradients)
+    then: global gradient norm -> clip -> AdamW
+
+All ranks call `train_step` together, with equally many micro-batches. The loss is divided by counts of the whole batch,
+so neither the number of micro-batches nor that of ranks changes the result.
+
+A gradient that is not finite skips the update on all ranks alike (the norm is global): parameters, optimizer state and
+policy stay as they were, an error is logged and `StepStats.skipped` is set. Nothing is replaced by zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from learner.algorithms.config import LossConfig
+from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
+from learner.batch.packing import PackedBatch
+from learner.model.logprobs import completion_logprobs
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one step did, over all ranks. Means are over completion tokens, with the policy before the update."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    skipped: bool
+    """The gradient was not finite and nothing was updated."""
+    entropy: float
+    """Nats."""
+    clip_fraction: float
+    """Share of tokens that the clip took out of the gradient."""
+    ratio_mean: float
+    """Learner probability / old policy's probability."""
+    kl: float
+    """Estimate of KL(actor || learner)."""
+    reference_kl: float
+    parity_max_abs_diff: float
+    """Largest |learner logprob - actor logprob| over tokens that the current version sampled; 0 if there are none."""
+    parity_mean_abs_diff: float
+    parity_tokens: int
+    num_tokens: int
+    """Completion tokens that were trained on."""
+    num_sequences: int
+    num_input_tokens: int
+    """Tokens that went through the model."""
+    learning_rate: float
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[PackedBatch],
+    loss: LossConfig,
+    *,
+    policy_version: int,
+    temperature: float = 1.0,
+    suppressed_token_ids: Sequence[int] = (),
+    max_grad_norm: float = 1.0,
+    learning_rate: float | None = None,
+) -> StepStats:
+    """Accumulate the gradient of a batch and update the policy.
+
+    Args:
+        model: in train mode; if the default process group is up, sharded over all its ranks.
+        optimizer: over the model's parameters.
+        micro_batches: this rank's, as `pack_batch` makes them.
+        loss: coefficients.
+        policy_version: of the parameters now; tokens of this version count for parity.
+        temperature: of the sampling.
+        suppressed_token_ids: ids that the actor could not sample.
+        max_grad_norm: gradients are scaled down to it.
+        learning_rate: of this step; None leaves the optimizer's.
+
+    Raises:
+        ValueError: no rank has a token to train on.
+    """
+    device = next(model.parameters()).device
+    meter = _Meter(policy_version, device)
+    totals = _totals(micro_batches, device)
+    for pack in (batch.to(device) for batch in micro_batches):
+        logprobs, entropy = completion_logprobs(
+            model, pack, temperature=temperature, suppressed_token_ids=suppressed_token_ids
+        )
+        terms = policy_loss(
+            logprobs,
+            entropy,
+            pack.actor_logprobs,
+            pack.advantages,
+            pack.sequence_ids,
+            totals,
+            loss,
+            pack.reference_logprobs,
+        )
+        # FSDP2 averages gradients over the ranks; the loss wants their sum.
+        (terms.loss * _num_ranks()).backward()
+        meter.add(pack, terms, logprobs.detach(), entropy.detach())
+    grad_norm = clip_gradients(model, max_grad_norm)
+    skipped = not bool(torch.isfinite(grad_norm))
+    if skipped:
+        log.error("gradient is not finite: step skipped", grad_norm=float(grad_norm), policy_version=policy_version)
+    else:
+        _update(optimizer, learning_rate)
+    optimizer.zero_grad(set_to_none=True)
+    return meter.stats(float(grad_norm), skipped, optimizer.param_groups[0]["lr"], totals)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # each rank has the norm of its shards only
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _update(optimizer: torch.optim.Optimizer, learning_rate: float | None) -> None:
+    if learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    optimizer.step()
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _totals(micro_batches: Sequence[PackedBatch], device: torch.device) -> BatchTotals:
+    counts = torch.tensor(
+        [sum(len(pack.targets) for pack in micro_batches), sum(pack.num_sequences for pack in micro_batches)],
+        dtype=torch.int64,
+        device=device,
+    )
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    totals = BatchTotals(*counts.tolist())
+    if totals.num_tokens == 0:
+        raise ValueError("no micro-batch of any rank has a completion to train on")
+    return totals
+
+
+class _Meter:
+    """Sums over micro-batches and ranks."""
+
+    _SUMS = ("loss", "entropy", "clipped", "ratio", "actor_kl", "reference_kl", "parity", "parity_tokens", "input_tokens")
+
+    def __init__(self, policy_version: int, device: torch.device) -> None:
+        self._policy_version = policy_version
+        self._sums = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
+        self._parity_max = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, pack: PackedBatch, terms: LossTerms, logprobs: Tensor, entropy: Tensor) -> None:
+        """Count one micro-batch."""
+        current = (pack.versions == self._policy_version).double()
+        difference = (logprobs - pack.actor_logprobs).abs().double() * current
+        values: list[Any] = [
+            terms.loss.detach(),
+            entropy.sum(),
+            terms.clipped.sum(),
+            terms.ratio.sum(),
+            terms.actor_kl.sum(),
+            terms.reference_kl.sum(),
+            difference.sum(),
+            current.sum(),
+        ]
+        self._sums[:-1] += torch.stack([value.double() for value in values])
+        self._sums[-1] += len(pack.input_ids)
+        if len(difference):
+            self._parity_max = torch.maximum(self._parity_max, difference.max())
+
+    def stats(self, grad_norm: float, skipped: bool, learning_rate: float, totals: BatchTotals) -> StepStats:
+        """Reduce over the ranks."""
+        if dist.is_initialized():
+            dist.all_reduce(self._sums)
+            dist.all_reduce(self._parity_max, op=dist.ReduceOp.MAX)
+        sums = dict(zip(self._SUMS, self._sums.tolist(), strict=True))
+        tokens = totals.num_tokens
+        return StepStats(
+            loss=sums["loss"],
+            grad_norm=grad_norm,
+            skipped=skipped,
+            entropy=sums["entropy"] / tokens,
+            clip_fraction=sums["clipped"] / tokens,
+            ratio_mean=sums["ratio"] / tokens,
+            kl=sums["actor_kl"] / tokens,
+            reference_kl=sums["reference_kl"] / tokens,
+            parity_max_abs_diff=float(self._parity_max),
+            parity_mean_abs_diff=sums["parity"] / max(1.0, sums["parity_tokens"]),
+            parity_tokens=int(sums["parity_tokens"]),
+            num_tokens=tokens,
+            num_sequences=totals.num_sequences,
+            num_input_tokens=int(sums["input_tokens"]),
+            learning_rate=learning_rate,
+        )

@@ -1,0 +1,78 @@
+"""The data that flows through the learner: a prompt, the prompt as the model sees it, and a finished group.
+
+    dataset --PromptSample--> processor --ProcessedPrompt--> dispatcher (actors, rewards) --Group--> buffer --> trainer
+
+No torch at import: configuration and data modules use these types too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.types import ChatMessage, Completion, FloatArray, IntArray, PromptInfo
+
+if TYPE_CHECKING:
+    import torch
+
+PositionArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSample:
+    """One row of a dataset.
+
+    `images` are encoded files (PNG, JPEG, WebP) in the order in which the `MediaPart`s of `messages` refer to them.
+
+    Example: `PromptSample(row=7, messages=(ChatMessage("user", (MediaPart(0), TextPart("Which digit?"))),),
+    images=(png_bytes,), ground_truth="3")`.
+    """
+
+    row: int
+    messages: tuple[ChatMessage, ...]
+    images: tuple[bytes, ...]
+    ground_truth: Any
+    data_source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedPrompt:
+    """A prompt after the model's own processor: what the learner trains with and holds the actor's answer against.
+
+    `media` maps the processor's tensor names to tensors (`pixel_values`, `image_grid_thw`, ...); empty for text.
+    `media_sha256[i]` is the hash of image i, `placeholder_lengths[i]` the tokens that it fills in `input_ids`.
+    """
+
+    input_ids: IntArray
+    """`[P]`, expanded."""
+    position_ids: PositionArray
+    """`[3, P]` (temporal, height, width) where the model has M-RoPE, else `[1, P]`."""
+    next_position: int
+    """Position of the first completion token."""
+    media: dict[str, torch.Tensor]
+    media_sha256: tuple[bytes, ...]
+    placeholder_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt with its `n` finished, rewarded completions, in the order of `Completion.index`."""
+
+    group_id: str
+    sequence: int
+    """Place of the prompt in the data order; see `learner.ledger`."""
+    sample: PromptSample
+    processed: ProcessedPrompt
+    prompt: PromptInfo
+    completions: tuple[Completion, ...]
+    rewards: FloatArray
+    """`[n]`."""
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that produced a token of this group."""
+        return min(span.policy_version for completion in self.completions for span in completion.version_spans)
