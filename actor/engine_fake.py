@@ -7,6 +7,7 @@ configured ones. Weights are really received, over a real process group, and thr
 import asyncio
 import bisect
 import hashlib
+import itertools
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ from common.types import (
     Completion,
     EpochSpec,
     FinishReason,
+    FloatArray,
+    IntArray,
     Manifest,
     MediaPart,
     MediaUse,
@@ -34,6 +37,8 @@ from common.types import (
 
 if TYPE_CHECKING:
     from actor.transfer import WeightReceiver
+
+_Tokens = tuple[IntArray, FloatArray, FinishReason]
 
 EOS_ID = 0
 PLACEHOLDER_ID = 1
@@ -80,14 +85,11 @@ class FakeEngine:
         await self.check()
         info = self._prompt_info(request)
         yield info
-        accepted_s = time.monotonic()
         max_tokens = self._max_tokens(request, len(info.expanded_ids))
-        prompt_digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(request.sha256)).digest()
+        digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(request.sha256)).digest()
+        tokens = [self._tokens(request, digest, i, max_tokens) for i in range(request.sampling.n)]
         finished: asyncio.Queue[Completion] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._sample(request, prompt_digest, i, max_tokens, accepted_s, finished))
-            for i in range(request.sampling.n)
-        ]
+        tasks = [asyncio.create_task(self._sample(request, i, tokens[i], finished)) for i in range(len(tokens))]
         try:
             num_left = len(tasks)
             while num_left:
@@ -109,15 +111,10 @@ class FakeEngine:
         return min(request.sampling.max_tokens or room, room)
 
     async def _sample(
-        self,
-        request: EngineRequest,
-        prompt_digest: bytes,
-        index: int,
-        max_tokens: int,
-        accepted_s: float,
-        finished: asyncio.Queue[Completion],
+        self, request: EngineRequest, index: int, tokens: _Tokens, finished: asyncio.Queue[Completion]
     ) -> None:
-        token_ids, logprobs, reason = self._tokens(request, prompt_digest, index, max_tokens)
+        token_ids, logprobs, reason = tokens
+        accepted_s = time.monotonic()
         self._num_waiting += 1
         try:
             await self._slots.acquire()
@@ -143,9 +140,7 @@ class FakeEngine:
         )
         finished.put_nowait(completion)
 
-    def _tokens(
-        self, request: EngineRequest, prompt_digest: bytes, index: int, max_tokens: int
-    ) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.float32]], FinishReason]:
+    def _tokens(self, request: EngineRequest, prompt_digest: bytes, index: int, max_tokens: int) -> _Tokens:
         """A pure function of prompt, seed and index. Without a seed, seed 0 counts."""
         seed = (request.sampling.seed or 0) + index
         generator = np.random.default_rng([*np.frombuffer(prompt_digest, np.uint32).tolist(), seed])
@@ -163,9 +158,7 @@ class FakeEngine:
         times = start_s + self._config.token_s * np.arange(num_tokens)
         lives = [bisect.bisect_right(self._commit_times, moment) - 1 for moment in times]
         edges = [0, *(t for t in range(1, num_tokens) if lives[t] != lives[t - 1]), num_tokens]
-        return tuple(
-            VersionSpan(self._versions[lives[start]], start, end) for start, end in zip(edges, edges[1:], strict=False)
-        )
+        return tuple(VersionSpan(self._versions[lives[start]], start, end) for start, end in itertools.pairwise(edges))
 
     def _prompt_info(self, request: EngineRequest) -> PromptInfo:
         """Text is one id per byte; each media item is one placeholder, expanded to `tokens_per_image`."""
@@ -194,8 +187,8 @@ class FakeEngine:
 
     def _tokenize(self, request: EngineRequest) -> list[int]:
         match request.prompt:
-            case TokenPrompt(ids):
-                return list(ids)
+            case TokenPrompt(token_ids):
+                return list(token_ids)
             case TextPrompt(text):
                 return [PLACEHOLDER_ID] * len(request.sha256) + self._text_ids(text)
             case ChatPrompt(messages):
@@ -223,7 +216,9 @@ class FakeEngine:
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         """See `Engine.stage`."""
         self._staged = None
-        results = await _finish([receiver.receive(manifest) for receiver in self._receivers], timeout_s)
+        results: list[tuple[int, ...]] = await _finish(
+            [receiver.receive(manifest) for receiver in self._receivers], timeout_s
+        )
         if any(result != results[0] for result in results):
             raise RuntimeError("workers received different bytes")
         self._staged = manifest
@@ -278,6 +273,6 @@ async def _finish(jobs: "list[Future[Any]]", timeout_s: float) -> list[Any]:
         raise StageTimeout(f"a worker could not finish its part: {error}") from error
 
 
-def _text(token_ids: np.ndarray[Any, np.dtype[np.int32]]) -> str:
+def _text(token_ids: IntArray) -> str:
     """Printable text of made-up tokens."""
     return "".join(chr(ord("a") + token_id % 26) for token_id in token_ids if token_id != EOS_ID)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from PIL import Image
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineRequest
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
+from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
     ChatPrompt,
@@ -70,7 +71,6 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actor.vllm_plugin import WEIGHT_TRANSFER_BACKEND, register
-        from actor.vllm_worker import placeholder_ids
 
         register()
         arguments = AsyncEngineArgs(
@@ -102,7 +102,7 @@ class VllmEngine:
         self._processor = transformers.AutoProcessor.from_pretrained(self._model)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
-        self._placeholder_ids = tuple(placeholder_ids(model_config.hf_config))
+        self._placeholder_ids = placeholder_ids(model_config.hf_config)
         info = EngineInfo(
             name="vllm",
             version=vllm.__version__,

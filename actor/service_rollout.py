@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import grpc
 from PIL import Image
 
 from actor.engine import Engine, EngineRequest
@@ -19,8 +20,6 @@ from common.pb.rollout.v1 import rollout_pb2_grpc
 from common.types import ActorState, Completion, MediaItem, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
-SERVICE_NAME = "rollout.v1.RolloutService"
-
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
 _RETRY_AFTER_S = 0.5
 _MAX_CHUNK_BYTES = 2**20
@@ -32,7 +31,9 @@ _MAX_TOKENS_PER_RESPONSE = 2**15
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     """See proto/rollout/v1/rollout.proto. `info` holds the limits; its policy version is filled in when asked for."""
 
-    def __init__(self, engine: Engine, policy: PolicyState, info: ServerInfo, vocab_size: int, store: MediaStore) -> None:
+    def __init__(
+        self, engine: Engine, policy: PolicyState, info: ServerInfo, vocab_size: int, store: MediaStore
+    ) -> None:
         self._engine = engine
         self._policy = policy
         self._info = info
@@ -41,6 +42,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self._num_completions = 0  # accepted and not finished
         self.idle = asyncio.Event()
         self.idle.set()
+
+    def add_to(self, server: grpc.aio.Server) -> str:
+        """Register with `server`; the name of the service."""
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(self, server)
+        return pb.DESCRIPTOR.services_by_name["RolloutService"].full_name
 
     # ------------------------------------------------------------------------------------------------ rollouts
 
@@ -55,11 +61,12 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 async for event in events:
                     yield response_to_proto(event)
 
-    async def _events(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+    async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
         # The engine's generator is closed with this one, which aborts what still runs.
-        async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in events:
+        generator: Any = self._engine.generate(request)
+        async with aclosing(generator):
+            async for event in generator:
                 if isinstance(event, PromptInfo):
                     yield event
                     continue
@@ -119,7 +126,9 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             raise MediaMissing(tuple(missing))
         return [data for data in contents if data is not None]
 
-    async def PutMedia(self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context) -> pb.PutMediaResponse:
+    async def PutMedia(
+        self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
+    ) -> pb.PutMediaResponse:
         """Store uploaded items."""
         stored: dict[bytes, None] = {}
         sha256, num_bytes, data = b"", 0, bytearray()

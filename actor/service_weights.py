@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import grpc
+
 from actor.engine import Engine
 from actor.weights import PolicyState
 from common.errors import InvalidRequest
@@ -10,8 +12,6 @@ from common.pb.weights.v1 import weights_pb2 as pb
 from common.pb.weights.v1 import weights_pb2_grpc
 from common.types import ActorStatus
 from common.wire import epoch_from_proto, manifest_from_proto, status_to_proto
-
-SERVICE_NAME = "weights.v1.WeightService"
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
 
@@ -24,6 +24,11 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         self._policy = policy
         self._actor_id = actor_id
         self._num_workers = num_workers
+
+    def add_to(self, server: grpc.aio.Server) -> str:
+        """Register with `server`; the name of the service."""
+        weights_pb2_grpc.add_WeightServiceServicer_to_server(self, server)
+        return pb.DESCRIPTOR.services_by_name["WeightService"].full_name
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         """What is served, and how busy it is."""

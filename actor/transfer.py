@@ -120,6 +120,7 @@ def check_manifest(manifest: Manifest) -> None:
 def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":
     """Run `job` on a daemon thread, so that a job that is stuck cannot hold up the end of the process."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # a waiter that gives up cannot cancel what a thread is doing
 
     def run() -> None:
         try:

@@ -21,10 +21,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from actor.transfer import WeightReceiver
+from common.placeholders import placeholder_ids
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
-
-# How the configs of the model families call the ids of their media placeholders.
-_PLACEHOLDER_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 
 
 @dataclass
@@ -118,11 +116,6 @@ class SuppressPlaceholders(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """The mask is the same for every request."""
-
-
-def placeholder_ids(hf_config: Any) -> list[int]:
-    """Ids of the tokens that stand for media, ascending, from a Hugging Face model config."""
-    return sorted({value for name in _PLACEHOLDER_FIELDS if isinstance(value := getattr(hf_config, name, None), int)})
 
 
 def _manifest_from_dict(fields: dict[str, Any]) -> Manifest:

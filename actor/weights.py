@@ -1,11 +1,12 @@
 """Which policy this actor serves, and how it changes: the state machine behind `weights.v1`.
 
-    LOADING ---> PENDING_WEIGHTS ---first commit of a run---> SERVING ---> DRAINING
-       \\--- standalone: version 0 -----------------------------^   \\---> FAILED (a commit broke, or the engine died)
+    LOADING --> PENDING_WEIGHTS --first commit of a run--> SERVING --> DRAINING
+       |                                                    ^   |
+       +------------- standalone: version 0 ----------------+   +--> FAILED (a commit broke, or the engine died)
 
-An epoch is opened, then each version is staged and committed in it. One operation runs at a time. Abort, and OpenEpoch of
-a later epoch or another run, interrupt OpenEpoch and Stage; nothing interrupts Commit, also not the caller's leaving.
-A stage that fails ends its epoch here and changes neither state nor version.
+An epoch is opened, then each version is staged and committed in it. One operation runs at a time. Abort, and OpenEpoch
+of a later epoch or another run, interrupt OpenEpoch and Stage; nothing interrupts Commit, also not the caller's
+leaving. A stage that fails ends its epoch here and changes neither state nor version.
 
 A new run takes the actor over. Versions of the old run say nothing about the new one's policy, so the actor is
 PENDING_WEIGHTS until the new run's first commit.
@@ -92,7 +93,9 @@ class PolicyState:
             self._joined = True
             log.info("joined an epoch", epoch=spec.epoch, world_size=spec.world_size)
 
-    async def stage(self, run_id: str, epoch: int, manifest: Manifest, timeout_s: float) -> tuple[tuple[int, ...], float]:
+    async def stage(
+        self, run_id: str, epoch: int, manifest: Manifest, timeout_s: float
+    ) -> tuple[tuple[int, ...], float]:
         """Receive one version; the crc32 of each bucket, and the seconds that it took.
 
         Raises StaleEpoch, InvalidRequest (a version before the one served), StageTimeout, StageCorrupt, Draining or
@@ -106,7 +109,9 @@ class PolicyState:
                 raise StaleEpoch(f"epoch {epoch} is not open here; open the next one")
             version = manifest.policy_version
             if self.state is ActorState.SERVING and version < self.policy_version:
-                raise InvalidRequest("manifest.policy_version", f"is {version}; {self.policy_version} is served already")
+                raise InvalidRequest(
+                    "manifest.policy_version", f"is {version}; {self.policy_version} is served already"
+                )
             self.staged_version = -1
             checksums = await self._interruptible(self._engine.stage(manifest, timeout_s), timeout_s)
             expected = tuple(bucket.crc32 for bucket in manifest.buckets)

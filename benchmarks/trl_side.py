@@ -36,11 +36,11 @@ def main() -> None:
     _load_shim(sys.argv[2])
     workload = json.loads((folder / "workload.json").read_text())
 
-    import torch  # noqa: PLC0415  torchvision's operators come first
-    from datasets import load_dataset  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback  # noqa: PLC0415
-    from trl import GRPOConfig, GRPOTrainer  # noqa: PLC0415
+    import torch  # torchvision's operators come first
+    from datasets import load_dataset
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
 
     rows = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")
     processor = AutoProcessor.from_pretrained(folder / "model")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from examples.digits.warm_start import warm_start
 from safetensors.torch import load_file, save_file
 
 from examples.digits import data
 from examples.digits.model import TOKEN_IDS, VOCAB_SIZE, build_model
-from examples.digits.warm_start import warm_start
 
 # The end of a turn and 11 letters: p(end) = 1/12 under uniform logits, so lengths are geometric with mean 12.
 _TAIL_TOKENS = (TOKEN_IDS["<|im_end|>"], *range(65, 76))

@@ -87,12 +87,12 @@ def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timede
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._devices = [
-        dist.ProcessGroupGloo.create_device(hostname=_address_towards(spec.master_host, spec.master_port))
+        dist.ProcessGroupGloo.create_device(hostname=address_towards(spec.master_host, spec.master_port))
     ]
     return dist.ProcessGroupGloo(store, rank, spec.world_size, options)
 
 
-def _address_towards(host: str, port: int) -> str:
+def address_towards(host: str, port: int) -> str:
     """This machine's own address on the route to `host`: the one that the other members can reach."""
     family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, proto) as probe:

@@ -4,6 +4,7 @@ Imports no torch, so that `--help` and a wrong key answer at once.
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -24,12 +25,14 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(cls: type[C], path: Path | None, overrides: list[str]) -> C:
-    """Read `path` (YAML; None for nothing but defaults), then apply `overrides` as `optimizer.lr=3e-4`.
+def load_config(cls: type[C], path: Path | None, overrides: list[str], flags: Mapping[str, object] | None = None) -> C:
+    """Read `path` (YAML; None for nothing but defaults), then apply `flags` and `overrides` as `optimizer.lr=3e-4`.
 
-    Values of overrides are YAML. Raises ConfigError: one line with the file, the key path and what is wrong.
+    `flags` are top-level keys from the command line; None stands for a flag that was not given. Values of overrides
+    are YAML. Raises ConfigError: one line with the file, the key path and what is wrong.
     """
     values = _read(path) if path is not None else {}
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
     for override in overrides:
         _override(values, override)
     return parse_config(cls, values, str(path) if path is not None else "configuration")
@@ -62,7 +65,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override!r}: an override is written key.path=value")
     try:
-        value = _scalar(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not YAML") from None
     *parents, leaf = key.split(".")
@@ -72,17 +75,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {parent} is a value, it has no keys")
         values = child
     values[leaf] = value
-
-
-def _scalar(text: str) -> object:
-    """YAML, but `1e-3` is the number that everyone means (YAML 1.1 reads it as a string)."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(cls: type[Config], error: pydantic.ValidationError) -> str:

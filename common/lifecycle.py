@@ -4,6 +4,7 @@ The handlers run inside the event loop, so that `finally` blocks run and drains 
 """
 
 import asyncio
+import ctypes
 import signal
 
 
@@ -34,3 +35,9 @@ class Shutdown:
         if self.requested.is_set():
             self.forced.set()
         self.request(number.name)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, however it dies (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -188,7 +188,7 @@ def _files(path: Path, kind: Format) -> list[Path]:
 class _Encoded:
     """A `datasets.Dataset` whose images stay the files that they are, and whose class labels are their names."""
 
-    def __init__(self, rows: Any, datasets: Any) -> None:  # noqa: ANN401 - the module has no types
+    def __init__(self, rows: Any, datasets: Any) -> None:
         self._labels: dict[str, Any] = {}
         for name, feature in dict(rows.features).items():
             if isinstance(feature, datasets.Image):

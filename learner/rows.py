@@ -103,7 +103,7 @@ class RowReader:
                 "write one marker into the prompt for each image, in order",
             )
 
-    def _answer(self, number: int, row: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the reward expects
+    def _answer(self, number: int, row: Mapping[str, Any]) -> Any:
         for path in (self.answer_column,) if self.answer_column else _DEFAULT_ANSWERS:
             value: Any = row
             for name in path.split("."):

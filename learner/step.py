@@ -154,7 +154,17 @@ def _totals(micro_batches: Sequence[PackedBatch], device: torch.device) -> Batch
 class _Meter:
     """Sums over micro-batches and ranks."""
 
-    _SUMS = ("loss", "entropy", "clipped", "ratio", "actor_kl", "reference_kl", "parity", "parity_tokens", "input_tokens")
+    _SUMS = (
+        "loss",
+        "entropy",
+        "clipped",
+        "ratio",
+        "actor_kl",
+        "reference_kl",
+        "parity",
+        "parity_tokens",
+        "input_tokens",
+    )
 
     def __init__(self, policy_version: int, device: torch.device) -> None:
         self._policy_version = policy_version

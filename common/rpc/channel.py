@@ -1,5 +1,4 @@
 """The client's end: one channel per actor."""
-# ruff: noqa: ANN401 - an interceptor sees messages of every type
 
 from collections.abc import Callable
 from typing import Any

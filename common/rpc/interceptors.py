@@ -1,5 +1,5 @@
 """What happens around every call of a server: errors become statuses, and activity is counted."""
-# ruff: noqa: ANN401, BLE001 - a handler takes every message type; this is the boundary that maps every exception
+# ruff: noqa: BLE001 - this is the boundary that maps every exception
 
 import inspect
 import secrets

@@ -1,6 +1,6 @@
-"""The reward of examples/digits: did the completion name the digit, and nothing else?"""
+"""The reward of examples/digits, and the shortest example of one; `learner.rewards.load` lists what a reward may take."""
 
 
-def exact_match(completion: str, ground_truth: str) -> float:
-    """1.0 if the completion's text, stripped, is the digit; else 0.0."""
+def exact_match(*, completion: str, ground_truth: str) -> float:
+    """1.0 if the completion's text is the digit and nothing else (surrounding white space aside), else 0.0."""
     return 1.0 if completion.strip() == ground_truth else 0.0

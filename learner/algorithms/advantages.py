@@ -44,17 +44,20 @@ def group_advantages(rewards: FloatArray, estimator: AdvantageEstimator) -> Floa
 
 def grpo(rewards: Rewards) -> Rewards:
     """(r - mean) / (std + 1e-6), std with n - 1. DeepSeekMath, arXiv 2402.03300, section 4.1.2."""
-    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + _EPSILON)
+    advantages: Rewards = (rewards - rewards.mean()) / (rewards.std(ddof=1) + _EPSILON)
+    return advantages
 
 
 def dr_grpo(rewards: Rewards) -> Rewards:
     """r - mean: without the division, which favours prompts that are nearly solved or hopeless. arXiv 2503.20783."""
-    return rewards - rewards.mean()
+    advantages: Rewards = rewards - rewards.mean()
+    return advantages
 
 
 def rloo(rewards: Rewards) -> Rewards:
     """r minus the mean of the others = n / (n - 1) * (r - mean). REINFORCE leave-one-out, arXiv 2402.14740."""
-    return (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
+    advantages: Rewards = (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
+    return advantages
 
 
 ESTIMATORS: Mapping[str, Callable[[Rewards], Rewards]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}

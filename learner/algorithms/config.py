@@ -28,10 +28,10 @@ class LossConfig(Config):
     kl_coef: float = pydantic.Field(default=0.0, ge=0)
     """Weight of the KL to the reference policy."""
     old_policy: Literal["actor", "learner"] = "actor"
-    """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that clipping
-    bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the update.
-    With one optimizer step for each batch that ratio is 1, clipping never acts, and the difference to the actor is
-    left to `importance_cap`."""
+    """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that
+    clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the
+    update. With one optimizer step for each batch that ratio is 1, clipping never acts, and the difference to the
+    actor is left to `importance_cap`."""
     importance_cap: float | None = pydantic.Field(default=None, gt=0)
     """Truncated importance sampling: each token's loss is weighted by min(learner / actor probability, cap). Only with
     `old_policy: learner`; with `actor` the ratio holds that factor already. Off if unset."""
@@ -39,7 +39,11 @@ class LossConfig(Config):
     @pydantic.model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         if self.importance_cap is not None and self.old_policy == "actor":
-            raise ValueError("importance_cap needs old_policy: learner (with actor the ratio is the correction already)")
+            raise ValueError(
+                "importance_cap needs old_policy: learner (with actor the ratio is the correction already)"
+            )
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.max_completion_tokens is not None):
-            raise ValueError("max_completion_tokens and aggregation: seq-mean-token-sum-norm go together; set both or none")
+            raise ValueError(
+                "max_completion_tokens and aggregation: seq-mean-token-sum-norm go together; set both or none"
+            )
         return self

@@ -1,13 +1,13 @@
 """The policy-gradient loss over one pack: tensors in, tensors out.
 
-With A the advantage of a token's completion, r = exp(logprob - old logprob) and m the reference policy, the loss of a token is
+With A the advantage of a token's completion, p the policy, r = p / old p and m the reference policy, the loss of a
+token is
 
     - w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)      PPO's clipped objective (arXiv 1707.06347)
     - entropy_coef * entropy
     + kl_coef * (m/p - log(m/p) - 1)                                 the "k3" estimate of KL(p || m)
 
-where w = 1, or the truncated importance weight min(p / actor, cap) (arXiv 2508.03260 motivates it for engines that differ
-from the trainer numerically). A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are
+where w = 1, or the truncated importance weight min(p / actor, cap) for rollouts whose engine differs from the trainer. A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are
 those of the whole batch over all ranks and micro-batches, so that packs may simply be summed.
 
 Nothing here hides a value that is not finite: it reaches the gradient norm, and the step is skipped (learner.step).

@@ -1,1 +1,1 @@
-"""From finished groups to tensors: the processor's inputs, positions, packing, and packs as bytes. Pure, no FSDP, no gRPC."""
+"""From finished groups to tensors: the processor's outputs, positions, packing, packs as bytes. No FSDP, no gRPC."""

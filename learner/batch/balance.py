@@ -9,8 +9,8 @@ Bins = list[list[list[int]]]
 def balance(num_tokens: Sequence[int], num_ranks: int, max_tokens: int, hidden_size: int) -> Bins:
     """Distribute rows, longest first, each to the cheapest bin that has room for it.
 
-    With r ranks and the fewest micro-batches m for which that works, there are r * m bins; each rank gets m. A row longer
-    than `max_tokens` is alone in its bin.
+    With r ranks and the fewest micro-batches m for which that works, there are r * m bins; each rank gets m. A row
+    longer than `max_tokens` is alone in its bin.
 
     Args:
         num_tokens: of each row.
@@ -64,4 +64,6 @@ def _fill(
 def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> Bins:
     """Bins to ranks so that the i-th micro-batches of all ranks are alike: ranks wait for each other at each one."""
     ordered = sorted(bins, key=lambda bin_: -sum(costs[row] for row in bin_))
+    needed = -(-sum(map(bool, bins)) // num_ranks) * num_ranks  # a long row leaves bins that nobody needs
+    ordered = ordered[:needed]
     return [ordered[rank::num_ranks] for rank in range(num_ranks)]

@@ -1,7 +1,7 @@
 """Joins the processed media of single samples into the keyword arguments of one forward call.
 
-Where it stands: the processor yields one dict of tensors for each sample (`pixel_values`, `image_grid_thw`, ...); packing
-picks the samples of a micro-batch; the model wants each name once.
+Where it stands: the processor yields one dict of tensors for each sample (`pixel_values`, `image_grid_thw`, ...);
+packing picks the samples of a micro-batch; the model wants each name once.
 """
 
 from collections.abc import Mapping, Sequence

@@ -103,9 +103,9 @@ def pack_batch(
         num_ranks: ranks that train.
         max_tokens: tokens of a micro-batch; a single completion with its prompt may exceed it, then it is alone.
         share_prefix: one copy of the prompt for all completions of a row.
-        filler: a prompt with the smallest image of the model (`PromptProcessor.filler`). It is added, untrained, to each
-            pack that has no media, so that the vision tower runs (with zero gradient) on every rank: under FSDP all
-            ranks must take part in its collectives. `None` for a text model.
+        filler: a prompt with the smallest image of the model (`PromptProcessor.filler`). It is added, untrained, to
+            each pack that has no media, so that the vision tower runs (with zero gradient) on every rank: under FSDP
+            all ranks must take part in its collectives. `None` for a text model.
         hidden_size: of the text model; sets what attention costs beside the rest when ranks are balanced.
 
     Returns:
@@ -114,7 +114,11 @@ def pack_batch(
     Raises:
         ValueError: nothing to pack, an empty completion, or advantages that do not fit their group.
     """
-    rows = [row for group, values in zip(groups, advantages, strict=True) for row in _rows(group, values, share_prefix, max_tokens)]
+    rows = [
+        row
+        for group, values in zip(groups, advantages, strict=True)
+        for row in _rows(group, values, share_prefix, max_tokens)
+    ]
     if not rows:
         raise ValueError("a training batch needs at least one group")
     assignment = balance([row.num_tokens for row in rows], num_ranks, max_tokens, hidden_size)
@@ -211,7 +215,8 @@ def _token_versions(completion: Completion) -> np.ndarray:
     versions = np.repeat([span.policy_version for span in spans], [span.end - span.start for span in spans])
     if len(versions) != len(completion.token_ids):
         raise ValueError(
-            f"completion {completion.trajectory_id} has {len(completion.token_ids)} tokens but spans over {len(versions)}"
+            f"completion {completion.trajectory_id} has {len(completion.token_ids)} tokens, but its version spans "
+            f"cover {len(versions)}"
         )
     return versions
 

@@ -57,7 +57,7 @@ class PromptProcessor:
         # Fast tokenizers are not safe to call from two threads at once.
         self._lock = threading.Lock()
         self.filler = self._filler() if self._has_images else None
-        """The smallest image that the model takes, alone: untrained company for packs without media; None without vision."""
+        """The smallest image that the model takes, alone, for packs without media; None for a model without vision."""
 
     def process(self, sample: PromptSample) -> ProcessedPrompt:
         """Render, tokenize and expand a sample's messages with its images.
@@ -72,7 +72,8 @@ class PromptProcessor:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-            indices = [part.index for message in sample.messages for part in message.parts if isinstance(part, MediaPart)]
+            parts = [part for message in sample.messages for part in message.parts]
+            indices = [part.index for part in parts if isinstance(part, MediaPart)]
             if indices != list(range(len(sample.images))):
                 raise ValueError(
                     f"row {sample.row}: its messages refer to images {indices}, in order, but it has {len(sample.images)}"
@@ -83,6 +84,12 @@ class PromptProcessor:
             processed = self._run(self.render(sample.messages), images, sha256)
             self._remember(key, processed)
             return processed
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids to text, special tokens left out."""
+        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The chat as text with one placeholder string for each image, ready for the answer."""

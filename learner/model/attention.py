@@ -69,7 +69,7 @@ def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor) -> PackedLayou
         steps = torch.arange(row_lengths[rows[0]])
         lengths = torch.tensor([row_lengths[row] for row in rows])
         gathers.append(torch.where(steps < lengths[:, None], starts[rows][:, None] + steps, -1))
-    blocks = tuple(Block(*gather.shape, _mask(branch_ids, gather.to(device))) for gather in gathers)
+    blocks = tuple(Block(len(gather), gather.shape[1], _mask(branch_ids, gather.to(device))) for gather in gathers)
     joined = torch.cat([gather.flatten() for gather in gathers])
     if torch.equal(joined, torch.arange(len(branch_ids))):
         return PackedLayout(blocks, None, None)
@@ -100,7 +100,7 @@ def packed_attention(
     # One contiguous line for each token: [places, heads, d].
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if gather is not None and scatter is not None:
-        q, k, v = (_Pad.apply(states.contiguous(), gather, scatter) for states in (q, k, v))
+        q, k, v = (_pad(states.contiguous(), gather, scatter) for states in (q, k, v))
     sizes = [block.num_rows * block.length for block in packed_layout.blocks]
     outputs = []
     for block, *parts in zip(packed_layout.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
@@ -116,8 +116,18 @@ def packed_attention(
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if scatter is not None:
-        joined = _Unpad.apply(joined, scatter)
+        joined = _unpad(joined, scatter)
     return joined.unsqueeze(0), None
+
+
+def _pad(states: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+    padded: Tensor = _Pad.apply(states, gather, scatter)  # type: ignore[no-untyped-call]
+    return padded
+
+
+def _unpad(states: Tensor, scatter: Tensor) -> Tensor:
+    unpadded: Tensor = _Unpad.apply(states, scatter)  # type: ignore[no-untyped-call]
+    return unpadded
 
 
 def _similar(row_lengths: Sequence[int]) -> list[list[int]]:

@@ -52,7 +52,12 @@ def load_policy(
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+        path,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="sdpa",
     )
     return model, prepare_policy(
         model, freeze_vision_tower=freeze_vision_tower, gradient_checkpointing=gradient_checkpointing

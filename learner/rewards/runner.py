@@ -73,7 +73,8 @@ class RewardRunner:
         self._jobs.put(job)
         try:
             await job.started
-            return await asyncio.wait_for(job.rewards, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await job.rewards
         except TimeoutError:
             self._add_thread()  # for the one that hangs
             raise RewardError("REWARD_TIMEOUT", f"row {sample.row}: no reward within {self._timeout_s:g} s") from None

@@ -20,59 +20,18 @@ import collections
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from common.config import ConfigError
 from common.errors import DeadlineExceeded, Draining, OutriderError, QueueFull
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.client import GrpcClient, RolloutClient
+from learner.rollouts.members import FleetEvent, Member
 
 log = get_logger("learner.rollouts.fleet")
 
 # A starved actor may answer late once; a second time in a row counts as gone.
 _MAX_LATE_POLLS = 2
-
-
-@dataclass(eq=False, slots=True)
-class Member:
-    """One incarnation of an actor, or an address that nobody answers at. Changed by the fleet only."""
-
-    address: str
-    client: RolloutClient
-    slots: int
-    actor_id: str = ""
-    state: ActorState | None = None
-    """None: unreachable."""
-    version: int = -1
-    """Policy version that it serves for this run; -1 for none of ours."""
-    status: ActorStatus | None = None
-    in_flight: int = 0
-    """Groups that it works on for this learner."""
-    reason: str = "not reached yet"
-    """Why it is unreachable; empty when it is not."""
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when this incarnation is gone; its groups will never be finished."""
-    held: bool = False
-    """Gets nothing new for the moment: its queue is full, or a call to it has just failed."""
-    marks: int = 0
-    """Counts what the publisher reported; a poll that began before is older news."""
-
-    @property
-    def reachable(self) -> bool:
-        """Whether it answers."""
-        return self.state is not None
-
-
-@dataclass(frozen=True, slots=True)
-class FleetEvent:
-    """An incarnation "joined" or "left", changed its "state", or an address was "unreachable" from the beginning."""
-
-    kind: Literal["joined", "left", "state", "unreachable"]
-    address: str
-    actor_id: str
-    state: ActorState | None
-    reason: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -142,7 +101,8 @@ class Fleet:
             self._places[address] = _Place(Member(address, self._connect(address), self._slots))
         self._polls = [asyncio.create_task(self._poll(place)) for place in self._places.values()]
         try:
-            await asyncio.wait_for(self._enough.wait(), startup_timeout_s)
+            async with asyncio.timeout(startup_timeout_s):
+                await self._enough.wait()
         except TimeoutError:
             silent = ", ".join(f"{m.address} ({m.reason})" for m in self.members() if not m.reachable)
             raise ConfigError(
@@ -188,16 +148,17 @@ class Fleet:
         """A call to `member` failed: it gets nothing new until it has answered a poll, which is made at once."""
         if member.left.is_set():
             return
+        if isinstance(error, QueueFull):
+            member.busy = True
+            asyncio.get_running_loop().call_later(max(error.retry_after_s, 0.05), self._not_busy, member)
+            return
         if isinstance(error, Draining):
             self._set_state(member, ActorState.DRAINING)
         member.held = True
-        if isinstance(error, QueueFull):
-            asyncio.get_running_loop().call_later(max(error.retry_after_s, 0.05), self._unhold, member)
-        else:
-            self._places[member.address].wake.set()
+        self._places[member.address].wake.set()
 
-    def _unhold(self, member: Member) -> None:
-        member.held = False
+    def _not_busy(self, member: Member) -> None:
+        member.busy = False
         self._assign()
 
     # ------------------------------------------------------------------------------------------------------ slots
@@ -227,23 +188,20 @@ class Fleet:
 
     def _assign(self) -> None:
         """Give free slots to those who wait, first come first served among those whom an actor can serve."""
-        waiting: collections.deque[_Waiter] = collections.deque()
-        while self._waiters:
+        passed_over: list[_Waiter] = []
+        while self._waiters and (free := [member for member in self.live() if _has_slot(member)]):
             waiter = self._waiters.popleft()
             if waiter.future.done():
                 continue
             minimum = waiter.min_version()
-            fit = [m for m in self.live() if self._has_slot(m) and m.version >= minimum]
+            fit = [member for member in free if member.version >= minimum]
             if fit:
                 member = min(fit, key=lambda m: m.in_flight)
                 member.in_flight += 1
                 waiter.future.set_result(member)
             else:
-                waiting.append(waiter)
-        self._waiters = waiting
-
-    def _has_slot(self, member: Member) -> bool:
-        return member.state is ActorState.SERVING and not member.held and member.in_flight < member.slots
+                passed_over.append(waiter)
+        self._waiters.extendleft(reversed(passed_over))
 
     # ------------------------------------------------------------------------------------------------------ polls
 
@@ -258,7 +216,9 @@ class Fleet:
             else:
                 self._answered(place, status, is_news=marks == place.member.marks)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(place.wake.wait(), self._poll_s)
+                # Not wait_for: Python 3.11's loses a cancellation that comes together with the event.
+                async with asyncio.timeout(self._poll_s):
+                    await place.wake.wait()
 
     def _answered(self, place: _Place, status: ActorStatus, *, is_news: bool) -> None:
         place.late_polls = 0
@@ -274,7 +234,9 @@ class Fleet:
                 member.version = status.policy_version
             elif status.run_id != self._run_id:
                 member.version = -1
-        member.held = False
+        if member.held:
+            member.held = False
+            self._emit(FleetEvent("recovered", member.address, member.actor_id, member.state))
         self._assign()
 
     def _missed(self, place: _Place, error: OutriderError) -> None:
@@ -319,3 +281,8 @@ class Fleet:
     def _emit(self, event: FleetEvent) -> None:
         for callback in self._callbacks:
             callback(event)
+
+
+def _has_slot(member: Member) -> bool:
+    is_willing = member.state is ActorState.SERVING and not member.held and not member.busy
+    return is_willing and member.in_flight < member.slots

@@ -24,7 +24,8 @@ from common.log import get_logger
 from common.media import content_hash
 from common.types import ChatPrompt, MediaItem, RolloutRequest, SamplingParams
 from learner.rollouts.client import SampledGroup
-from learner.rollouts.fleet import Fleet, Member
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import Member
 from learner.rollouts.tripwire import ImageMismatch, check_images
 from learner.types import ProcessedPrompt, PromptSample
 

@@ -1,0 +1,108 @@
+"""The gRPC server of one actor: both services, health that follows the state, and the drain."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+from pathlib import Path
+
+from actor.config import ActorConfig
+from actor.engine import Engine, EngineInfo
+from actor.media_store import MediaStore
+from actor.service_rollout import RolloutService
+from actor.service_weights import WeightService
+from actor.weights import PolicyState
+from common.errors import EngineDead
+from common.log import get_logger
+from common.rpc.server import RpcServer
+from common.types import ActorState, ServerInfo
+
+log = get_logger(__name__)
+
+_WATCH_PERIOD_S = 0.5
+_ALIVE = frozenset({ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.DRAINING})
+
+
+class ActorServer:
+    """Serves a started engine. `failed` is set when the engine, or what it serves, is beyond repair."""
+
+    def __init__(self, engine: Engine, info: EngineInfo, config: ActorConfig, actor_id: str) -> None:
+        self.policy = PolicyState(engine)
+        self.failed = asyncio.Event()
+        self._engine = engine
+        self._config = config
+        self._changed = asyncio.Event()
+        self._watches: list[asyncio.Task[None]] = []
+        self.rpc = RpcServer(config.limits.max_message_bytes)
+        store = MediaStore(config.limits.media_store_bytes)
+        server_info = _server_info(info, config, actor_id)
+        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store)
+        self._weights = WeightService(engine, self.policy, actor_id, info.num_workers)
+
+    async def start(self, address: str) -> int:
+        """Open the port, with the engine ready; the port. Raises ConfigError if it is taken."""
+        self.policy.loaded(standalone=self._config.standalone)
+        services = [self._rollouts.add_to(self.rpc.grpc), self._weights.add_to(self.rpc.grpc)]
+        port = await self.rpc.start(address, services)
+        await self._report_health()
+        self.policy.on_change = self._changed.set
+        self._watches = [asyncio.create_task(self._follow_state()), asyncio.create_task(self._watch_engine())]
+        return port
+
+    async def stop(self, grace_s: float, forced: asyncio.Event | None = None) -> None:
+        """Readiness off, then let running groups finish for at most `grace_s` (or until `forced`), then close the port.
+
+        What still runs then is cancelled; its client sees a broken call and asks another actor.
+        """
+        self.policy.drain()
+        await self._report_health()
+        finished = asyncio.create_task(self._rollouts.idle.wait())
+        insisted = asyncio.create_task((forced or asyncio.Event()).wait())
+        limit_s = 0.0 if self.failed.is_set() else grace_s
+        await asyncio.wait([finished, insisted], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in (finished, insisted, *self._watches):
+            task.cancel()
+        # A moment for the last message of a group that has just finished.
+        await self.rpc.stop(0.1 if self._rollouts.idle.is_set() else 0.0)
+
+    async def _report_health(self) -> None:
+        state = self.policy.state
+        await self.rpc.set_health(liveness=state in _ALIVE, readiness=state is ActorState.SERVING)
+
+    async def _follow_state(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._report_health()
+            if self.policy.state is ActorState.FAILED:
+                self.failed.set()
+
+    async def _watch_engine(self) -> None:
+        while self.policy.state is not ActorState.FAILED:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            try:
+                await self._engine.check()
+            except EngineDead as error:
+                log.error("the engine is dead", error=error.message)
+                self.policy.fail()
+
+
+def model_name(config: ActorConfig) -> str:
+    """What clients see as the model: the name of its directory."""
+    return (config.model or Path("fake")).resolve().name
+
+
+def _server_info(info: EngineInfo, config: ActorConfig, actor_id: str) -> ServerInfo:
+    version = "unknown"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("outrider")
+    return ServerInfo(
+        actor_id=actor_id,
+        model=model_name(config),
+        architecture=info.architecture,
+        engine=info.name,
+        engine_version=info.version,
+        server_version=version,
+        policy_version=0,
+        limits=config.server_limits(info.max_context_tokens),
+        suppressed_token_ids=info.suppressed_token_ids,
+    )

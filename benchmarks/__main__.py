@@ -1,0 +1,52 @@
+"""`make bench`: runs every benchmark (or those named as arguments) one after the other and prints the table."""
+
+import json
+import subprocess
+import sys
+
+from benchmarks import harness
+
+BENCHMARKS = ("demo_vs_trl", "actor_vs_inprocess")
+
+
+def main() -> int:
+    """Run the benchmarks; 1 if one of them did not end with its JSON line, else 0 (a missed goal is a finding)."""
+    unknown = sorted(set(sys.argv[1:]) - set(BENCHMARKS))
+    if unknown:
+        print(f"unknown benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    lines, failed = [], []
+    for name in sys.argv[1:] or BENCHMARKS:
+        line = _run(name)
+        if line is None:
+            failed.append(name)
+        else:
+            lines.append(line)
+    if lines:
+        print("\n" + harness.table(lines))
+    for name in failed:
+        print(f"{name} failed: see above")
+    return 1 if failed else 0
+
+
+def _run(name: str) -> str | None:
+    """Run one benchmark with its output passed on; its JSON line, or None if it failed."""
+    print(f"\n== {name}", flush=True)
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode != 0:
+        return None
+    try:
+        json.loads(last)
+    except ValueError:
+        return None
+    return last
+
+
+if __name__ == "__main__":
+    sys.exit(main())

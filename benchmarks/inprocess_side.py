@@ -1,0 +1,59 @@
+"""vLLM's side of `actor_vs_inprocess`: `LLM.generate` in this process, with the actor's engine settings.
+
+`python -m benchmarks.inprocess_side MODEL SETTINGS_JSON`. For each line `{"images": [base64 PNG, ...], "sampling": {...}}` it
+generates once and answers `{"seconds": s, "token_ids": [[...], ...]}`: completions in the order of the images.
+"""
+
+import base64
+import io
+import json
+import os
+import sys
+import time
+from typing import Any
+
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what vLLM prints must not mix with the answers
+
+
+def main() -> None:
+    """Start the engine, say that it is ready, then obey until the standard input ends."""
+    model, settings = sys.argv[1], json.loads(sys.argv[2])
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.pop("kv_cache_gib"))
+    from PIL import Image
+    from transformers import AutoProcessor
+    from vllm import LLM, SamplingParams
+
+    processor = AutoProcessor.from_pretrained(model)
+    llm = LLM(
+        model=model,
+        limit_mm_per_prompt={"image": settings.pop("max_images"), "video": 0},
+        skip_mm_profiling=True,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        # The same distribution as the actor's, so that the tokens can be compared.
+        logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
+        **settings,
+    )
+    print(json.dumps({"ready": {}}), file=ANSWERS)
+    for line in sys.stdin:
+        turn: dict[str, Any] = json.loads(line)
+        images = [base64.b64decode(image) for image in turn["images"]]
+        parameters = SamplingParams(**turn["sampling"], logprobs=0, flat_logprobs=True, detokenize=False)
+        started_at = time.perf_counter()
+        prompts = [
+            {
+                "prompt": processor.apply_chat_template(turn["messages"], tokenize=False, add_generation_prompt=True),
+                "multi_modal_data": {"image": Image.open(io.BytesIO(image)).convert("RGB")},
+            }
+            for image in images
+        ]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        token_ids = [list(sample.token_ids) for output in outputs for sample in output.outputs]
+        seconds = time.perf_counter() - started_at
+        print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=ANSWERS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Checkpoints: one directory per version that is either whole or not there.
+
+    checkpoints/step-000040/  sharded model and optimizer (torch.distributed.checkpoint)  +  state.json
+
+Everything is written into a temporary directory, which is renamed last: a kill or a full disk at any moment leaves the
+previous checkpoint valid. `export_model` writes the same policy for everybody else, in Hugging Face format.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from common.config import ConfigError
+
+_STATE = "state.json"
+# Of a checkpoint directory of transformers: what `save_pretrained` of the model writes anew.
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+def save_checkpoint(
+    run_dir: Path, version: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of `version`; a collective. `state` (plain JSON values) is rank 0's.
+
+    Raises:
+        OSError: disk full and the like; older checkpoints are as they were.
+    """
+    target = _directory(run_dir, version)
+    partial = target.with_name(f".{target.name}.partial")
+    if _is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    if _is_main():
+        (partial / _STATE).write_text(json.dumps({"version": version, **state}))
+        _sync(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+        _sync(target.parent)
+        for old in _all(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return target
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return next(reversed(_all(run_dir)), None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that was saved, and `version`. Raises ConfigError if the file is damaged."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
+    except (OSError, ValueError):
+        raise ConfigError(f"{checkpoint}: {_STATE} cannot be read; remove this checkpoint to resume from the one before") from None
+    return state
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore parameters and optimizer in place; a collective, on any number of ranks."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+
+def export_model(model: Any, source: Path, target: Path) -> Path:
+    """Write the policy as a checkpoint directory that `transformers` and vLLM load; a collective.
+
+    `source` is the directory that training started from: tokenizer, processor and templates are copied from it.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if _is_main():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"))
+        model.save_pretrained(partial, state_dict=state)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+    _barrier()
+    return target
+
+
+def _directory(run_dir: Path, version: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{version:06}"
+
+
+def _all(run_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{_STATE}"))
+
+
+def _sync(directory: Path) -> None:
+    """Have files and names on disk before they count."""
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_main() -> bool:
+    return dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    dist.barrier()

@@ -1,0 +1,122 @@
+"""Configuration of a training run. Imports no torch."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.config import Config
+from learner.algorithms.config import LossConfig
+from learner.data import DataConfig
+from learner.model.config import OptimizerConfig
+
+
+class ModelConfig(Config):
+    """The policy. Names as users of verl know them."""
+
+    # Checkpoint directory in Hugging Face format; the actors load the same one.
+    path: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Parameters of dtype float32 are gathered and multiplied in bfloat16 (mixed precision).
+    compute_bfloat16: bool = False
+    freeze_vision_tower: bool = False
+    enable_gradient_checkpointing: bool = False
+
+
+class RewardConfig(Config):
+    """What a completion is worth."""
+
+    # "module:function"; see learner/rewards/.
+    function: str = "learner.rewards.exact_match:exact_match"
+    # Seconds that the rewards of one group may take.
+    timeout_s: float = Field(30.0, gt=0)
+
+
+class RolloutConfig(Config):
+    """How groups are sampled, and by whom."""
+
+    # "host:port" of each actor. The single-machine launcher fills it in.
+    actors: tuple[str, ...] = ()
+    # Completions of one prompt.
+    n: int = Field(8, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(256, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    # Restrict sampling to these ids; empty: all.
+    allowed_token_ids: tuple[int, ...] = ()
+    # Seed of the sampling; None leaves it to the actors.
+    seed: int | None = None
+    # A group that takes longer on one actor is sent to another.
+    group_timeout_s: float = Field(300.0, gt=0)
+    # Groups that one actor works on at once.
+    slots_per_actor: int = Field(64, ge=1)
+    # How long to wait for the first actor to answer, and whether for more than one.
+    startup_timeout_s: float = Field(300.0, gt=0)
+    min_actors: int = Field(1, ge=1)
+
+
+class TrainerConfig(Config):
+    """The loop."""
+
+    total_steps: int = Field(ge=1)
+    # Groups of one optimizer step.
+    batch_prompts: int = Field(ge=1)
+    # Policy versions that generation may run behind training. 0: strictly on-policy, synchronous.
+    max_staleness: int = Field(0, ge=0)
+    # Tokens of one micro-batch on one rank.
+    max_tokens_per_micro_batch: int = Field(8192, ge=1)
+    # Steps between two evaluations on the held-out rows; the first and the last step always evaluate. 0: only those.
+    eval_every: int = Field(0, ge=0)
+    # Steps between two checkpoints; the last step always makes one. 0: only that.
+    checkpoint_every: int = Field(0, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    # Stop the run when an on-policy logprob of actor and learner differs by more. None: only report.
+    max_parity_diff: float | None = Field(None, gt=0)
+    # None: CUDA if there is one.
+    device: Literal["cpu", "cuda"] | None = None
+
+
+class WeightsConfig(Config):
+    """How new weights reach the actors."""
+
+    # None: nccl on CUDA, gloo on CPUs.
+    backend: Literal["gloo", "nccl"] | None = None
+    # Address of this process as the actors reach it. None: the one on the route to the first actor.
+    host: str | None = None
+    # Bound on opening an epoch and on staging one update.
+    timeout_s: float = Field(30.0, gt=0)
+    bucket_mib: int = Field(64, ge=1)
+
+
+class LocalConfig(Config):
+    """What the single-machine launcher (`outrider`) starts beside the learner. The learner itself does not read it."""
+
+    num_actors: int = Field(2, ge=0)
+    num_ranks: int = Field(1, ge=1)
+    # Actor i listens on base_port + i.
+    base_port: int = Field(50051, ge=1, le=65000)
+    # Configuration of the actors, as in `python -m actor --config`.
+    actor: dict[str, Any] = Field(default_factory=dict)
+
+
+class LearnerConfig(Config):
+    """One training run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    # Of the data order.
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig
+    weights: WeightsConfig = WeightsConfig()
+    local: LocalConfig = LocalConfig()
+    # Where run folders are made; relative paths here are relative to the working directory.
+    runs_dir: Path = Path("runs")
+    # The run folder itself; None: `runs_dir/<name>-<time>`, or the newest unfinished one of this same configuration.
+    run_dir: Path | None = None
+    # Continue the newest unfinished run of this same configuration.
+    resume: bool = True

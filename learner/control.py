@@ -1,0 +1,216 @@
+"""Rank 0's other half: the event loop that talks to the actors while the main thread trains.
+
+    main thread (trainer)                     loop thread (this module)
+    take_batch  <------- GroupBuffer -------- dispatcher ---> sampler ---> fleet ---> actors
+    finish_step -------- new version -------> dispatcher
+                -------- snapshot ----------> publisher -----------------> weight epochs
+    evaluate    -------- requests ----------> sampler
+
+A failure of any loop fails the trainer's next call.
+"""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import uvloop
+
+from common.collective import address_towards
+from common.log import get_logger
+from common.types import SamplingParams
+from learner.batch.processing import PromptProcessor
+from learner.config import LearnerConfig
+from learner.data import PromptDataset
+from learner.evaluate import Evaluation, evaluate
+from learner.ledger import Ledger
+from learner.rewards.load import load_reward
+from learner.rewards.runner import RewardRunner
+from learner.rollouts.buffer import GroupBuffer
+from learner.rollouts.credits import Credits
+from learner.rollouts.dispatcher import Dispatcher, DispatchStats
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import FleetEvent, Member
+from learner.rollouts.sampler import Sampler
+from learner.types import Group
+from learner.weights.publisher import Publisher
+from learner.weights.snapshot import Snapshot
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Control:
+    """The learner's view of its actors, for the trainer's thread. Made by `start_control`."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        *,
+        backend: str,
+        train: PromptDataset,
+        held_out: PromptDataset | None,
+        processor: PromptProcessor,
+        decode: Callable[[Sequence[int]], str],
+        ledger: Ledger,
+        version: int,
+        on_actor_event: Callable[[str], None],
+    ) -> None:
+        self.run_id = uuid.uuid4().hex[:12]
+        self.processor = processor
+        self._config = config
+        self._backend = backend
+        self._held_out = held_out
+        self._ledger = ledger
+        self._on_actor_event = on_actor_event
+        trainer = config.trainer
+        self._buffer = GroupBuffer(max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts)
+        self._fleet = Fleet(config.rollout.actors, run_id=self.run_id, slots_per_actor=config.rollout.slots_per_actor)
+        self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
+        self._rewards = RewardRunner(
+            load_reward(config.reward.function), decode=decode, timeout_s=config.reward.timeout_s
+        )
+        self._dispatcher = Dispatcher(
+            dataset=train,
+            ledger=ledger,
+            processor=processor,
+            sampler=self._sampler,
+            rewards=self._rewards,
+            buffer=self._buffer,
+            credits=Credits(trainer.batch_prompts, trainer.max_staleness, step=version, total_steps=trainer.total_steps),
+            sampling=sampling_params(config),
+            run_id=self.run_id,
+            sampling_seed=config.rollout.seed,
+        )
+        self._publisher: Publisher | None = None
+        self._loop = uvloop.new_event_loop()
+        self._main: asyncio.Task[None] | None = None
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    # ---------------------------------------------------------------------------------------- the trainer's thread
+
+    def start(self) -> None:
+        """Find the actors; returns when enough of them answer. Raises ConfigError if they do not."""
+        self._thread.start()
+        self._ready.result()
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Hand over a new version; returns at once."""
+        assert self._publisher is not None
+        self._publisher.submit(snapshot)
+
+    def take_batch(self, version: int) -> list[Group]:
+        """Wait for the groups of one step. Raises what broke the rollouts."""
+        trainer = self._config.trainer
+        return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+
+    def finish_step(self, groups: Sequence[Group], version: int, snapshot: Snapshot) -> None:
+        """These groups are trained and gave `version`: no resumed run trains them again, and generation may go on."""
+        self._ledger.mark_trained([group.sequence for group in groups])
+        self._dispatcher.set_version(version)
+        self.publish(snapshot)
+
+    def evaluate(self, version: int) -> Evaluation | None:
+        """Greedy accuracy of `version` on the held-out rows; None without any."""
+        if self._held_out is None:
+            return None
+        return self._call(
+            evaluate(
+                self._held_out,
+                sampler=self._sampler,
+                rewards=self._rewards,
+                processor=self.processor,
+                sampling=sampling_params(self._config, greedy=True),
+                group_prefix=f"{self.run_id}.held-out.{version}",
+                version=version,
+            )
+        )
+
+    def members(self) -> tuple[Member, ...]:
+        """The actors, for the display."""
+        return self._fleet.members()
+
+    def stats(self) -> DispatchStats:
+        """Counts since this process started."""
+        return self._dispatcher.stats()
+
+    def close(self) -> None:
+        """Stop everything; the actors are left as they are."""
+        if self._main is not None:
+            self._loop.call_soon_threadsafe(self._main.cancel)
+        self._thread.join(timeout=10)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop; fails at once if the loop's own tasks have failed."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        assert self._main is not None
+        self._main.add_done_callback(lambda _: future.cancel())
+        return future.result()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._main = self._loop.create_task(self._serve())
+        try:
+            self._loop.run_until_complete(self._main)
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            log.error("the control loop failed", exc_info=error)
+            self._buffer.fail(error)
+            if not self._ready.done():
+                self._ready.set_exception(error)
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        self._fleet.subscribe(lambda event: self._on_actor_event(describe(event)))
+        try:
+            await self._fleet.start(
+                startup_timeout_s=self._config.rollout.startup_timeout_s, min_actors=self._config.rollout.min_actors
+            )
+            self._publisher = Publisher(
+                self._fleet,
+                run_id=self.run_id,
+                host=self._config.weights.host or _own_address(self._config.rollout.actors[0]),
+                backend=self._backend,
+                timeout_s=self._config.weights.timeout_s,
+            )
+            self._ready.set_result(None)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._publisher.run())
+                tasks.create_task(self._dispatcher.run())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._rewards.close()
+            await self._fleet.close()
+
+
+def sampling_params(config: LearnerConfig, *, greedy: bool = False) -> SamplingParams:
+    """How training samples, or how evaluation does."""
+    rollout = config.rollout
+    return SamplingParams(
+        n=1 if greedy else rollout.n,
+        temperature=0.0 if greedy else rollout.temperature,
+        max_tokens=rollout.max_tokens,
+        min_tokens=rollout.min_tokens,
+        allowed_token_ids=rollout.allowed_token_ids,
+    )
+
+
+def describe(event: FleetEvent) -> str:
+    """One line for the user about an actor."""
+    what = event.state.value if event.kind == "state" and event.state is not None else event.kind
+    return f"actor {event.address} {what}" + (f": {event.reason}" if event.reason else "")
+
+
+def _own_address(actor: str) -> str:
+    host, _, port = actor.rpartition(":")
+    return address_towards(host.strip("[]"), int(port))

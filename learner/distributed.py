@@ -1,0 +1,77 @@
+"""The ranks of the learner: rank 0 talks to the actors and tells the others, all of them train.
+
+Started by torchrun, or alone as a single rank. Everything that goes from rank 0 to the others is a flat uint8 tensor.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Rank 0 waits for rollouts, and the others wait for rank 0; how long that takes is not the group's business.
+_TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among the learner's ranks."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def scatter(self, parts: Sequence[torch.Tensor] | None) -> torch.Tensor:
+        """Give each rank its part of a list that rank 0 has: uint8 `[any]` on the CPU."""
+        sizes = torch.zeros(self.num_ranks, dtype=torch.int64)
+        if parts is not None:
+            sizes = torch.tensor([part.numel() for part in parts])
+        dist.broadcast(sizes, src=0)
+        if parts is not None:
+            for rank in range(1, self.num_ranks):
+                dist.send(parts[rank], dst=rank)
+            return parts[0]
+        mine = torch.empty(int(sizes[self.rank]), dtype=torch.uint8)
+        dist.recv(mine, src=0)
+        return mine
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Give every rank the bytes that rank 0 has."""
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data is not None else None
+        return self.scatter([packed] * self.num_ranks if packed is not None else None).numpy().tobytes()
+
+
+@contextlib.contextmanager
+def join_ranks(device: str | None) -> Iterator[Ranks]:
+    """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    store = None
+    if "MASTER_PORT" not in os.environ:  # not started by torchrun: a single rank
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        timeout=_TIMEOUT,
+        store=store,
+        rank=int(os.environ["RANK"]) if store is not None else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if store is not None else -1,
+    )
+    try:
+        num_ranks = dist.get_world_size()
+        where = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+        yield Ranks(dist.get_rank(), num_ranks, where, init_device_mesh(kind, (num_ranks,)))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,169 @@
+"""`outrider`: actors and learner together on one machine, for those who do not want to know torchrun.
+
+    outrider --config examples/digits/config.yaml
+
+It starts `local.num_actors` actors and a torchrun learner, each in a session of its own with its log in the run folder. An
+actor that dies is started again. When the learner ends, so do the actors; when the learner is *killed*, the actors stay
+for some minutes, and the same command finds them and resumes at the last checkpoint. Ctrl-C stops everything.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from common.lifecycle import end_with_parent
+
+if TYPE_CHECKING:
+    from learner.config import LearnerConfig
+    from learner.local_actors import LocalActors
+
+EPILOG = """\
+examples:
+  outrider --config examples/digits/config.yaml model.path=runs/my-model trainer.total_steps=50
+  outrider --config run.yaml local.num_actors=1 local.num_ranks=2
+
+Every key of the configuration can be given as key.path=value; docs/ lists them.
+"""
+
+_POLL_S = 0.2
+# From Ctrl-C: what is still there after this is killed.
+_STOP_S = 3.0
+
+
+def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConfig, Path], Path] | None" = None) -> int:
+    """Entry point. `prepare(config, run_dir)` may make the checkpoint that the run starts from, and returns its path."""
+    options = parse(arguments)
+
+    from common.config import ConfigError, load_config
+    from learner.config import LearnerConfig
+
+    try:
+        overrides = [*options.overrides, *([f"seed={options.seed}"] if options.seed is not None else [])]
+        return _run(load_config(LearnerConfig, options.config, overrides), prepare)
+    except ConfigError as error:
+        print(f"outrider: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\noutrider: stopped; the same command resumes at the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="outrider",
+        description="Run actors and learner together on this machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run")
+    parser.add_argument("--seed", type=int, help="seed of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
+    from learner import run_folder
+    from learner.local_actors import LocalActors
+    from learner.run import check
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    run_dir = run_folder.choose(config)
+    if prepare is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
+    actors = LocalActors(config.local, config.model.path, run_dir)
+    config = config.model_copy(
+        update={
+            "run_dir": run_dir,
+            "rollout": config.rollout.model_copy(update={"actors": actors.addresses or config.rollout.actors}),
+        }
+    )
+    check(config)
+    learner: subprocess.Popen[bytes] | None = None
+    was_killed = False
+    try:
+        actors.start()
+        learner = _start_learner(config, run_dir)
+        while learner.poll() is None:
+            actors.restart_dead()
+            time.sleep(_POLL_S)
+        code = _exit_code(run_dir, learner.returncode)
+        was_killed = code is None
+        if code != 0:
+            print(_last_words(run_dir, actors, was_killed=was_killed), file=sys.stderr)
+        return 1 if code is None else code
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        deadline = time.monotonic() + _STOP_S
+        if learner is not None:
+            _signal_group(learner, signal.SIGTERM)
+        if not was_killed:
+            actors.terminate()
+        if learner is not None:
+            _end_learner(learner, deadline)
+        if not was_killed:
+            actors.end(deadline)
+
+
+def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[bytes]:
+    """torchrun with the resolved configuration. Its own chatter goes to a log; rank 0 has our standard output."""
+    import yaml
+
+    (run_dir / "exit-code").unlink(missing_ok=True)
+    path = run_dir / "learner.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(config.local.num_ranks), "-m", "learner", "--config", str(path)]
+    with (run_dir / "logs" / "torchrun.log").open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
+
+
+def _exit_code(run_dir: Path, torchrun_code: int) -> int | None:
+    """The learner's own exit code; None if it was killed before it could say one."""
+    if torchrun_code == 0:
+        return 0
+    try:
+        return int((run_dir / "exit-code").read_text()) if torchrun_code > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def _last_words(run_dir: Path, actors: "LocalActors", *, was_killed: bool) -> str:
+    if was_killed:
+        return f"outrider: the learner was killed; the same command resumes it. The actors wait for it: {actors}"
+    path = run_dir / "logs" / "torchrun.log"
+    said = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("learner: ")]
+    return said[-1].replace("learner: ", "outrider: ", 1) if said else f"outrider: the learner failed; see {path}"
+
+
+def _end_learner(learner: subprocess.Popen[bytes], deadline: float) -> None:
+    try:
+        learner.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _signal_group(learner, signal.SIGKILL)
+        learner.wait()
+    _signal_group(learner, signal.SIGKILL)  # ranks that torchrun has left behind
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

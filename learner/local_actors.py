@@ -1,0 +1,174 @@
+"""The actors of the single-machine launcher: started, started again when they die, found again, stopped.
+
+Each is `python -m actor` in a session of its own, so that its process group holds vLLM's processes too. `actors.json` in
+the run folder remembers them for the next command, should this one be killed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from common.config import ConfigError
+from learner.config import LocalConfig
+
+_HOST = "127.0.0.1"
+# A learner that is killed has this long to come back before its actors give up.
+_IDLE_EXIT_S = 600.0
+_MAX_RESTARTS = 20
+_POLL_S = 0.05
+_USER_ERROR = 2
+
+
+@dataclass(slots=True)
+class _Actor:
+    index: int
+    address: str
+    pid: int = 0
+    process: subprocess.Popen[bytes] | None = None  # None: started by an earlier command
+    num_restarts: int = 0
+
+
+class LocalActors:
+    """`config.num_actors` actors on ascending ports of the loopback interface."""
+
+    def __init__(self, config: LocalConfig, model: Path, run_dir: Path) -> None:
+        self._config = config
+        self._model = model
+        self._run_dir = run_dir
+        self._actors = [_Actor(i, f"{_HOST}:{config.base_port + i}") for i in range(config.num_actors)]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where they listen."""
+        return tuple(actor.address for actor in self._actors)
+
+    def start(self) -> None:
+        """Start them, or take over those that an earlier command of this run has left. Raises ConfigError."""
+        known = self._read_known()
+        for actor in self._actors:
+            pid = known.get(actor.address, 0)
+            if pid and _is_actor(pid, actor.address):
+                actor.pid = pid
+                print(f"actor {actor.address} is still running (pid {pid}) and is used again", flush=True)
+            elif _is_taken(actor.address):
+                raise ConfigError(f"{actor.address} is in use by another process; stop it, or set local.base_port")
+        for actor in self._actors:
+            if not actor.pid:
+                self._spawn(actor)
+        self._write_known()
+
+    def restart_dead(self) -> None:
+        """Start those again that have died. Raises ConfigError if one cannot live."""
+        for actor in self._actors:
+            code = self._exit_code(actor)
+            if code is None:
+                continue
+            _kill_group(actor.pid)  # what it has left of vLLM's processes
+            if code == _USER_ERROR or actor.num_restarts >= _MAX_RESTARTS:
+                raise ConfigError(f"actor {actor.address} does not start: {self._last_line(actor)}")
+            actor.num_restarts += 1
+            self._spawn(actor)
+            self._write_known()
+
+    def terminate(self) -> None:
+        """Ask all to stop."""
+        for actor in self._actors:
+            with contextlib.suppress(ProcessLookupError):
+                if actor.pid:
+                    os.kill(actor.pid, signal.SIGTERM)
+
+    def end(self, deadline: float) -> None:
+        """Wait for all until `deadline` (time.monotonic), then kill what is left of their process groups."""
+        while time.monotonic() < deadline and any(actor.pid and self._exit_code(actor) is None for actor in self._actors):
+            time.sleep(_POLL_S)
+        for actor in self._actors:
+            if actor.pid:
+                _kill_group(actor.pid)
+            if actor.process is not None:
+                actor.process.wait()
+        self._known_path.unlink(missing_ok=True)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{actor.address} (pid {actor.pid})" for actor in self._actors)
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _spawn(self, actor: _Actor) -> None:
+        settings = dict(self._config.actor)
+        settings.setdefault("idle_exit_s", _IDLE_EXIT_S)
+        settings.setdefault("grace_s", 1.0)
+        if settings.get("engine", "vllm") == "vllm" and len(self._actors) > 1:
+            # Two engines on one core would wait for each other at every step.
+            cores = sorted(os.sched_getaffinity(0))
+            settings["vllm"] = {"cpu_cores": str(cores[actor.index % len(cores)]), **settings.get("vllm", {})}
+        config = self._run_dir / f"actor-{actor.index}.yaml"
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        command = [sys.executable, "-m", "actor", "--config", str(config)]
+        command += ["--model", str(self._model), "--listen", actor.address]
+        with self._log_path(actor).open("ab") as log:
+            actor.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        actor.pid = actor.process.pid
+
+    def _exit_code(self, actor: _Actor) -> int | None:
+        """None while it runs; -1 if nobody can know."""
+        if actor.process is not None:
+            return actor.process.poll()
+        return None if _is_actor(actor.pid, actor.address) else -1
+
+    def _last_line(self, actor: _Actor) -> str:
+        path = self._log_path(actor)
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("actor: ")]
+        return lines[-1].removeprefix("actor: ") if lines else f"see {path}"
+
+    def _log_path(self, actor: _Actor) -> Path:
+        return self._run_dir / "logs" / f"actor-{actor.index}.log"
+
+    @property
+    def _known_path(self) -> Path:
+        return self._run_dir / "actors.json"
+
+    def _read_known(self) -> dict[str, int]:
+        try:
+            known: dict[str, int] = json.loads(self._known_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known
+
+    def _write_known(self) -> None:
+        self._known_path.write_text(json.dumps({actor.address: actor.pid for actor in self._actors}))
+
+
+def _is_actor(pid: int, address: str) -> bool:
+    """Whether this process is the actor of that address (a pid can be anybody's by now)."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"actor" in command and address.encode() in command
+
+
+def _is_taken(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError:
+            return True
+    return False
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,54 @@
+"""What the fleet knows of one actor, and what it tells others about it."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.types import ActorState, ActorStatus
+from learner.rollouts.client import RolloutClient
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One incarnation of an actor, or an address that nobody answers at. Changed by the fleet only."""
+
+    address: str
+    client: RolloutClient
+    slots: int
+    actor_id: str = ""
+    state: ActorState | None = None
+    """None: unreachable."""
+    version: int = -1
+    """Policy version that it serves for this run; -1 for none of ours."""
+    status: ActorStatus | None = None
+    in_flight: int = 0
+    """Groups that it works on for this learner."""
+    reason: str = "not reached yet"
+    """Why it is unreachable; empty when it is not."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when this incarnation is gone; its groups will never be finished."""
+    held: bool = False
+    """A call to it has just failed: it gets nothing new until it has answered a poll."""
+    busy: bool = False
+    """Its queue is full: it gets no group until the time that it asked for has passed."""
+    marks: int = 0
+    """Counts what the publisher reported; a poll that began before is older news."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it answers."""
+        return self.state is not None
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """What happened: an incarnation joined or left, changed its state, or answers again after a failed call.
+
+    "unreachable" is said once of an address that nobody has answered at yet.
+    """
+
+    kind: Literal["joined", "left", "state", "recovered", "unreachable"]
+    address: str
+    actor_id: str
+    state: ActorState | None
+    reason: str = ""

@@ -1,0 +1,150 @@
+"""What a run leaves behind: metrics.jsonl as it goes, summary.json and a question to its checkpoint at the end."""
+
+import base64
+import dataclasses
+import json
+import math
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.types import MediaPart, TextPart
+from learner.types import PromptSample
+
+SERVE_ADDRESS = "127.0.0.1:50051"
+
+
+class MetricsWriter:
+    """Appends one JSON object per line, each on disk when `write` returns. A resumed run appends to what is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one line. Numbers that JSON does not know (NaN, infinity) become null."""
+        self._file.write(json.dumps(_plain(metrics), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The result of a run. Accuracies are shares (0 to 1) of the held-out rows; None where there are none."""
+
+    name: str
+    steps: int
+    accuracy_before: float | None
+    accuracy_after: float | None
+    completions_per_s: float
+    """Of the whole training loop, evaluation left out."""
+    parity_max_abs_diff: float | None
+    """Largest difference of an on-policy token's logprob between actor and learner, over all steps."""
+    wall_s: float
+    checkpoint: str
+    """Directory of the final export in Hugging Face format."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of summary.json."""
+
+
+def write_summary(run_dir: Path, summary: Summary) -> Path:
+    """Write summary.json; there is never half of one."""
+    values = dataclasses.asdict(summary)
+    extra = values.pop("extra")
+    if clash := values.keys() & extra.keys():
+        raise ValueError(f"extra fields of the summary hide its own: {', '.join(sorted(clash))}")
+    path = run_dir / "summary.json"
+    partial = run_dir / "summary.json.partial"
+    partial.write_text(json.dumps(_plain(values | extra), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def write_question(run_dir: Path, sample: PromptSample, *, max_tokens: int = 64) -> Path:
+    """Write question.json, a `GenerateRequest` for grpcurl that asks `sample`, and its first image beside it."""
+    if sample.images:
+        suffix = (
+            "png"
+            if sample.images[0].startswith(b"\x89PNG")
+            else "jpg"
+            if sample.images[0][:2] == b"\xff\xd8"
+            else "webp"
+        )
+        (run_dir / f"question.{suffix}").write_bytes(sample.images[0])
+    messages = [
+        {
+            "role": message.role,
+            "parts": [_part(part) for part in message.parts],
+        }
+        for message in sample.messages
+    ]
+    media = [{"modality": "MODALITY_IMAGE", "encoded": base64.b64encode(image).decode()} for image in sample.images]
+    request = {
+        "groupId": "question",
+        "chat": {"messages": messages},
+        "media": media,
+        "sampling": {"temperature": 0, "maxTokens": max_tokens},
+        "returns": {"text": True},
+    }
+    path = run_dir / "question.json"
+    path.write_text(json.dumps(request) + "\n", encoding="utf-8")
+    return path
+
+
+def format_summary(summary: Summary, question: Path | None = None) -> str:
+    """The end of a run in words, with the commands that serve its checkpoint and ask it about an image."""
+    lines = [
+        "",
+        f"{summary.name}: {summary.steps} steps in {format_duration(summary.wall_s)}",
+        f"  held-out accuracy  {_percent(summary.accuracy_before)} before, {_percent(summary.accuracy_after)} after",
+        f"  throughput         {summary.completions_per_s:,.0f} completions/s",
+        f"  logprob parity     {_number(summary.parity_max_abs_diff)} (largest difference between actor and learner)",
+        f"  checkpoint         {summary.checkpoint}",
+        "",
+        "Serve it:",
+        f"  python -m actor --model {shlex.quote(summary.checkpoint)} --listen {SERVE_ADDRESS} --standalone",
+    ]
+    if question is not None:
+        file = shlex.quote(str(question))
+        method = "rollout.v1.RolloutService/Generate"
+        lines += [
+            "and ask it about the image beside question.json:",
+            f"  grpcurl -plaintext -d @ {SERVE_ADDRESS} {method} < {file}",
+            f"  buf curl --protocol grpc --http2-prior-knowledge -d @{file} http://{SERVE_ADDRESS}/{method}",
+        ]
+    return "\n".join(lines)
+
+
+def format_duration(seconds: float) -> str:
+    """As `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _part(part: TextPart | MediaPart) -> dict[str, Any]:
+    return {"text": part.text} if isinstance(part, TextPart) else {"mediaIndex": part.index}
+
+
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON values: numpy scalars unwrapped, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

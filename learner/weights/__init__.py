@@ -1,0 +1,1 @@
+"""From the trainer's parameters to the actors: snapshot, epochs, publisher."""

@@ -1,0 +1,147 @@
+"""One weight epoch from the learner's side: a broadcast group with a fixed list of actors, and its three moves.
+
+    open: OpenEpoch to all + join as rank 0   -> stage: Stage to all + broadcast   -> commit: Commit to all   ... -> abort
+
+Whatever fails, `open_epoch` and `Epoch.update` say which members are at fault; the publisher then aborts the epoch and
+opens the next one with the others.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from common.collective import BroadcastGroup
+from common.errors import OutriderError
+from common.log import get_logger
+from common.types import EpochSpec
+from learner.rollouts.members import Member
+from learner.weights.snapshot import Snapshot
+
+log = get_logger(__name__)
+
+_COMMIT_TIMEOUT_S = 60.0
+
+
+class EpochFailed(Exception):
+    """The epoch is over. `culprits` are the members that failed, with what they said; empty: it was our own end."""
+
+    def __init__(self, message: str, culprits: Sequence[tuple[Member, OutriderError]] = ()) -> None:
+        super().__init__(message)
+        self.culprits = tuple(culprits)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTimes:
+    """Seconds of one update: until all members had staged it, and the longest pause of generation."""
+
+    stage_s: float
+    pause_s: float
+
+
+class Epoch:
+    """An open epoch; made by `open_epoch`."""
+
+    def __init__(self, spec: EpochSpec, members: tuple[Member, ...], group: BroadcastGroup) -> None:
+        self.members = members
+        self._spec = spec
+        self._group = group
+
+    async def update(self, snapshot: Snapshot, *, full: bool) -> UpdateTimes:
+        """Bring every member to the snapshot's version.
+
+        Raises:
+            EpochFailed: a member, or the broadcast, failed before all were through. A member is either at the new
+                version or untouched at its old one.
+        """
+        loop = asyncio.get_running_loop()
+        run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
+        manifest, buffers = snapshot.update(full=full)
+        started_at = loop.time()
+        broadcast = asyncio.ensure_future(asyncio.to_thread(self._broadcast, buffers))
+        stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
+        await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
+        staged_at = loop.time()
+        commits = [
+            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S) for member in self.members
+        ]
+        pauses = await _all_or_fail(f"committing version {snapshot.version}", self.members, commits)
+        return UpdateTimes(staged_at - started_at, max(pauses))
+
+    def _broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
+        for buffer in buffers:
+            self._group.broadcast(buffer.to(self._group.device))
+
+    async def abort(self) -> None:
+        """Leave, and tell the members to; those that do not answer are none of our concern any more."""
+        self._group.abort()
+        await abort_members(self._spec, self.members)
+
+
+async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
+    """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
+
+    Raises:
+        EpochFailed: a member did not come in.
+    """
+    joins, rank = [], 1
+    for member in members:
+        joins.append(member.client.open_epoch(replace(spec, rank=rank)))
+        rank += num_workers(member)
+    joined = asyncio.ensure_future(asyncio.to_thread(BroadcastGroup, spec, 0))
+    try:
+        await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
+    except BaseException:
+        # Our own join may go on waiting for somebody who never comes; whatever it yields is thrown away.
+        joined.add_done_callback(_abort_late)
+        await abort_members(spec, members)
+        raise
+    return Epoch(spec, tuple(members), joined.result())
+
+
+async def abort_members(spec: EpochSpec, members: Sequence[Member]) -> None:
+    """Tell members to leave an epoch, ignoring those that cannot be told."""
+    calls = [member.client.abort(spec.run_id, spec.epoch, timeout_s=5.0) for member in members if member.reachable]
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+def num_workers(member: Member) -> int:
+    """Processes of this actor that join an epoch."""
+    return member.status.num_workers if member.status is not None else 1
+
+
+async def _all_or_fail(
+    what: str,
+    members: Sequence[Member],
+    calls: Sequence[Coroutine[Any, Any, Any]],
+    own: "asyncio.Future[Any] | None" = None,
+) -> list[Any]:
+    """Wait for one call to each member, and for our own part; at the first failure leave the rest behind.
+
+    Our own part failing says nothing of who is at fault, so the members then get a moment to say it themselves.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+    failed = [future for future in done if future.exception() is not None]
+    if not failed:
+        return [task.result() for task in tasks]
+    if failed == [own]:
+        await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
+    culprits = []
+    for member, task in zip(members, tasks, strict=True):
+        error = task.exception() if task.done() and not task.cancelled() else None
+        if isinstance(error, OutriderError):
+            culprits.append((member, error))
+        elif error is not None:
+            raise error
+        task.cancel()
+    reason = culprits[0][1] if culprits else failed[0].exception()
+    raise EpochFailed(f"{what} failed: {reason}", culprits)
+
+
+def _abort_late(joined: "asyncio.Future[BroadcastGroup]") -> None:
+    if not joined.cancelled() and joined.exception() is None:
+        joined.result().abort()

@@ -1,0 +1,147 @@
+"""Keeps the fleet at the newest policy, beside the trainer.
+
+| it wakes when | it then |
+|---|---|
+| the trainer hands over a snapshot | stages and commits it on all members of the epoch |
+| an actor joins, leaves or restarts | ends the epoch and opens the next one with who is there; newcomers are caught up |
+| an epoch fails | aborts it, reports who is at fault to the fleet, opens the next one with the others |
+
+The trainer never waits for it, and an actor that it cannot bring to a version gets no prompts of that version: the
+fleet knows an actor's version only through `mark_committed`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from common.log import get_logger
+from common.types import ActorState, EpochSpec
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import FleetEvent, Member
+from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
+from learner.weights.snapshot import Snapshot
+
+log = get_logger(__name__)
+
+_UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING)
+_RETRY_S = 0.2
+
+
+class Publisher:
+    """Belongs to the event loop of rank 0; `submit` may be called from any thread."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        run_id: str,
+        host: str,
+        backend: str,
+        timeout_s: float,
+        on_update: Callable[[int, UpdateTimes], None] = lambda version, times: None,
+    ) -> None:
+        """
+        Args:
+            fleet: whose live members are kept current.
+            run_id: of this learner incarnation.
+            host: address of this process, as the actors reach it.
+            backend: "gloo" or "nccl".
+            timeout_s: bound on the rendezvous, and on each stage.
+            on_update: told of each version that all members serve.
+        """
+        self._fleet = fleet
+        self._run_id = run_id
+        self._host = host
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._on_update = on_update
+        self._loop = asyncio.get_running_loop()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._snapshot: Snapshot | None = None
+        self._epoch: Epoch | None = None
+        self._last_epoch = 0
+        self._wake = asyncio.Event()
+        fleet.subscribe(self._on_fleet_event)
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """A newer version to publish; one that has not been sent by then is skipped."""
+        self._loop.call_soon_threadsafe(self._take, snapshot)
+
+    def _take(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._wake.set()
+
+    def _on_fleet_event(self, event: FleetEvent) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                try:
+                    await self._bring_up_to_date()
+                except EpochFailed as failure:
+                    await self._end_epoch(failure)
+        finally:
+            if self._epoch is not None:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._epoch.abort()
+
+    async def _bring_up_to_date(self) -> None:
+        snapshot = self._snapshot
+        members = self._updatable()
+        if snapshot is None or not members:
+            return
+        if self._epoch is None or set(self._epoch.members) != set(members):
+            await self._open(members)
+        assert self._epoch is not None
+        if all(member.version >= snapshot.version for member in members):
+            return
+        full = any(member.version < 0 for member in members)
+        times = await self._epoch.update(snapshot, full=full)
+        for member in members:
+            self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
+        log.info(
+            "published",
+            version=snapshot.version,
+            num_actors=len(members),
+            full=full,
+            stage_s=round(times.stage_s, 4),
+            pause_s=round(times.pause_s, 4),
+        )
+        self._on_update(snapshot.version, times)
+
+    async def _open(self, members: tuple[Member, ...]) -> None:
+        if self._epoch is not None:
+            await self._epoch.abort()
+            self._epoch = None
+        self._last_epoch += 1
+        spec = EpochSpec(
+            run_id=self._run_id,
+            epoch=self._last_epoch,
+            master_host=self._host,
+            master_port=self._store.port,
+            world_size=1 + sum(num_workers(member) for member in members),
+            rank=0,
+            backend=self._backend,
+            timeout_s=self._timeout_s,
+        )
+        self._epoch = await open_epoch(spec, members)
+        log.info("epoch open", epoch=spec.epoch, actors=[member.address for member in members])
+
+    async def _end_epoch(self, failure: EpochFailed) -> None:
+        log.warning("epoch failed", epoch=self._last_epoch, reason=str(failure))
+        if self._epoch is not None:
+            await self._epoch.abort()
+            self._epoch = None
+        for member, error in failure.culprits:
+            self._fleet.report_failure(member, error)
+        await asyncio.sleep(_RETRY_S)  # the fleet looks again at who is there; a refusal must not become a busy loop
+        self._wake.set()
+
+    def _updatable(self) -> tuple[Member, ...]:
+        return tuple(member for member in self._fleet.live() if member.state in _UPDATABLE and not member.held)

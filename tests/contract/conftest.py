@@ -1,0 +1,63 @@
+"""An actor with the fake engine on a real socket, in the test's own event loop."""
+
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from actor.config import ActorConfig
+from actor.engine_fake import FakeEngine
+from actor.server import ActorServer
+from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
+from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
+from common.rpc.channel import open_channel
+
+
+@dataclass
+class FakeActor:
+    """A running actor and a client of it."""
+
+    address: str
+    engine: FakeEngine
+    server: ActorServer
+    channel: grpc.aio.Channel
+    rollouts: Any
+    weights: Any
+
+
+StartActor = Callable[..., Awaitable[FakeActor]]
+
+
+@pytest.fixture
+async def start_actor() -> AsyncIterator[StartActor]:
+    """Starts actors: `await start_actor(standalone=True, fake={"token_s": 0})`."""
+    actors: list[FakeActor] = []
+
+    async def start(**values: Any) -> FakeActor:
+        config = ActorConfig.model_validate({"engine": "fake", "standalone": True} | values)
+        engine = FakeEngine(config.fake, "actor-1")
+        server = ActorServer(engine, await engine.start(), config, "actor-1")
+        address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
+        channel = open_channel(address, default_timeout_s=10)
+        actor = FakeActor(address, engine, server, channel, RolloutServiceStub(channel), WeightServiceStub(channel))
+        actors.append(actor)
+        return actor
+
+    yield start
+    for actor in actors:
+        await actor.channel.close()
+        await actor.server.stop(grace_s=0)
+        await actor.engine.stop()
+
+
+def png(seed: int = 0, size: int = 8, image_format: str = "PNG") -> bytes:
+    """A small image that is another one for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format)
+    return buffer.getvalue()

@@ -1,0 +1,239 @@
+"""The learner's client against a real server with the fake engine, and against servers that break the contract."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from common import wire
+from common.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MalformedResponse,
+    MediaMissing,
+    StaleEpoch,
+    Unreachable,
+    WeightsPending,
+)
+from common.media import content_hash
+from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
+from common.types import (
+    ActorState,
+    ChatMessage,
+    Completion,
+    Manifest,
+    ManifestBucket,
+    ManifestParameter,
+    MediaPart,
+    PromptInfo,
+    RolloutRequest,
+    SamplingParams,
+    TextPart,
+)
+from learner.rollouts.client import GrpcClient
+from learner.rollouts.sampler import build_request
+from learner.types import PromptSample
+from tests.contract.conftest import StartActor, png
+from tests.fakes import make_completion, until
+
+IMAGES = (png(1), png(2))
+MESSAGES = (ChatMessage("user", (MediaPart(0), TextPart("or"), MediaPart(1), TextPart("?"))),)
+
+
+def request(n: int = 3, images: tuple[bytes, ...] = IMAGES, **sampling: Any) -> RolloutRequest:
+    return build_request("g", PromptSample(0, MESSAGES, images, None), SamplingParams(n=n, **sampling))
+
+
+class Recorder(GrpcClient):
+    """Remembers which media each call carried: True for bytes, False for a hash only."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        super().__init__(address, **options)
+        self.sent: list[list[bool]] = []
+        self.uploads: list[int] = []
+
+    def stream(
+        self, request: RolloutRequest, *, timeout_s: float
+    ) -> AsyncGenerator[PromptInfo | list[Completion], None]:
+        self.sent.append([item.encoded is not None for item in request.media])
+        return super().stream(request, timeout_s=timeout_s)
+
+    async def put_media(self, items: Any, *, timeout_s: float = 60.0) -> None:
+        self.uploads.append(len(items))
+        await super().put_media(items, timeout_s=timeout_s)
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Recorder]]:
+    clients: list[Recorder] = []
+
+    def make(address: str, **options: Any) -> Recorder:
+        clients.append(Recorder(address, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
+
+
+async def test_a_group_comes_whole_and_in_order(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor()).address)
+    sampled = await client.generate(request(n=20), timeout_s=10)
+    assert sampled.prompt.group_id == "g"
+    assert sampled.prompt.actor_id == "actor-1"
+    assert tuple(use.sha256 for use in sampled.prompt.media) == tuple(map(content_hash, IMAGES))
+    assert [completion.index for completion in sampled.completions] == list(range(20))
+    assert len({completion.trajectory_id for completion in sampled.completions}) == 20
+
+
+async def test_an_image_crosses_once_per_actor(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor()).address)
+    for images in (IMAGES, IMAGES, (IMAGES[1], png(3))):
+        await client.generate(request(images=images), timeout_s=10)
+    assert client.sent == [[True, True], [False, False], [False, True]]
+    client.forget_media()
+    await client.generate(request(), timeout_s=10)
+    assert client.sent[-1] == [True, True]
+
+
+async def test_media_that_the_actor_lost_are_sent_again(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    client = connect((await start_actor()).address)
+    # It believes that the actor holds both.
+    client._remember(request().media)
+    sampled = await client.generate(request(), timeout_s=10)
+    assert client.sent == [[False, False], [True, True]]
+    assert len(sampled.completions) == 3
+
+
+async def test_media_without_bytes_are_asked_for_once(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    client = connect((await start_actor()).address)
+    bare = RolloutRequest("g", request().prompt, tuple(type(m)(m.sha256) for m in request().media))
+    with pytest.raises(MediaMissing) as caught:
+        await client.generate(bare, timeout_s=10)
+    assert set(caught.value.sha256s) == set(map(content_hash, IMAGES))
+    assert len(client.sent) == 2
+
+
+async def test_large_media_are_uploaded_in_chunks(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    big = png(4, size=700)
+    assert len(big) > 2 * 512 * 1024
+    client = connect((await start_actor()).address)
+    sampled = await client.generate(request(images=(big, IMAGES[0])), timeout_s=10)
+    assert (client.uploads, client.sent) == ([2], [[False, False]])
+    assert sampled.prompt.media[0].sha256 == content_hash(big)
+
+
+async def test_status_and_info(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor()).address)
+    status = await client.status()
+    assert (status.actor_id, status.state, status.policy_version) == ("actor-1", ActorState.SERVING, 0)
+    info = await client.server_info()
+    assert (info.actor_id, info.engine, info.limits.max_group_size) == ("actor-1", "fake", 256)
+
+
+async def test_errors_arrive_as_what_they_are(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor(standalone=False)).address)
+    with pytest.raises(WeightsPending):
+        await client.generate(request(), timeout_s=10)
+    parameter = ManifestParameter("w", "F32", (2,), 0, 0)
+    manifest = Manifest(1, (parameter,), (ManifestBucket(8, 0),), updates_vision=False)
+    with pytest.raises(StaleEpoch):
+        await client.stage("run", 1, manifest, timeout_s=5)
+    with pytest.raises(StaleEpoch):
+        await client.commit("run", 1, 1, timeout_s=5)
+    await client.abort("run", 1)
+
+
+async def test_bad_fields_are_named(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor()).address)
+    with pytest.raises(InvalidRequest) as caught:
+        await client.generate(request(n=100_000), timeout_s=10)
+    assert caught.value.field == "sampling.n"
+
+
+async def test_nobody_there(connect: Callable[..., Recorder]) -> None:
+    client = connect("127.0.0.1:1")
+    with pytest.raises(Unreachable):
+        await client.status()
+    with pytest.raises(Unreachable):
+        await client.generate(request(), timeout_s=5)
+
+
+async def test_a_deadline_ends_the_call(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    actor = await start_actor(fake={"first_token_s": 60.0})
+    with pytest.raises(DeadlineExceeded):
+        await connect(actor.address).generate(request(), timeout_s=0.2)
+
+
+async def test_cancelling_frees_the_engine(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    actor = await start_actor(fake={"first_token_s": 60.0})
+    call = asyncio.ensure_future(connect(actor.address).generate(request(), timeout_s=60))
+    await until(lambda: actor.engine.load().num_running >= 3)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await until(lambda: not actor.engine.load().num_running)
+
+
+# ------------------------------------------------------------------------------------------- servers that lie
+
+PROMPT = PromptInfo("g", "liar", np.zeros(0, np.int32), np.array([2, 3], np.int32))
+TWO = [make_completion("g", i, "liar") for i in range(2)]
+
+
+def without_logprob(completion: Completion) -> Completion:
+    return Completion(
+        completion.trajectory_id,
+        completion.index,
+        completion.token_ids,
+        np.array([np.nan] * len(completion.token_ids), np.float32),
+        completion.finish_reason,
+        completion.version_spans,
+    )
+
+
+async def serve(events: list[Any]) -> tuple[grpc.aio.Server, str]:
+    class Liar(rollout_pb2_grpc.RolloutServiceServicer):
+        GetServerInfo = PutMedia = None  # type: ignore[assignment]
+
+        async def Generate(  # noqa: N802
+            self, request: rollout_pb2.GenerateRequest, context: Any
+        ) -> AsyncIterator[rollout_pb2.GenerateResponse]:
+            for event in events:
+                yield wire.response_to_proto(event)
+
+    server = grpc.aio.server()
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(Liar(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([], "0 of 2 completions came before the end"),
+        ([PROMPT, TWO[:1]], "1 of 2 completions came before the end"),
+        ([TWO], "2 of 2 completions came before the end"),
+        ([PROMPT, PROMPT, TWO], "a prompt message for 'g'"),
+        ([PROMPT, TWO, TWO[:1]], "completion 0: came twice, as g/0/liar"),
+        ([PROMPT, [make_completion("g", 2, "liar")]], "completion 2: only 2 were asked for"),
+        ([PROMPT, [make_completion("g", 0, "liar", ())]], "completion 0: has no tokens"),
+        ([PROMPT, [without_logprob(TWO[0])]], "completion 0: has a logprob that is not finite"),
+    ],
+)
+async def test_an_answer_that_is_not_whole_is_no_answer(
+    events: list[Any], message: str, connect: Callable[..., Recorder]
+) -> None:
+    server, address = await serve(events)
+    try:
+        with pytest.raises(MalformedResponse, match=message):
+            await connect(address).generate(request(n=2), timeout_s=10)
+    finally:
+        await server.stop(None)

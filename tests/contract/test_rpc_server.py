@@ -1,0 +1,161 @@
+"""What every server of ours has: health, reflection, one owner per port, plaintext on loopback only."""
+
+import asyncio
+import socket
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from common import errors
+from common.config import ConfigError
+from common.errors import from_rpc_error
+from common.pb.rollout.v1 import rollout_pb2
+from common.pb.weights.v1 import weights_pb2
+from common.pb.weights.v1.weights_pb2_grpc import (
+    WeightServiceServicer,
+    WeightServiceStub,
+    add_WeightServiceServicer_to_server,
+)
+from common.rpc.channel import open_channel
+from common.rpc.server import RpcServer, is_loopback, join_address, reserve_port, split_address
+from common.types import ActorState
+from tests.contract.conftest import FakeActor, StartActor
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def _health(actor: FakeActor) -> dict[str, int]:
+    stub = health_pb2_grpc.HealthStub(actor.channel)
+    names = ("", "liveness", "readiness")
+    return {name: (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in names}
+
+
+async def test_health_follows_the_state(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False)
+    assert await _health(actor) == {"": NOT_SERVING, "liveness": SERVING, "readiness": NOT_SERVING}
+    actor.server.policy._become(ActorState.SERVING)
+    await asyncio.sleep(0.05)
+    assert await _health(actor) == {"": SERVING, "liveness": SERVING, "readiness": SERVING}
+    actor.server.policy.drain()
+    await asyncio.sleep(0.05)
+    assert await _health(actor) == {"": NOT_SERVING, "liveness": SERVING, "readiness": NOT_SERVING}
+    actor.server.policy.fail()
+    await asyncio.sleep(0.05)
+    assert await _health(actor) == {"": NOT_SERVING, "liveness": NOT_SERVING, "readiness": NOT_SERVING}
+
+
+async def test_reflection_lists_the_services_and_gives_the_files(start_actor: StartActor) -> None:
+    actor = await start_actor()
+    stub = reflection_pb2_grpc.ServerReflectionStub(actor.channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="rollout.v1.RolloutService"),
+    ]
+    listed, found = [response async for response in stub.ServerReflectionInfo(iter(requests))]
+    assert sorted(service.name for service in listed.list_services_response.service) == [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "rollout.v1.RolloutService",
+        "weights.v1.WeightService",
+    ]
+    file = descriptor_pb2.FileDescriptorProto.FromString(found.file_descriptor_response.file_descriptor_proto[0])
+    assert [method.name for method in file.service[0].method] == ["Generate", "PutMedia", "GetServerInfo"]
+
+
+async def test_the_port_has_one_owner(start_actor: StartActor) -> None:
+    actor = await start_actor()
+    with pytest.raises(ConfigError, match=f"listen: {actor.address} is in use by another process"):
+        reserve_port(actor.address, insecure=False)
+    second = RpcServer()
+    with pytest.raises(ConfigError, match=f"listen: {actor.address} is in use by another process"):
+        await second.start(actor.address, [])
+    await second.stop(0)
+
+
+async def test_a_reserved_port_refuses_clients_and_goes_to_the_server() -> None:
+    reserved = reserve_port("127.0.0.1:0", insecure=False)
+    port = reserved.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=1)
+    reserved.close()
+    server = RpcServer()
+    assert await server.start(f"127.0.0.1:{port}", []) == port
+    await server.stop(0)
+
+
+def test_plaintext_is_for_loopback() -> None:
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0:0 is not a loopback address"):
+        reserve_port("0.0.0.0:0", insecure=False)
+    reserve_port("0.0.0.0:0", insecure=True).close()
+    reserve_port("[::1]:0", insecure=False).close()
+    reserve_port("localhost:0", insecure=False).close()
+
+
+def test_addresses() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "10.0.0.1", "host")] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    for address, parts in (("127.0.0.1:5", ("127.0.0.1", 5)), ("[::1]:5", ("::1", 5)), ("host:0", ("host", 0))):
+        assert split_address(address) == parts
+        assert join_address(*parts) == address
+    for wrong in ("host", "host:", ":5", "host:x", "host:65536", "host:-1"):
+        with pytest.raises(ConfigError, match="is not an address"):
+            split_address(wrong)
+
+
+async def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(ConfigError, match=r"listen: 192\.0\.2\.1:0: Cannot assign requested address"):
+        reserve_port("192.0.2.1:0", insecure=True)
+
+
+async def test_every_call_has_a_deadline() -> None:
+    class Stuck(WeightServiceServicer):
+        async def GetStatus(self, request: object, context: object) -> weights_pb2.GetStatusResponse:  # noqa: N802
+            await asyncio.sleep(60)
+            return weights_pb2.GetStatusResponse()
+
+    server = RpcServer()
+    add_WeightServiceServicer_to_server(Stuck(), server.grpc)
+    port = await server.start("127.0.0.1:0", [])
+    channel = open_channel(f"127.0.0.1:{port}", default_timeout_s=0.2)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await WeightServiceStub(channel).GetStatus(weights_pb2.GetStatusRequest())
+    assert isinstance(from_rpc_error(raised.value), errors.DeadlineExceeded)
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_nobody_there(unused_tcp_port: int) -> None:
+    channel = open_channel(f"127.0.0.1:{unused_tcp_port}", default_timeout_s=5)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await WeightServiceStub(channel).GetStatus(weights_pb2.GetStatusRequest())
+    assert isinstance(from_rpc_error(raised.value), errors.Unreachable)
+    await channel.close()
+
+
+async def test_activity_counts_calls_but_not_probes(start_actor: StartActor) -> None:
+    actor = await start_actor(fake={"token_s": 1.0})
+    activity = actor.server.rpc.activity
+    request = rollout_pb2.GenerateRequest(
+        group_id="g", text="x", sampling=rollout_pb2.SamplingParams(max_tokens=60, ignore_eos=True)
+    )
+    call = actor.rollouts.Generate(request)
+    await call.read()
+    assert (activity.num_active, activity.idle_s) == (1, 0.0)
+    call.cancel()
+    await asyncio.sleep(0.3)
+    assert activity.num_active == 0
+    before_s = activity.idle_s
+    assert before_s > 0.1
+    await _health(actor)
+    assert activity.idle_s >= before_s
+    await actor.weights.GetStatus(weights_pb2.GetStatusRequest())
+    assert activity.idle_s < before_s

@@ -1,0 +1,189 @@
+"""`weights.v1` over a real socket: a real broadcast over Gloo into the fake engine."""
+
+import asyncio
+import socket
+import zlib
+from typing import Any
+
+import grpc
+import pytest
+import torch
+import torch.distributed as dist
+
+from common import errors
+from common.collective import BroadcastGroup
+from common.errors import OutriderError, from_rpc_error
+from common.pb.rollout.v1 import rollout_pb2
+from common.pb.weights.v1 import weights_pb2 as pb
+from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
+from common.wire import epoch_to_proto, manifest_to_proto
+from tests.contract.conftest import FakeActor, StartActor
+
+VALUES = torch.arange(6, dtype=torch.float32)
+
+
+def _manifest(version: int, crc32: int | None = None) -> Manifest:
+    parameter = ManifestParameter("w", "F32", (2, 3), bucket=0, offset=0)
+    checksum = zlib.crc32(VALUES.numpy().tobytes()) if crc32 is None else crc32
+    return Manifest(version, (parameter,), (ManifestBucket(24, checksum),), updates_vision=False)
+
+
+class Learner:
+    """Rank 0 of the epochs that it opens."""
+
+    def __init__(self, actor: FakeActor, num_workers: int = 1) -> None:
+        self.weights = actor.weights
+        self.num_workers = num_workers
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.group: BroadcastGroup | None = None
+
+    def spec(self, epoch: int, run_id: str = "run", timeout_s: float = 10.0) -> EpochSpec:
+        return EpochSpec(run_id, epoch, "127.0.0.1", self.store.port, 1 + self.num_workers, 1, "gloo", timeout_s)
+
+    async def open(self, epoch: int, run_id: str = "run") -> None:
+        spec = self.spec(epoch, run_id)
+        _, self.group = await asyncio.gather(
+            self.weights.OpenEpoch(epoch_to_proto(spec)), asyncio.to_thread(BroadcastGroup, spec, 0)
+        )
+
+    async def stage(self, epoch: int, manifest: Manifest, run_id: str = "run") -> Any:
+        assert self.group is not None
+        buffer = VALUES.clone().view(torch.uint8)
+        request = pb.StageRequest(run_id=run_id, epoch=epoch, manifest=manifest_to_proto(manifest), timeout_ms=5000)
+        answers = await asyncio.gather(
+            self.weights.Stage(request), asyncio.to_thread(self.group.broadcast, buffer), return_exceptions=True
+        )
+        if isinstance(answers[0], BaseException):
+            raise answers[0]
+        return answers[0]
+
+    async def commit(self, epoch: int, version: int, run_id: str = "run") -> Any:
+        return await self.weights.Commit(
+            pb.CommitRequest(run_id=run_id, epoch=epoch, policy_version=version, timeout_ms=5000)
+        )
+
+    async def status(self) -> Any:
+        return await self.weights.GetStatus(pb.GetStatusRequest())
+
+
+async def _error(call: Any) -> OutriderError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return from_rpc_error(raised.value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+async def test_stage_and_commit(start_actor: StartActor, num_workers: int) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0, "num_workers": num_workers, "commit_s": 0.01})
+    learner = Learner(actor, num_workers)
+    status = await learner.status()
+    assert (status.actor_id, status.state, status.num_workers) == (
+        "actor-1",
+        pb.ACTOR_STATE_PENDING_WEIGHTS,
+        num_workers,
+    )
+    assert (status.run_id, status.epoch, status.staged_version) == ("", 0, -1)
+    await learner.open(1)
+    response = await learner.stage(1, _manifest(7))
+    assert list(response.crc32) == [zlib.crc32(VALUES.numpy().tobytes())]
+    assert (await learner.status()).staged_version == 7
+    committed = await learner.commit(1, 7)
+    assert committed.policy_version == 7
+    assert committed.pause_s == pytest.approx(0.01)
+    status = await learner.status()
+    assert (status.state, status.policy_version, status.run_id, status.epoch, status.staged_version) == (
+        pb.ACTOR_STATE_SERVING,
+        7,
+        "run",
+        1,
+        -1,
+    )
+    # A second update goes over the same epoch, and rollouts say who sampled them.
+    await learner.stage(1, _manifest(8))
+    await learner.commit(1, 8)
+    request = rollout_pb2.GenerateRequest(group_id="g", text="hi", min_policy_version=8)
+    events = [event async for event in actor.rollouts.Generate(request)]
+    assert events[1].completions.items[0].version_spans[0].policy_version == 8
+
+
+async def test_corrupt_weights_are_never_served(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0})
+    learner = Learner(actor)
+    await learner.open(1)
+    await learner.stage(1, _manifest(1))
+    await learner.commit(1, 1)
+    error = await _error(learner.stage(1, _manifest(2, crc32=123)))
+    assert isinstance(error, errors.StageCorrupt)
+    status = await learner.status()
+    assert (status.state, status.policy_version, status.staged_version) == (pb.ACTOR_STATE_SERVING, 1, -1)
+    assert isinstance(await _error(learner.commit(1, 2)), errors.NotStaged)
+    await learner.open(2)
+    await learner.stage(2, _manifest(2))
+    await learner.commit(2, 2)
+    assert (await learner.status()).policy_version == 2
+
+
+async def test_a_learner_that_never_sends(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False)
+    learner = Learner(actor)
+    await learner.open(1)
+    request = pb.StageRequest(run_id="run", epoch=1, manifest=manifest_to_proto(_manifest(1)), timeout_ms=200)
+    assert isinstance(await _error(learner.weights.Stage(request)), errors.StageTimeout)
+    assert (await learner.status()).state == pb.ACTOR_STATE_PENDING_WEIGHTS
+    await learner.open(2)
+
+
+async def test_abort_ends_a_waiting_stage_at_once(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False)
+    learner = Learner(actor)
+    await learner.open(1)
+    request = pb.StageRequest(run_id="run", epoch=1, manifest=manifest_to_proto(_manifest(1)), timeout_ms=60_000)
+    waiting = asyncio.ensure_future(learner.weights.Stage(request, timeout=60))
+    await asyncio.sleep(0.2)
+    started_s = asyncio.get_running_loop().time()
+    await learner.weights.Abort(pb.AbortRequest(run_id="run", epoch=1))
+    assert isinstance(await _error(waiting), errors.StaleEpoch)
+    assert asyncio.get_running_loop().time() - started_s < 2
+    await learner.weights.Abort(pb.AbortRequest(run_id="run", epoch=1))
+
+
+async def test_an_unreachable_store(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    spec = EpochSpec("run", 1, "127.0.0.1", port, 2, 1, "gloo", 0.5)
+    error = await _error(actor.weights.OpenEpoch(epoch_to_proto(spec)))
+    assert isinstance(error, errors.StageTimeout)
+
+
+async def test_stale_calls_and_bad_fields(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"num_workers": 2})
+    learner = Learner(actor, num_workers=2)
+    await learner.open(3)
+    stale = await _error(learner.weights.OpenEpoch(epoch_to_proto(learner.spec(2))))
+    assert isinstance(stale, errors.StaleEpoch)
+    assert isinstance(await _error(learner.commit(2, 1)), errors.StaleEpoch)
+    assert isinstance(await _error(learner.commit(3, 1, run_id="old")), errors.StaleEpoch)
+    no_timeout = pb.CommitRequest(run_id="run", epoch=3, policy_version=1)
+    assert str(await _error(learner.weights.Commit(no_timeout))) == "timeout_ms: must be positive"
+    small = epoch_to_proto(learner.spec(4))
+    small.world_size = 2
+    assert str(await _error(learner.weights.OpenEpoch(small))) == (
+        "world_size: is 2; rank 1 and 2 worker(s) do not fit"
+    )
+
+
+async def test_a_restarted_learner_takes_over(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0})
+    old, new = Learner(actor), Learner(actor)
+    await old.open(5, "old")
+    await old.stage(5, _manifest(57), "old")
+    await old.commit(5, 57, "old")
+    await new.open(1, "new")
+    assert (await new.status()).state == pb.ACTOR_STATE_PENDING_WEIGHTS
+    assert isinstance(await _error(old.commit(5, 58, "old")), errors.StaleEpoch)
+    await new.stage(1, _manifest(50), "new")
+    await new.commit(1, 50, "new")
+    status = await new.status()
+    assert (status.state, status.policy_version, status.run_id) == (pb.ACTOR_STATE_SERVING, 50, "new")

@@ -1,0 +1,334 @@
+"""The codec: golden bytes that must never change, round trips, and what it refuses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import wire
+from common.errors import InvalidRequest, MalformedResponse, OutriderError
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.pb.weights.v1 import weights_pb2
+from common.types import (
+    ActorState,
+    ActorStatus,
+    ChatMessage,
+    ChatPrompt,
+    Completion,
+    EpochSpec,
+    FinishReason,
+    Manifest,
+    ManifestBucket,
+    ManifestParameter,
+    MediaItem,
+    MediaPart,
+    MediaUse,
+    PlaceholderRange,
+    PromptInfo,
+    RolloutRequest,
+    SamplingParams,
+    ServerInfo,
+    ServerLimits,
+    TextPart,
+    TextPrompt,
+    TokenPrompt,
+    VersionSpan,
+)
+
+HASH = bytes(range(32))
+
+REQUEST = RolloutRequest(
+    group_id="g1",
+    prompt=ChatPrompt((ChatMessage("user", (MediaPart(0), TextPart("Which digit?"))),)),
+    media=(MediaItem(HASH, b"\x89PNG"), MediaItem(HASH)),
+    sampling=SamplingParams(
+        n=8,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=7,
+        min_p=0.125,
+        max_tokens=16,
+        min_tokens=2,
+        seed=3,
+        stop_token_ids=(1, 300),
+        stop=("x",),
+        ignore_eos=True,
+        allowed_token_ids=(5,),
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+    ),
+    min_policy_version=4,
+    return_text=True,
+)
+INFO = PromptInfo(
+    group_id="g1",
+    actor_id="a1",
+    unexpanded_ids=np.array([1, 2], np.int32),
+    expanded_ids=np.array([1, 2, 2, 300], np.int32),
+    media=(MediaUse(HASH, PlaceholderRange(1, 2), 2, (1, 4, 2)),),
+    suppressed_token_ids=(2,),
+)
+COMPLETION = Completion(
+    trajectory_id="g1/0/a1",
+    index=0,
+    token_ids=np.array([7, 300], np.int32),
+    logprobs=np.array([-0.5, -2.0], np.float32),
+    finish_reason=FinishReason.STOP,
+    version_spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)),
+    first_token_s=0.25,
+    finished_s=0.5,
+    text="7",
+)
+MANIFEST = Manifest(
+    policy_version=9,
+    parameters=(
+        ManifestParameter("visual.w", "F32", (2, 3), bucket=0, offset=0),
+        ManifestParameter("model.b", "BF16", (4,), bucket=0, offset=32),
+        ManifestParameter("model.s", "F16", (), bucket=1, offset=16),
+    ),
+    buckets=(ManifestBucket(40, 0xDEADBEEF), ManifestBucket(18, 1)),
+    updates_vision=True,
+    adapter="lora",
+)
+EPOCH = EpochSpec("run", 2, "host", 1234, 3, 1, "gloo", 1.5)
+
+
+def test_golden_request() -> None:
+    """By hand, field by field: tag = number << 3 | wire type, then a varint, fixed32 or length-delimited value."""
+    sampling = (
+        "08 08"  # 1: n = 8
+        "15 0000003f 1d 0000803e"  # 2, 3: temperature = 0.5, top_p = 0.25
+        "20 07"  # 4: top_k = 7
+        "2d 0000003e"  # 5: min_p = 0.125
+        "30 10 38 02 40 03"  # 6, 7, 8: max_tokens, min_tokens, seed
+        "4a 03 01ac02"  # 9: stop_token_ids, packed: 300 = ac 02
+        "52 01 78"  # 10: stop = "x"
+        "58 01"  # 11: ignore_eos
+        "62 01 05"  # 12: allowed_token_ids
+        "6d 0000c03f 75 000000bf 7d 0000403f"  # 13, 14, 15: penalties
+    )
+    expected = (
+        "0a 02 6731"  # 1: group_id = "g1"
+        # 2: chat { 1: messages { 1: role, 2: part { 2: media_index = 0 }, 2: part { 1: text } } }
+        "12 1c 0a1a 0a04 75736572 1202 1000 120e 0a0c" + b"Which digit?".hex() +
+        # 5: media { 1: modality = IMAGE, 2: sha256, 3: encoded }
+        "2a 2a 0801 1220" + HASH.hex() + "1a04 89504e47"
+        "2a 24 0801 1220" + HASH.hex() +
+        # 6: sampling
+        "32" + f"{len(bytes.fromhex(sampling)):02x}" + sampling +
+        # 7: returns { 3: text }; 8: min_policy_version
+        "3a 02 1801 40 04"
+    )  # fmt: skip
+    assert wire.request_to_proto(REQUEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
+
+
+def test_golden_completion() -> None:
+    expected = (
+        "12 39 0a 37"  # GenerateResponse 2: completions { 1: items
+        "0a 07" + b"g1/0/a1".hex() +  # 1: trajectory_id; index 0 is the default and not sent
+        "1a 03 07ac02"  # 3: token_ids
+        "22 08 000000bf 000000c0"  # 4: logprobs
+        "28 01"  # 5: STOP
+        "32 04 0803 1801 32 06 0804 1001 1802"  # 6: spans
+        "3a 0a 0d 0000803e 15 0000003f"  # 7: timing
+        "52 01 37"  # 10: text
+    )  # fmt: skip
+    assert wire.response_to_proto([COMPLETION]).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
+
+
+def test_golden_manifest() -> None:
+    expected = (
+        "08 09"  # 1: policy_version
+        "12 13 0a08" + b"visual.w".hex() + "1203 463332 1a02 0203"  # 2: { name, dtype, shape }; bucket 0, offset 0
+        "12 14 0a07" + b"model.b".hex() + "1204 42463136 1a01 04 2820"
+        "12 12 0a07" + b"model.s".hex() + "1203 463136 2001 2810"
+        "1a 07 0828 15 efbeadde 1a 07 0812 15 01000000"  # 3: buckets; crc32 is fixed32, little-endian
+        "20 01 2a 04" + b"lora".hex()  # 4, 5
+    )  # fmt: skip
+    assert wire.manifest_to_proto(MANIFEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
+
+
+def test_round_trips() -> None:
+    assert wire.request_from_proto(wire.request_to_proto(REQUEST)) == REQUEST
+    for prompt in (TextPrompt("hi <image>"), TokenPrompt((1, 2)), TokenPrompt((1, 2, 2), (PlaceholderRange(1, 2),))):
+        request = dataclasses.replace(REQUEST, prompt=prompt)
+        assert wire.request_from_proto(wire.request_to_proto(request)) == request
+    assert wire.manifest_from_proto(wire.manifest_to_proto(MANIFEST)) == MANIFEST
+    for epoch in (EPOCH, dataclasses.replace(EPOCH, backend="nccl")):
+        assert wire.epoch_from_proto(wire.epoch_to_proto(epoch)) == epoch
+    for state in ActorState:
+        status = ActorStatus("a", state, 3, "run", 4, -1, 5, 6, 7)
+        assert wire.status_from_proto(wire.status_to_proto(status)) == status
+    info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7), (8, 9))
+    assert wire.server_info_from_proto(wire.server_info_to_proto(info)) == info
+
+
+def test_responses_round_trip() -> None:
+    info = wire.response_from_proto(wire.response_to_proto(INFO))
+    assert isinstance(info, PromptInfo)
+    assert info.expanded_ids.dtype == np.int32
+    assert info.expanded_ids.tolist() == [1, 2, 2, 300]
+    assert info.unexpanded_ids.tolist() == [1, 2]
+    arrays = {"unexpanded_ids": INFO.unexpanded_ids, "expanded_ids": INFO.expanded_ids}
+    assert dataclasses.replace(info, **arrays) == INFO
+    completions = wire.response_from_proto(wire.response_to_proto([COMPLETION, COMPLETION]))
+    assert isinstance(completions, list)
+    assert len(completions) == 2
+    for completion in completions:
+        assert (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
+        assert completion.token_ids.tolist() == [7, 300]
+        assert completion.logprobs.tolist() == [-0.5, -2.0]
+        arrays = {"token_ids": COMPLETION.token_ids, "logprobs": COMPLETION.logprobs}
+        assert dataclasses.replace(completion, **arrays) == COMPLETION
+
+
+def test_an_empty_request_means_the_documented_defaults() -> None:
+    message = pb.GenerateRequest(group_id="g", text="hi")
+    assert wire.request_from_proto(message) == RolloutRequest("g", TextPrompt("hi"))
+    # Greedy is not "unset".
+    message.sampling.temperature = 0.0
+    assert wire.request_from_proto(message).sampling.temperature == 0.0
+
+
+def _item(**values: object) -> pb.GenerateRequest:
+    media = [pb.MediaItem(modality=pb.MODALITY_IMAGE, sha256=HASH), pb.MediaItem(**values)]  # type: ignore[arg-type]
+    return pb.GenerateRequest(text="hi", media=media)
+
+
+IMAGE = pb.MODALITY_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "field"),
+    [
+        (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt"),
+        (
+            pb.GenerateRequest(chat=pb.ChatPrompt(messages=[pb.ChatMessage(), pb.ChatMessage(parts=[pb.ChatPart()])])),
+            "INVALID_ARGUMENT",
+            "chat.messages[1].parts[0]",
+        ),
+        (_item(encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
+        (_item(modality=7, encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
+        (_item(modality=IMAGE), "INVALID_ARGUMENT", "media[1].content"),
+        (_item(modality=IMAGE, sha256=b"short"), "INVALID_ARGUMENT", "media[1].sha256"),
+        (_item(modality=pb.MODALITY_VIDEO, encoded=b"x"), "UNIMPLEMENTED", "media[1].modality"),
+        (_item(modality=IMAGE, pixels=pb.Tensor()), "UNIMPLEMENTED", "media[1].pixels"),
+        (_item(modality=IMAGE, processed=pb.ProcessedMedia()), "UNIMPLEMENTED", "media[1].processed"),
+        (
+            _item(modality=IMAGE, sha256=HASH, processor=pb.ProcessorOptions()),
+            "UNIMPLEMENTED",
+            "media[1].processor",
+        ),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(top_logprobs=1)),
+            "UNIMPLEMENTED",
+            "sampling.top_logprobs",
+        ),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(prompt_logprobs=True)),
+            "UNIMPLEMENTED",
+            "sampling.prompt_logprobs",
+        ),
+        (
+            pb.GenerateRequest(text="x", returns=pb.ReturnOptions(processed_media=True)),
+            "UNIMPLEMENTED",
+            "returns.processed_media",
+        ),
+        (
+            pb.GenerateRequest(text="x", returns=pb.ReturnOptions(routed_experts=True)),
+            "UNIMPLEMENTED",
+            "returns.routed_experts",
+        ),
+    ],
+)
+def test_a_refused_request_names_the_field(message: pb.GenerateRequest, code: str, field: str) -> None:
+    with pytest.raises(OutriderError) as raised:
+        wire.request_from_proto(message)
+    assert (raised.value.code.name, raised.value.field) == (code, field)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("index", "field", "value", "path"),
+    [
+        (0, "name", "", "manifest.parameters[0].name"),
+        (1, "dtype", "F8", "manifest.parameters[1].dtype"),
+        (0, "shape", [-2, 3], "manifest.parameters[0].shape"),
+        (2, "bucket", 2, "manifest.parameters[2].bucket"),
+        (1, "offset", 8, "manifest.parameters[1].offset"),  # not aligned
+        (1, "offset", 16, "manifest.parameters[1].offset"),  # on top of the one before: 2 * 3 * 4 = 24 bytes
+        (1, "shape", [5], "manifest.parameters[1].offset"),  # 32 + 5 * 2 > 40
+        (0, "shape", [2**40, 2**40], "manifest.parameters[0].offset"),
+        (2, "bucket", 0, "manifest.parameters[2].offset"),  # buckets in order
+    ],
+)
+def test_a_manifest_that_does_not_add_up(index: int, field: str, value: object, path: str) -> None:
+    message = wire.manifest_to_proto(MANIFEST)
+    parameter = message.parameters[index]
+    parameter.ClearField(field)  # type: ignore[arg-type]
+    parameter.MergeFrom(weights_pb2.Parameter(**{field: value}))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest) as raised:
+        wire.manifest_from_proto(message)
+    assert raised.value.field == path
+
+
+@pytest.mark.parametrize("field", ["run_id", "epoch", "master_host", "master_port", "rank", "backend", "timeout_ms"])
+def test_an_epoch_with_a_missing_field(field: str) -> None:
+    message = wire.epoch_to_proto(EPOCH)
+    message.ClearField(field)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest) as raised:
+        wire.epoch_from_proto(message)
+    assert raised.value.field == field
+
+
+def test_an_epoch_with_a_rank_outside_the_world() -> None:
+    message = wire.epoch_to_proto(dataclasses.replace(EPOCH, rank=3))
+    with pytest.raises(InvalidRequest, match="rank: must be 1 to world_size - 1 = 2"):
+        wire.epoch_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pb.GenerateResponse(),
+        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(token_ids=[1], finish_reason=1)])),
+        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(finish_reason=0)])),
+        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(finish_reason=9)])),
+        pb.GenerateResponse(
+            prompt=pb.PromptInfo(
+                expanded_ids=[1, 2],
+                media=[pb.MediaUse(sha256=HASH, modality=1, placeholder=pb.PlaceholderRange(offset=1, length=2))],
+            )
+        ),
+        pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=b"short", modality=1)])),
+        pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=HASH)])),
+    ],
+)
+def test_a_malformed_response(broken: pb.GenerateResponse) -> None:
+    with pytest.raises(MalformedResponse):
+        wire.response_from_proto(broken)
+
+
+@pytest.mark.parametrize("spans", [[], [(0, 1)], [(0, 1), (0, 2)], [(1, 2)], [(0, 2), (2, 2)], [(0, 3)]])
+def test_spans_must_cover_the_tokens(spans: list[tuple[int, int]]) -> None:
+    message = wire.completion_to_proto(COMPLETION)
+    del message.version_spans[:]
+    message.version_spans.extend(pb.VersionSpan(start=start, end=end) for start, end in spans)
+    with pytest.raises(MalformedResponse, match="version_spans"):
+        wire.completion_from_proto(message)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_the_request_decoder(data: bytes) -> None:
+    message = pb.GenerateRequest()
+    try:
+        message.ParseFromString(data)
+    except Exception:  # noqa: BLE001 - protobuf's DecodeError: the bytes are no message at all
+        return
+    try:
+        request = wire.request_from_proto(message)
+    except OutriderError:
+        return
+    assert isinstance(request.group_id, str)

@@ -1,0 +1,83 @@
+"""Real actor processes (fake engine), one of which gets SIGKILL while it generates, and comes back."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from common.rpc.server import reserve_port
+from common.types import ActorState, SamplingParams
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import FleetEvent
+from learner.rollouts.sampler import Sampler, build_request
+from tests.fakes import make_sample, until
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_GROUPS = 60
+N = 4
+
+
+@asynccontextmanager
+async def actor(address: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A standalone actor process whose completions take some hundred milliseconds."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "actor", "--engine", "fake", "--standalone", "--listen", address),
+        *("fake.first_token_s=0.1", "fake.token_s=0.01"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def free_address() -> str:
+    with reserve_port("127.0.0.1:0", insecure=False) as reserved:
+        return f"127.0.0.1:{reserved.getsockname()[1]}"
+
+
+async def test_sigkill_in_mid_group_and_back_again() -> None:
+    addresses = [free_address(), free_address()]
+    fleet = Fleet(addresses, run_id=None, slots_per_actor=4, poll_s=0.05)
+    events: list[FleetEvent] = []
+    fleet.subscribe(events.append)
+    sampler = Sampler(fleet)
+    requests = [build_request(f"g{i}", make_sample(i), SamplingParams(n=N, seed=i)) for i in range(NUM_GROUPS)]
+    async with actor(addresses[0]), actor(addresses[1]) as victim:
+        await fleet.start(startup_timeout_s=30, min_actors=2)
+        await until(lambda: all(member.state is ActorState.SERVING for member in fleet.members()), pause_s=0.02)
+        ids = [member.actor_id for member in fleet.members()]
+        work = asyncio.ensure_future(sampler.sample_many(requests, min_version=0))
+        await until(lambda: fleet.members()[1].in_flight == 4, pause_s=0.002)
+        victim.send_signal(signal.SIGKILL)
+        await victim.wait()
+        results = await work
+
+        assert sampler.retries["UNREACHABLE"] >= 4
+        assert [event.address for event in events if event.kind == "left"] == [addresses[1]]
+        trajectories = {c.trajectory_id for group in results for c in group.completions}
+        assert len(trajectories) == NUM_GROUPS * N
+        for i, group in enumerate(results):
+            assert group.prompt.group_id.startswith(f"g{i}.")
+            assert {c.trajectory_id.rpartition("/")[2] for c in group.completions} == {group.prompt.actor_id}
+        assert {group.prompt.actor_id for group in results[-8:]} == {ids[0]}
+
+        async with actor(addresses[1]):
+            await until(lambda: fleet.members()[1].state is ActorState.SERVING, pause_s=0.02)
+            again = await sampler.sample_many(requests, min_version=0)
+            used = {group.prompt.actor_id for group in again}
+            assert used == {ids[0], fleet.members()[1].actor_id}
+            assert ids[1] not in used
+            # Seeded tokens do not depend on who sampled them, nor on how often it was tried.
+            for first, second in zip(results, again, strict=True):
+                for a, b in zip(first.completions, second.completions, strict=True):
+                    assert np.array_equal(a.token_ids, b.token_ids)
+        await fleet.close()

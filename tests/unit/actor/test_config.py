@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+
+from actor.config import ActorConfig, check_model
+from common.config import ConfigError, load_config
+
+
+def test_model_directory_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model: is missing"):
+        check_model(None)
+    with pytest.raises(ConfigError, match="no is not a directory"):
+        check_model(tmp_path / "no")
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no \*\.safetensors file"):
+        check_model(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert check_model(tmp_path) == tmp_path
+
+
+def test_limits_that_clients_see_are_those_of_the_engine() -> None:
+    config = load_config(ActorConfig, None, ["engine=fake", "fake.max_images=3", "limits.max_group_size=5"])
+    limits = config.server_limits(max_context_tokens=77)
+    assert (limits.max_media_items, limits.max_group_size, limits.max_context_tokens) == (3, 5, 77)
+    assert limits.max_media_bytes == 32 * 2**20
+    assert load_config(ActorConfig, None, ["vllm.max_images=2"]).server_limits(1).max_media_items == 2

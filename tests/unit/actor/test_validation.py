@@ -1,0 +1,114 @@
+import dataclasses
+from typing import Any
+
+import pytest
+
+from actor.validation import check_request
+from common.errors import OutriderError
+from common.types import (
+    ChatMessage,
+    ChatPrompt,
+    MediaItem,
+    MediaPart,
+    PlaceholderRange,
+    RolloutRequest,
+    SamplingParams,
+    ServerLimits,
+    TextPart,
+    TextPrompt,
+    TokenPrompt,
+)
+
+LIMITS = ServerLimits(max_group_size=8, max_context_tokens=100, max_media_items=2, max_media_bytes=10)
+HASH = bytes(32)
+
+
+def _request(**values: Any) -> RolloutRequest:
+    return RolloutRequest(**({"group_id": "g", "prompt": TextPrompt("hi")} | values))
+
+
+def _chat(*parts: TextPart | MediaPart) -> ChatPrompt:
+    return ChatPrompt((ChatMessage("user", parts),))
+
+
+def _problem(request: RolloutRequest) -> str:
+    with pytest.raises(OutriderError) as raised:
+        check_request(request, LIMITS, vocab_size=320)
+    return str(raised.value)
+
+
+def test_good_requests_pass() -> None:
+    check_request(_request(), LIMITS, 320)
+    media = (MediaItem(HASH), MediaItem(HASH, b"0123456789"))
+    chat = _chat(MediaPart(0), TextPart("and"), MediaPart(1))
+    sampling = SamplingParams(n=8, temperature=0.0, max_tokens=100, seed=2**62, stop=("x",), allowed_token_ids=(319,))
+    check_request(_request(prompt=chat, media=media, sampling=sampling), LIMITS, 320)
+    check_request(_request(prompt=TokenPrompt(tuple(range(100)))), LIMITS, 320)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"group_id": ""}, "group_id: must have 1 to 128 characters"),
+        ({"group_id": "x" * 129}, "group_id: must have 1 to 128 characters"),
+        ({"min_policy_version": -1}, "min_policy_version: must not be negative"),
+        ({"prompt": TextPrompt("")}, "text: is empty"),
+        ({"prompt": TextPrompt("x" * 6401)}, "text: 6401 characters, more than 100 tokens can be"),
+        ({"prompt": ChatPrompt(())}, "chat.messages: is empty"),
+        ({"prompt": ChatPrompt((ChatMessage("", ()),))}, "chat.messages[0].role: is empty"),
+        (
+            {"prompt": _chat(TextPart("a"), MediaPart(0))},
+            "chat.messages[0].parts[1].media_index: is 0; each of the 0 media items is referred to once, in ascending"
+            " order",
+        ),
+        (
+            {"prompt": _chat(MediaPart(1), MediaPart(0)), "media": (MediaItem(HASH), MediaItem(HASH))},
+            "chat.messages[0].parts[0].media_index: is 1; each of the 2 media items is referred to once, in ascending"
+            " order",
+        ),
+        (
+            {"prompt": _chat(MediaPart(0)), "media": (MediaItem(HASH), MediaItem(HASH))},
+            "media: 2 items came, but the messages refer to 1",
+        ),
+        ({"media": (MediaItem(HASH),) * 3}, "media: 3 items; this server takes 2"),
+        ({"media": (MediaItem(HASH, b""),)}, "media[0].encoded: is empty"),
+        (
+            {"media": (MediaItem(HASH), MediaItem(HASH, b"0123456789a"))},
+            "media[1].encoded: 11 bytes; the limit is 10",
+        ),
+        ({"prompt": TokenPrompt(())}, "tokens.ids: is empty"),
+        ({"prompt": TokenPrompt((0,) * 101)}, "tokens.ids: 101 ids; the context has 100"),
+        ({"prompt": TokenPrompt((0, 320))}, "tokens.ids[1]: is 320; the vocabulary has 320 ids"),
+        ({"prompt": TokenPrompt((-1,))}, "tokens.ids[0]: is -1; the vocabulary has 320 ids"),
+        (
+            {"prompt": TokenPrompt((0,), (PlaceholderRange(0, 1),))},
+            "tokens.placeholders: this version takes unexpanded ids only",
+        ),
+    ],
+)
+def test_the_field_is_named(values: dict[str, Any], problem: str) -> None:
+    assert _problem(_request(**values)) == problem
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"n": 9}, "sampling.n: is 9; must be 1 to 8"),
+        ({"temperature": -0.5}, "sampling.temperature: is -0.5; must be 0 to 100"),
+        ({"temperature": float("nan")}, "sampling.temperature: is nan; must be 0 to 100"),
+        ({"top_p": 0.0}, "sampling.top_p: is 0; must be 1e-06 to 1"),
+        ({"min_p": 1.5}, "sampling.min_p: is 1.5; must be 0 to 1"),
+        ({"max_tokens": 101}, "sampling.max_tokens: is 101; must be 0 to 100"),
+        ({"max_tokens": 5, "min_tokens": 6}, "sampling.min_tokens: is 6; must be 0 to 5"),
+        ({"repetition_penalty": float("inf")}, "sampling.repetition_penalty: is inf; must be 0.001 to 1000"),
+        ({"presence_penalty": 3.0}, "sampling.presence_penalty: is 3; must be -2 to 2"),
+        ({"frequency_penalty": -3.0}, "sampling.frequency_penalty: is -3; must be -2 to 2"),
+        ({"seed": -1}, "sampling.seed: is -1; must be 0 to 4.61169e+18"),
+        ({"stop_token_ids": (320,)}, "sampling.stop_token_ids[0]: is 320; the vocabulary has 320 ids"),
+        ({"allowed_token_ids": (1, -2)}, "sampling.allowed_token_ids[1]: is -2; the vocabulary has 320 ids"),
+        ({"stop": ("",)}, "sampling.stop[0]: must have 1 to 128 characters"),
+        ({"stop": ("x",) * 17}, "sampling.stop: 17 strings; the limit is 16"),
+    ],
+)
+def test_the_sampling_field_is_named(values: dict[str, Any], problem: str) -> None:
+    assert _problem(_request(sampling=dataclasses.replace(SamplingParams(), **values))) == problem

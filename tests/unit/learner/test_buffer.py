@@ -1,0 +1,131 @@
+"""The buffer between the event loop and the trainer's thread."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.rollouts.buffer import BufferClosed, GroupBuffer
+from learner.types import Group
+from tests.fakes import make_group
+
+
+def fill(buffer: GroupBuffer, *groups: tuple[int, int]) -> None:
+    for sequence, version in groups:
+        buffer.put(make_group(sequence, version))
+
+
+def test_oldest_policy_first_then_data_order() -> None:
+    buffer = GroupBuffer(8)
+    fill(buffer, (5, 2), (4, 1), (3, 2), (9, 1))
+    assert [g.sequence for g in buffer.take(3, version=2, max_staleness=1)] == [3, 4, 9]
+    assert len(buffer) == 1
+
+
+def test_too_stale_groups_go_back_and_are_counted() -> None:
+    buffer = GroupBuffer(8)
+    returned: list[int] = []
+    buffer.on_stale = lambda groups: returned.extend(g.sequence for g in groups)
+    fill(buffer, (0, 0), (1, 1), (2, 2))
+    with pytest.raises(TimeoutError):
+        buffer.take(3, version=2, max_staleness=1, timeout_s=0.01)
+    assert returned == [0]
+    assert buffer.num_stale == 1
+    assert [g.sequence for g in buffer.take(2, version=2, max_staleness=1)] == [1, 2]
+
+
+def test_one_old_token_makes_a_group_old() -> None:
+    group = make_group(0, version=5)
+    old = make_group(0, version=3).completions[1]
+    mixed = Group(
+        group.group_id, 0, group.sample, group.processed, group.prompt, (group.completions[0], old), group.rewards
+    )
+    assert mixed.oldest_version == 3
+    buffer = GroupBuffer(2)
+    buffer.put(mixed)
+    with pytest.raises(TimeoutError):
+        buffer.take(1, version=5, max_staleness=1, timeout_s=0.01)
+    assert buffer.num_stale == 1
+
+
+def test_take_blocks_until_the_batch_is_full() -> None:
+    buffer = GroupBuffer(4)
+    with ThreadPoolExecutor(1) as trainer:
+        taken = trainer.submit(buffer.take, 2, version=0, max_staleness=0)
+        fill(buffer, (1, 0))
+        assert not taken.done()
+        fill(buffer, (0, 0))
+        assert [g.sequence for g in taken.result(timeout=10)] == [0, 1]
+
+
+def test_a_group_sampled_again_completes_the_waiting_batch() -> None:
+    buffer = GroupBuffer(4)
+    stale = threading.Event()
+    buffer.on_stale = lambda _: stale.set()
+    fill(buffer, (0, 0), (1, 1))
+    with ThreadPoolExecutor(1) as trainer:
+        taken = trainer.submit(buffer.take, 2, version=1, max_staleness=0)
+        assert stale.wait(10)
+        fill(buffer, (0, 1))
+        assert [(g.sequence, g.oldest_version) for g in taken.result(timeout=10)] == [(0, 1), (1, 1)]
+
+
+def test_failure_and_close_reach_a_blocked_trainer() -> None:
+    ends: list[tuple[Callable[[GroupBuffer], None], type[Exception]]] = [
+        (lambda b: b.fail(ValueError("lost")), ValueError),
+        (lambda b: b.close(), BufferClosed),
+    ]
+    for end, error in ends:
+        buffer = GroupBuffer(4)
+        with ThreadPoolExecutor(1) as trainer:
+            taken = trainer.submit(buffer.take, 2, version=0, max_staleness=0)
+            end(buffer)
+            with pytest.raises(error):
+                taken.result(timeout=10)
+        with pytest.raises(error):
+            buffer.take(1, version=0, max_staleness=0)
+
+
+def test_the_first_error_stays() -> None:
+    buffer = GroupBuffer(1)
+    buffer.fail(ValueError("cause"))
+    buffer.close()
+    with pytest.raises(ValueError, match="cause"):
+        buffer.take(1, version=0, max_staleness=0)
+
+
+def test_it_is_bounded_and_takes_no_group_twice() -> None:
+    buffer = GroupBuffer(2)
+    fill(buffer, (0, 0), (1, 0))
+    with pytest.raises(ValueError, match="in the buffer already"):
+        fill(buffer, (1, 0))
+    with pytest.raises(ValueError, match="2 groups already"):
+        fill(buffer, (2, 0))
+
+
+@given(
+    groups=st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    batch=st.integers(1, 4),
+    version=st.integers(0, 6),
+    max_staleness=st.integers(0, 4),
+)
+def test_every_group_is_taken_or_returned_once(groups: list[int], batch: int, version: int, max_staleness: int) -> None:
+    buffer = GroupBuffer(len(groups))
+    returned: list[int] = []
+    buffer.on_stale = lambda stale: returned.extend(g.sequence for g in stale)
+    fill(buffer, *enumerate(groups))
+    taken: list[int] = []
+    fresh = [sequence for sequence, born in enumerate(groups) if version - born <= max_staleness]
+    for _ in range(len(fresh) // batch):
+        taken += [g.sequence for g in buffer.take(batch, version=version, max_staleness=max_staleness, timeout_s=1)]
+    with pytest.raises(TimeoutError):
+        buffer.take(batch, version=version, max_staleness=max_staleness, timeout_s=0)
+    assert sorted(returned) == sorted(set(range(len(groups))) - set(fresh))
+    assert len(taken) == len(set(taken)) == len(fresh) // batch * batch
+    assert set(taken) <= set(fresh)
+    # The oldest ones were taken.
+    ages = sorted((groups[sequence], sequence) for sequence in fresh)
+    assert sorted(taken) == sorted(sequence for _, sequence in ages[: len(taken)])

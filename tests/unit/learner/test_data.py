@@ -1,0 +1,221 @@
+"""Datasets: what is read from each format, and that every mistake is one line."""
+
+import io
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+from common.config import ConfigError, parse_config
+from common.types import ChatMessage, MediaPart, TextPart
+from learner.data import DataConfig, PromptDataset, load_datasets
+from learner.types import PromptSample
+from tests.fakes import make_sample
+
+MODULE = "rows_of_a_test"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `datasets` caches goes away with the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def image(value: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), (value, 0, 0)).save(file, format=kind)
+    return file.getvalue()
+
+
+def verl_row(i: int, content: str = "<image>Which digit?", num_images: int = 1) -> dict[str, Any]:
+    return {
+        "data_source": "digits",
+        "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": content}],
+        "images": [{"bytes": image(10 * i + k), "path": None} for k in range(num_images)],
+        "reward_model": {"style": "rule", "ground_truth": str(i)},
+        "extra_info": {"index": i},
+    }
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def load(train: Path | str, **options: Any) -> PromptDataset:
+    return load_datasets(DataConfig(train=str(train), **options))[0]
+
+
+def test_verl_parquet_is_read_as_is(tmp_path: Path) -> None:
+    rows = [verl_row(0), verl_row(1, "A <image> or\n<image>?", num_images=2)]
+    dataset = load(write_parquet(tmp_path / "train.parquet", rows))
+    assert len(dataset) == 2
+    sample = dataset[1]
+    assert sample.messages == (
+        ChatMessage("system", (TextPart("Answer."),)),
+        ChatMessage("user", (TextPart("A "), MediaPart(0), TextPart(" or\n"), MediaPart(1), TextPart("?"))),
+    )
+    # The very bytes of the file: their hash names the image everywhere.
+    assert sample.images == (image(10), image(11))
+    assert (sample.row, sample.ground_truth, sample.data_source) == (1, "1", "digits")
+    assert sample.extra["extra_info"] == {"index": 1}
+    assert "images" not in sample.extra
+
+
+def test_parquet_written_by_datasets_keeps_the_encoded_bytes(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "images": datasets.List(datasets.Image()),
+            "answer": datasets.Value("int64"),
+        }
+    )
+    rows = {"prompt": ["<image>?"], "images": [[{"bytes": image(3, "JPEG"), "path": None}]], "answer": [3]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    sample = load(tmp_path / "*.parquet")[0]
+    assert sample.images == (image(3, "JPEG"),)
+    assert sample.ground_truth == 3
+    assert sample.messages == (ChatMessage("user", (MediaPart(0), TextPart("?"))),)
+
+
+def test_jsonl_with_image_paths_and_parts(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.webp").write_bytes(image(5, "WEBP"))
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    row = {"prompt": [{"role": "user", "content": content}], "images": "pictures/a.webp", "meta": {"answer": "red"}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    sample = load(tmp_path / "train.jsonl", answer_column="meta.answer")[0]
+    assert sample.messages == (ChatMessage("user", (MediaPart(0), TextPart("What?"))),)
+    assert sample.images == (image(5, "WEBP"),)
+    assert sample.ground_truth == "red"
+
+
+def test_image_folder_asks_one_question_and_answers_with_the_class(tmp_path: Path) -> None:
+    for name, value in (("cat", 1), ("dog", 2)):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "1.png").write_bytes(image(value))
+    dataset = load(tmp_path / "d", question="Which animal?")
+    found = {dataset[row].ground_truth: dataset[row].images for row in range(2)}
+    assert found == {"cat": (image(1),), "dog": (image(2),)}
+    assert dataset[0].messages == (ChatMessage("user", (MediaPart(0), TextPart("Which animal?"))),)
+
+
+@pytest.fixture
+def module() -> Iterator[types.ModuleType]:
+    module = types.ModuleType(MODULE)
+    sys.modules[MODULE] = module
+    yield module
+    del sys.modules[MODULE]
+
+
+def test_python_rows_with_pil_images_and_samples(module: types.ModuleType) -> None:
+    picture = Image.new("RGB", (4, 4), (7, 0, 0))
+    module.rows = lambda: iter([{"images": picture, "prompt": "<image>?", "answer": 1}])  # type: ignore[attr-defined]
+    module.samples = lambda: [make_sample(3)]  # type: ignore[attr-defined]
+    sample = load(f"{MODULE}:rows")[0]
+    with Image.open(io.BytesIO(sample.images[0])) as decoded:
+        assert decoded.format == "PNG"
+        assert np.array_equal(np.asarray(decoded), np.asarray(picture))
+    assert load(f"{MODULE}:samples")[0] == make_sample(3)
+
+
+def test_other_formats_become_png_with_the_same_pixels(module: types.ModuleType) -> None:
+    row = {"images": image(9, "BMP"), "prompt": "<image>?", "answer": 1}
+    module.rows = lambda: [row]  # type: ignore[attr-defined]
+    with Image.open(io.BytesIO(load(f"{MODULE}:rows")[0].images[0])) as decoded:
+        assert decoded.format == "PNG"
+        assert decoded.getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_held_out_by_fraction_is_disjoint_and_repeatable(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", [verl_row(i) for i in range(10)])
+
+    def answers(dataset: PromptDataset | None) -> list[str]:
+        assert dataset is not None
+        return [dataset[row].ground_truth for row in range(len(dataset))]
+
+    config = DataConfig(train=str(path), held_out_fraction=0.3)
+    train, held_out = load_datasets(config)
+    assert (len(train), len(answers(held_out))) == (7, 3)
+    assert sorted(answers(train) + answers(held_out)) == [str(i) for i in range(10)]
+    again = load_datasets(config)
+    assert (answers(again[0]), answers(again[1])) == (answers(train), answers(held_out))
+    other = load_datasets(DataConfig(train=str(path), held_out_fraction=0.3, split_seed=1))[1]
+    assert answers(other) != answers(held_out)
+
+
+def test_held_out_from_its_own_file(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [verl_row(i) for i in range(2)])
+    write_parquet(tmp_path / "h.parquet", [verl_row(i) for i in range(5, 9)])
+    config = DataConfig(train="t.parquet", held_out="h.parquet", max_held_out=3)
+    train, held_out = load_datasets(config, base_dir=tmp_path)
+    assert held_out is not None
+    assert len(train) == 2
+    assert [held_out[row].ground_truth for row in range(len(held_out))] == ["5", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "x", "answer": 1}], {}, "no image column 'images' .it has prompt, answer.; set data.image_column"),
+        ([{"images": image(1), "answer": 1}], {}, "no prompt column 'prompt' .* or data.question"),
+        ([verl_row(0, "no marker")], {}, "row 0 has 0 <image> markers for 1 images; write one marker"),
+        ([verl_row(0), verl_row(1, "<image><image>")], {}, "row 1 has 2 <image> markers for 1 images"),
+        ([{"prompt": "<image>", "images": image(1)}], {}, r"row 0 has no ground truth \(reward_model.ground_truth or"),
+        ([{"prompt": "<image>", "images": b"junk", "answer": 1}], {}, "row 0 image 0 cannot be read"),
+        ([{"prompt": "<image>", "images": "a.png", "answer": 1}], {}, "row 0 names the image .*No such file"),
+        ([{"prompt": 3, "images": None, "answer": 1}], {}, "neither text nor a list of role and content"),
+        ([{"prompt": "x", "images": None, "videos": [b"v"], "answer": 1}], {}, "row 0 has videos"),
+        ([], {}, "has no rows"),
+        ([verl_row(0)], {"held_out_fraction": 0.5}, "leaves nothing of 1 rows"),
+    ],
+)
+def test_mistakes_in_rows_are_one_line(
+    module: types.ModuleType, rows: list[Any], options: dict[str, Any], message: str
+) -> None:
+    module.rows = lambda: rows  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(f"{MODULE}:rows", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("missing.parquet", "missing.parquet does not exist; give a parquet file"),
+        ("nowhere", "nowhere does not exist; give a file, a folder, or package.module:function"),
+        ("no_such_package:rows", "cannot import 'no_such_package'"),
+        ("broken.parquet", "broken.parquet cannot be read as parquet"),
+        ("notes.txt", "the format of notes.txt is not clear; set data.format"),
+    ],
+)
+def test_mistakes_in_paths_are_one_line(tmp_path: Path, train: str, message: str) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_datasets(DataConfig(train=train), base_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_only_by_choice(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    assert load(tmp_path / "t.jsonl", image_column="")[0] == PromptSample(
+        0, (ChatMessage("user", (TextPart("1+1?"),)),), (), "2", extra={"answer": "2"}
+    )
+
+
+def test_two_ways_of_holding_out_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        parse_config(DataConfig, {"train": "a", "held_out": "b", "held_out_fraction": 0.1}, "run.yaml")

@@ -1,0 +1,193 @@
+"""The dispatcher: what it sends, what ends it, and what happens to groups that come too late."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from common.config import ConfigError
+from common.types import SamplingParams
+from learner.ledger import Ledger
+from learner.rewards import RewardRunner
+from learner.rollouts.buffer import BufferClosed, GroupBuffer
+from learner.rollouts.credits import Credits
+from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.sampler import Sampler
+from learner.rollouts.tripwire import ImageMismatch
+from learner.types import PromptSample
+from tests.fakes import FakeActor, FakeProcessor, Rows, until
+
+
+@dataclasses.dataclass
+class Setup:
+    actor: FakeActor
+    fleet: Fleet
+    ledger: Ledger
+    buffer: GroupBuffer
+    dispatcher: Dispatcher
+    task: "asyncio.Task[None]"
+
+    async def take(self, batch: int, version: int = 0, max_staleness: int = 0) -> list[int]:
+        groups = await asyncio.to_thread(
+            self.buffer.take, batch, version=version, max_staleness=max_staleness, timeout_s=20
+        )
+        return [group.sequence for group in groups]
+
+
+def one(**_: Any) -> float:
+    return 1.0
+
+
+@asynccontextmanager
+async def dispatching(
+    *,
+    batch: int = 2,
+    max_staleness: int = 0,
+    total_steps: int | None = None,
+    dataset: Dataset | None = None,
+    reward: Callable[..., float] = one,
+    actor: FakeActor | None = None,
+    **options: Any,
+) -> AsyncIterator[Setup]:
+    actor = actor or FakeActor("one", version=100)
+    fleet = Fleet([actor.address], run_id=None, connect=lambda _: actor.connect(), poll_s=0.001)
+    await fleet.start(startup_timeout_s=10)
+    ledger, buffer = Ledger(0, 10), GroupBuffer((max_staleness + 1) * batch)
+    dispatcher = Dispatcher(
+        dataset=dataset or Rows(10),
+        ledger=ledger,
+        processor=FakeProcessor(),
+        sampler=Sampler(fleet),
+        rewards=RewardRunner(reward, decode=lambda _: ""),
+        buffer=buffer,
+        credits=Credits(batch, max_staleness, total_steps=total_steps),
+        sampling=SamplingParams(n=3),
+        run_id="r",
+        **options,
+    )
+    task = asyncio.create_task(dispatcher.run())
+    yield Setup(actor, fleet, ledger, buffer, dispatcher, task)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await fleet.close()
+
+
+async def test_synchronous_training_samples_one_batch_per_step() -> None:
+    async with dispatching(batch=2, max_staleness=0) as setup:
+        assert await setup.take(2) == [0, 1]
+        assert len(setup.actor.requests) == 2
+        setup.ledger.mark_trained([0, 1])
+        setup.dispatcher.set_version(1)
+        assert await setup.take(2, version=1, max_staleness=100) == [2, 3]
+        stats = setup.dispatcher.stats()
+        assert (stats.num_groups, stats.num_completions, stats.num_tokens, stats.running) == (4, 12, 24, 0)
+
+
+async def test_it_never_runs_further_ahead_than_allowed() -> None:
+    actor = FakeActor("one", gate=asyncio.Event())
+    async with dispatching(batch=2, max_staleness=2, actor=actor) as setup:
+        await until(lambda: len(actor.requests) >= 6)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert len(actor.requests) == 6
+        assert setup.ledger.in_flight == set(range(6))
+
+
+async def test_the_version_that_a_later_step_needs_is_waited_for() -> None:
+    actor = FakeActor("one", version=0)
+    async with dispatching(batch=1, max_staleness=0, actor=actor) as setup:
+        assert await setup.take(1) == [0]
+        setup.dispatcher.set_version(1)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(actor.requests) == 1  # it still serves version 0
+        actor.version = 1
+        assert await setup.take(1, version=1) == [1]
+        assert actor.requests[1].min_policy_version == 1
+
+
+async def test_too_stale_groups_are_sampled_again() -> None:
+    actor = FakeActor("one", version=0)
+    async with dispatching(batch=2, max_staleness=1, actor=actor) as setup:
+        await until(lambda: len(setup.buffer) >= 4)
+        # The first step takes two; for the second one the trainer has become stricter.
+        assert await setup.take(2) == [0, 1]
+        setup.ledger.mark_trained([0, 1])
+        setup.dispatcher.set_version(1)
+        actor.version = 1
+        assert await setup.take(4, version=1, max_staleness=0) == [2, 3, 4, 5]
+        assert setup.dispatcher.stats().dropped == {"STALE": 2}
+        assert setup.buffer.num_stale == 2
+        names = sorted(request.group_id for request in actor.requests if request.group_id.startswith("r.2."))
+        assert len(names) == 2
+
+
+async def test_seeds_are_distinct_and_repeatable() -> None:
+    seeds = []
+    for _ in range(2):
+        async with dispatching(batch=4, sampling_seed=7) as setup:
+            await setup.take(4)
+            seeds.append({r.group_id: r.sampling.seed for r in setup.actor.requests})
+    assert seeds[0] == seeds[1] == {f"r.{s}.0": (7 << 32) + 3 * s for s in range(4)}
+
+
+async def test_a_lost_image_ends_the_run_on_both_sides() -> None:
+    def lose(sampled: Any) -> Any:
+        return dataclasses.replace(
+            sampled, prompt=dataclasses.replace(sampled.prompt, expanded_ids=sampled.prompt.expanded_ids[1:])
+        )
+
+    async with dispatching(actor=FakeActor("one", version=9, change=lose)) as setup:
+        with pytest.raises(ImageMismatch, match=r"4 ids on the actor, 5 by the learner|5 ids on the actor, 6"):
+            await setup.task
+        with pytest.raises(ImageMismatch):
+            await setup.take(1)
+
+
+async def test_a_broken_row_ends_the_run() -> None:
+    class Broken(Rows):
+        def __getitem__(self, row: int) -> PromptSample:
+            raise ConfigError(f"train.parquet: row {row} has 2 markers for 1 images")
+
+    async with dispatching(dataset=Broken(10)) as setup:
+        with pytest.raises(ConfigError, match="2 markers"):
+            await setup.take(1)
+
+
+async def test_failed_rewards_are_dropped_counted_and_replaced() -> None:
+    bad = {3, 6}
+
+    def reward(*, ground_truth: str, **_: Any) -> float:
+        return float("nan") if int(ground_truth) in bad else 1.0
+
+    async with dispatching(batch=5, total_steps=1, reward=reward) as setup:
+        taken = await setup.take(5)
+        rows = [setup.ledger.row(sequence) for sequence in taken]
+        assert not bad & set(rows)
+        dropped = setup.ledger.dropped.get("REWARD_NOT_FINITE", [])
+        assert {setup.ledger.row(sequence) for sequence in dropped} <= bad
+        assert sorted([*taken, *dropped]) == list(range(5 + len(dropped)))
+        assert setup.dispatcher.stats().dropped.get("REWARD_NOT_FINITE", 0) == len(dropped)
+
+
+async def test_nothing_but_failures_ends_the_run() -> None:
+    def reward(**_: Any) -> float:
+        raise KeyError("column")
+
+    async with dispatching(reward=reward, max_consecutive_drops=5) as setup:
+        with pytest.raises(TooManyDrops, match=r"5 groups in a row were dropped; the last: .*KeyError: 'column'"):
+            await setup.take(1)
+
+
+async def test_stopping_wakes_the_trainer() -> None:
+    async with dispatching(actor=FakeActor("one", gate=asyncio.Event())) as setup:
+        waiting = asyncio.ensure_future(setup.take(1))
+        await asyncio.sleep(0)
+        setup.task.cancel()
+        with pytest.raises(BufferClosed):
+            await waiting
+        assert setup.actor.num_running == 0

@@ -1,0 +1,232 @@
+"""The fleet: who may get a group, and what it says about comings and goings."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from common.config import ConfigError
+from common.errors import EngineDead, QueueFull, Unreachable
+from common.types import ActorState
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import FleetEvent, Member
+from tests.fakes import FakeActor, until
+
+
+class Watch:
+    """The fleet's events, to wait for."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.seen: list[FleetEvent] = []
+        self._changed = asyncio.Event()
+        fleet.subscribe(self._add)
+
+    def _add(self, event: FleetEvent) -> None:
+        self.seen.append(event)
+        self._changed.set()
+
+    async def until(self, kind: str, state: ActorState | None = None) -> FleetEvent:
+        while True:
+            for event in self.seen:
+                if event.kind == kind and (state is None or event.state is state):
+                    self.seen.remove(event)
+                    return event
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@asynccontextmanager
+async def running(
+    *actors: FakeActor, run_id: str | None = None, slots: int = 2, min_actors: int | None = None
+) -> AsyncIterator[tuple[Fleet, Watch]]:
+    by_address = {actor.address: actor for actor in actors}
+    fleet = Fleet(
+        list(by_address),
+        run_id=run_id,
+        connect=lambda address: by_address[address].connect(),
+        slots_per_actor=slots,
+        poll_s=0.001,
+    )
+    watch = Watch(fleet)
+    await fleet.start(startup_timeout_s=10, min_actors=len(actors) if min_actors is None else min_actors)
+    try:
+        yield fleet, watch
+    finally:
+        await fleet.close()
+
+
+def any_version() -> int:
+    return 0
+
+
+async def hold(fleet: Fleet, release: asyncio.Event, got: Callable[[Member], None]) -> None:
+    async with fleet.slot(any_version) as member:
+        got(member)
+        await release.wait()
+
+
+async def test_the_least_busy_serving_actor_gets_it() -> None:
+    one, two, loading = FakeActor("one"), FakeActor("two"), FakeActor("three", state=ActorState.LOADING)
+    async with running(one, two, loading) as (fleet, _), asyncio.TaskGroup() as tasks:
+        release, got = asyncio.Event(), []
+        for _ in range(5):
+            tasks.create_task(hold(fleet, release, lambda member: got.append(member.address)))
+        await until(lambda: len(got) >= 4)
+        assert sorted(got) == ["one", "one", "two", "two"]
+        assert [member.in_flight for member in fleet.members()] == [2, 2, 0]
+        release.set()
+    assert len(got) == 5
+
+
+async def test_versions_gate_and_a_commit_opens() -> None:
+    actor = FakeActor("one", run_id="mine", version=7)
+    async with running(actor, run_id="mine") as (fleet, _):
+        (member,) = fleet.members()
+        # Version 7 of who knows what: only what the publisher committed counts.
+        assert member.version == -1
+        waiting = asyncio.ensure_future(anext(aiter_slot(fleet, 3)))
+        fleet.mark_committed("one", "someone else", 9)
+        fleet.mark_committed("one", actor.actor_id, 2)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        fleet.mark_committed("one", actor.actor_id, 3)
+        assert (await waiting).address == "one"
+
+
+async def aiter_slot(fleet: Fleet, version: int) -> AsyncIterator[Member]:
+    async with fleet.slot(lambda: version) as member:
+        yield member
+
+
+async def test_another_learner_took_the_actor_over() -> None:
+    actor = FakeActor("one", run_id="mine")
+    async with running(actor, run_id="mine") as (fleet, watch):
+        fleet.mark_committed("one", actor.actor_id, 4)
+        actor.run_id, actor.state = "other", ActorState.PENDING_WEIGHTS
+        await watch.until("state", ActorState.PENDING_WEIGHTS)
+        assert fleet.members()[0].version == -1
+
+
+async def test_a_restart_is_another_actor() -> None:
+    actor = FakeActor("one", run_id="mine")
+    async with running(actor, run_id="mine") as (fleet, watch):
+        old = fleet.members()[0]
+        client = old.client
+        fleet.mark_committed("one", actor.actor_id, 4)
+        await watch.until("joined")
+        actor.restart()
+        left, joined = await watch.until("left"), await watch.until("joined")
+        assert (left.actor_id, left.reason) == ("one#1", "restarted")
+        assert (joined.actor_id, joined.state) == ("one#2", ActorState.PENDING_WEIGHTS)
+        new = fleet.members()[0]
+        assert old.left.is_set()
+        assert (new.version, new.left.is_set(), client.num_forgotten) == (-1, False, 2)  # type: ignore[attr-defined]
+
+
+async def test_death_and_return() -> None:
+    actor = FakeActor("one")
+    async with running(actor) as (fleet, watch):
+        actor.kill()
+        event = await watch.until("left")
+        assert event.reason == "connection reset"
+        assert fleet.live() == ()
+        actor.restart(ActorState.SERVING, version=3)
+        await watch.until("joined")
+        async with fleet.slot(lambda: 3) as member:
+            assert (member.actor_id, member.version) == ("one#2", 3)
+
+
+async def test_a_failed_call_stops_new_groups_until_the_next_answer() -> None:
+    actor = FakeActor("one")
+    async with running(actor) as (fleet, watch):
+        member = fleet.members()[0]
+        actor.kill()
+        fleet.report_failure(member, Unreachable("reset"))
+        assert member.held
+        await watch.until("left")
+
+
+async def test_an_answer_after_a_failed_call_is_told() -> None:
+    """The publisher skips a held actor, so it must hear when to go on."""
+    actor = FakeActor("one")
+    async with running(actor) as (fleet, watch):
+        member = fleet.members()[0]
+        fleet.report_failure(member, EngineDead("it says"))
+        assert member.held
+        event = await watch.until("recovered")
+        assert (event.actor_id, event.state, member.held) == ("one#1", ActorState.SERVING, False)
+
+
+async def test_waiters_keep_their_order() -> None:
+    actor = FakeActor("one", version=5)
+    async with running(actor, slots=1) as (fleet, _):
+        served: list[str] = []
+
+        async def ask(name: str, version: int) -> None:
+            async with fleet.slot(lambda: version):
+                served.append(name)
+
+        async with fleet.slot(any_version):
+            tasks = [asyncio.create_task(ask(*what)) for what in (("new", 6), ("a", 5), ("newer", 7), ("b", 0))]
+            await asyncio.sleep(0)
+        await asyncio.gather(tasks[1], tasks[3])
+        assert served == ["a", "b"]
+        actor.version = 7
+        await asyncio.gather(*tasks)
+        assert served == ["a", "b", "new", "newer"]
+
+
+async def test_a_full_queue_is_asked_again_after_its_own_time() -> None:
+    actor = FakeActor("one")
+    async with running(actor) as (fleet, _):
+        member = fleet.members()[0]
+        fleet.report_failure(member, QueueFull(0.01))
+        assert (member.busy, member.held) == (True, False)
+        async with fleet.slot(any_version) as again:
+            assert again is member
+
+
+async def test_cancelled_waiters_leave_no_slot_behind() -> None:
+    actor = FakeActor("one")
+    async with running(actor, slots=1) as (fleet, _):
+        async with fleet.slot(any_version):
+            waiters = [asyncio.ensure_future(anext(aiter_slot(fleet, 0))) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiters[0].cancel()
+            await asyncio.gather(waiters[0], return_exceptions=True)
+        # The slot went to the second waiter in this very turn; it is cancelled before it runs.
+        waiters[1].cancel()
+        await asyncio.gather(waiters[1], return_exceptions=True)
+        assert (await waiters[2]).in_flight == 1
+
+
+async def test_silent_addresses_at_start_are_one_line() -> None:
+    dead = FakeActor("10.0.0.1:50051", alive=False)
+    fleet = Fleet([dead.address], run_id=None, connect=lambda _: dead.connect(), poll_s=0.001)
+    with pytest.raises(
+        ConfigError, match=r"no answer within 0.05 s from 10.0.0.1:50051 \(connection reset\)"
+    ) as caught:
+        await fleet.start(startup_timeout_s=0.05)
+    assert "\n" not in str(caught.value)
+    await fleet.close()
+
+
+async def test_one_silent_address_is_reported_once_and_waited_for() -> None:
+    up, down = FakeActor("up"), FakeActor("down", alive=False)
+    async with running(up, down, min_actors=1) as (fleet, watch):
+        event = await watch.until("unreachable")
+        assert event.address == "down"
+        down.restart()
+        joined = {(await watch.until("joined")).address for _ in range(2)}
+        assert joined == {"up", "down"}
+        assert all(event.kind != "unreachable" for event in watch.seen)
+        assert len(fleet.live()) == 2
+
+
+def test_bad_address_lists() -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        Fleet([], run_id=None)
+    with pytest.raises(ConfigError, match="twice"):
+        Fleet(["a:1", "a:1"], run_id=None)

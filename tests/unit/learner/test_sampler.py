@@ -1,0 +1,134 @@
+"""One group on a fleet that misbehaves."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from common.errors import DeadlineExceeded, EngineDead, InvalidRequest, OutriderError, QueueFull
+from common.types import ActorState, ChatPrompt, SamplingParams
+from learner.rollouts.client import SampledGroup
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.sampler import GroupFailed, Sampler, build_request
+from learner.rollouts.tripwire import ImageMismatch
+from tests.fakes import FakeActor, make_sample, process, until
+
+SAMPLE = make_sample(3, (b"image",))
+REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))
+
+
+def any_version() -> int:
+    return 0
+
+
+@asynccontextmanager
+async def sampler(*actors: FakeActor, max_attempts: int = 8) -> AsyncIterator[Sampler]:
+    by_address = {actor.address: actor for actor in actors}
+    fleet = Fleet(list(by_address), run_id=None, connect=lambda a: by_address[a].connect(), poll_s=0.001)
+    await fleet.start(startup_timeout_s=10, min_actors=len(actors))
+    yield Sampler(fleet, max_attempts=max_attempts)
+    assert all(member.in_flight == 0 for member in fleet.members())
+    await fleet.close()
+
+
+def test_request_carries_chat_and_images() -> None:
+    assert REQUEST.prompt == ChatPrompt(SAMPLE.messages)
+    (item,) = REQUEST.media
+    assert item.encoded == b"image"
+    assert item.sha256.hex() == "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"
+
+
+async def test_a_group_comes_back_whole() -> None:
+    async with sampler(FakeActor("one")) as sample:
+        got = await sample.sample(REQUEST, min_version=any_version, expected=process(SAMPLE))
+        assert got.prompt.group_id == "run.3.0"
+        assert [completion.index for completion in got.completions] == [0, 1]
+
+
+@pytest.mark.parametrize("error", [EngineDead("x"), QueueFull(0.001), DeadlineExceeded("late")])
+async def test_a_failing_actor_is_replaced_by_another(error: OutriderError) -> None:
+    bad, good = FakeActor("bad", failure=error), FakeActor("good", state=ActorState.LOADING)
+    async with sampler(bad, good) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: bad.requests)
+        good.state = ActorState.SERVING
+        got = await task
+        assert got.prompt.actor_id == "good#1"
+        # A new attempt has a new name, so its trajectories can not be mistaken for those of the first one.
+        assert got.prompt.group_id == f"run.3.{len(bad.requests)}"
+        assert sample.retries == {error.reason: len(bad.requests)}
+
+
+async def test_a_group_that_fails_everywhere_is_given_up() -> None:
+    actor = FakeActor("one", failure=EngineDead("again"))
+    async with sampler(actor, max_attempts=3) as sample:
+        with pytest.raises(GroupFailed, match="failed 3 times, last: again") as caught:
+            await sample.sample(REQUEST, min_version=any_version, expected=None)
+        assert caught.value.reason == "ATTEMPTS_EXHAUSTED"
+        assert [request.group_id for request in actor.requests] == ["run.3.0", "run.3.1", "run.3.2"]
+
+
+async def test_busy_is_no_failure() -> None:
+    actor = FakeActor("one", failure=QueueFull(0.0))
+    async with sampler(actor, max_attempts=1) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: len(actor.requests) >= 3)
+        actor.failure = None
+        assert len((await task).completions) == 2
+
+
+async def test_a_request_that_no_actor_takes_fails_at_once() -> None:
+    actor = FakeActor("one", failure=InvalidRequest("sampling.n", "too many"))
+    async with sampler(actor) as sample:
+        with pytest.raises(GroupFailed, match=r"sampling\.n: too many") as caught:
+            await sample.sample(REQUEST, min_version=any_version, expected=None)
+        assert caught.value.reason == "INVALID_REQUEST"
+        assert len(actor.requests) == 1
+
+
+async def test_an_actor_that_is_gone_is_not_waited_for() -> None:
+    """It neither answers nor closes the connection: what the polls see ends the call, long before the deadline."""
+    hung, other = FakeActor("hung", gate=asyncio.Event()), FakeActor("other", state=ActorState.LOADING)
+    async with sampler(hung, other) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: hung.num_running)
+        hung.kill()
+        other.state = ActorState.SERVING
+        assert (await task).prompt.actor_id == "other#1"
+        assert sample.retries == {"UNREACHABLE": 1}
+        assert hung.num_running == 0
+
+
+async def test_lost_images_stop_at_once() -> None:
+    def lose(sampled: SampledGroup) -> SampledGroup:
+        return dataclasses.replace(sampled, prompt=dataclasses.replace(sampled.prompt, media=()))
+
+    actor = FakeActor("one", change=lose)
+    async with sampler(actor) as sample:
+        with pytest.raises(ImageMismatch, match="1 images were sent, the actor used 0"):
+            await sample.sample(REQUEST, min_version=any_version, expected=process(SAMPLE))
+        assert len(actor.requests) == 1
+
+
+async def test_many_come_back_in_order() -> None:
+    async with sampler(FakeActor("one"), FakeActor("two")) as sample:
+        samples = [make_sample(row) for row in range(100)]
+        requests = [build_request(f"eval.{s.row}", s, SamplingParams(temperature=0)) for s in samples]
+        results = await sample.sample_many(requests, min_version=0, expected=[process(s) for s in samples])
+        for sent, result in zip(samples, results, strict=True):
+            assert np.array_equal(result.prompt.expanded_ids, process(sent).input_ids)
+
+
+async def test_a_version_that_nobody_serves_yet_is_waited_for() -> None:
+    actor = FakeActor("one", version=1)
+    async with sampler(actor) as sample:
+        task = asyncio.ensure_future(sample.sample_many([REQUEST], min_version=2))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not actor.requests
+        actor.version = 2
+        await task
+        assert actor.requests[0].min_policy_version == 2

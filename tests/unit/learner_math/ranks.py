@@ -1,0 +1,56 @@
+"""One rank of a training run, as a process of its own: `... RANK WORLD STORE MODEL PACKS OUT`.
+
+It reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and writes its statistics; rank 0
+writes the full parameters too. The name of OUT says what is special: `sgd`, `adamw` or `frozen` (vision tower).
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from learner.algorithms.config import LossConfig
+from learner.batch.transport import decode_packs
+from learner.model.config import OptimizerConfig
+from learner.model.load import load_policy
+from learner.model.optimizer import build_optimizer
+from learner.model.parallelize import parallelize
+from learner.step import train_step
+from tests.unit.learner_math.conftest import enlarge
+
+NUM_STEPS = 3
+LOSS = LossConfig(entropy_coef=0.01)
+
+
+def main(rank: int, world: int, store: Path, model_dir: Path, packs: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=30)
+    )
+    model = enlarge(load_policy(model_dir, freeze_vision_tower=out.name == "frozen")[0])
+    parallelize(model, init_device_mesh("cpu", (world,)))
+    # SGD where parameters are compared: Adam makes much of rounding where a gradient is nearly zero.
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    if out.name != "sgd":
+        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.01))
+    batches = decode_packs(load_file(packs / f"{rank}.safetensors")["packs"])
+    stats = [
+        asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, max_grad_norm=0.5))
+        for _ in range(NUM_STEPS)
+    ]
+    full = {name: value.full_tensor().clone() for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    (out / f"{rank}.json").write_text(json.dumps(stats))
+    if rank == 0:
+        save_file(full, out / "parameters.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:]))

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learner.model.attention import packed_attention, packed_layout
+
+
+def naive_attention(query: Tensor, key: Tensor, value: Tensor, rows: list[int], branches: list[int]) -> Tensor:
+    """Token by token: same row, not later, branch 0 or the own one. `[heads, T, d]` in, `[T, heads, d]` out."""
+    heads, num_tokens, dim = query.shape
+    group = heads // key.shape[0]
+    outputs = []
+    for t in range(num_tokens):
+        visible = [s for s in range(t + 1) if rows[s] == rows[t] and branches[s] in {0, branches[t]}]
+        for h in range(heads):
+            scores = torch.stack([query[h, t] @ key[h // group, s] / math.sqrt(dim) for s in visible])
+            weights = scores.softmax(0)
+            outputs.append(weights @ value[h // group, visible])
+    return torch.stack(outputs).view(num_tokens, heads, dim)
+
+
+@pytest.mark.parametrize(
+    ("row_lengths", "branches"),
+    [
+        ([4, 4], [0, 0, 1, 2, 0, 1, 1, 2]),  # equal rows: no gather
+        ([1, 7, 3, 2], [0, 0, 0, 1, 1, 2, 2, 3, 0, 0, 1, 0, 0]),  # several blocks, out of order
+        ([5, 4], [0, 0, 1, 1, 2, 0, 1, 2, 2]),  # one block with padding
+        ([3], [0, 1, 2]),
+    ],
+)
+def test_values_and_gradients_are_those_of_a_naive_loop(row_lengths: list[int], branches: list[int]) -> None:
+    torch.manual_seed(0)
+    rows = [row for row, length in enumerate(row_lengths) for _ in range(length)]
+    states = [torch.randn(heads, len(rows), 8, requires_grad=True) for heads in (4, 2, 2)]
+    copies = [state.detach().clone().requires_grad_() for state in states]
+    layout = packed_layout(row_lengths, torch.tensor(branches))
+    query, key, value = (state.unsqueeze(0) for state in states)
+    output, _ = packed_attention(nn.Identity(), query, key, value, None, scaling=8**-0.5, packed_layout=layout)
+    expected = naive_attention(copies[0], copies[1], copies[2], rows, branches)
+    torch.testing.assert_close(output[0], expected, atol=1e-6, rtol=1e-5)
+    weight = torch.randn_like(expected)
+    (output[0] * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for state, copy in zip(states, copies, strict=True):
+        torch.testing.assert_close(state.grad, copy.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_of_very_different_length_do_not_share_a_block() -> None:
+    layout = packed_layout([100, 3, 90, 4], torch.zeros(197, dtype=torch.int64))
+    assert [(block.num_rows, block.length) for block in layout.blocks] == [(2, 100), (2, 4)]
+
+
+def test_rows_must_fill_the_pack() -> None:
+    with pytest.raises(ValueError, match="rows hold 5 tokens, the pack 6"):
+        packed_layout([2, 3], torch.zeros(6, dtype=torch.int64))

@@ -1,0 +1,104 @@
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import InvalidRequest
+from common.types import ChatMessage, MediaPart, TextPart
+from learner.batch.packing import Row, pack
+from learner.batch.processing import PromptProcessor
+from learner.types import PromptSample
+from tests.unit.learner_math.groups import image_bytes, mixed_groups, sample
+
+
+def test_ids_media_and_hashes_are_the_processors_own(processor: PromptProcessor, hf_processor: Any) -> None:
+    image = image_bytes(0, 112, 56)
+    processed = processor.process(sample(0, "hi", [image]))
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi<|im_end|>\n<|im_start|>assistant\n"
+    expanded = text.replace("<|image_pad|>", "<|image_pad|>" * 8)  # 8 x 4 patches, merged 2 x 2
+    assert processed.input_ids.tolist() == hf_processor.tokenizer(expanded).input_ids
+    assert processed.media["image_grid_thw"].tolist() == [[1, 4, 8]]
+    assert tuple(processed.media["pixel_values"].shape) == (32, 3 * 2 * 14 * 14)
+    assert processed.placeholder_lengths == (8,)
+    assert processed.media_sha256 == (hashlib.sha256(image).digest(),)
+    assert set(processed.media) == {"pixel_values", "image_grid_thw"}
+
+
+def test_positions_of_prompt_and_completions_are_those_of_transformers(
+    processor: PromptProcessor, reference_model: Any
+) -> None:
+    """The whole sequence through the real model's get_rope_index; the pack continues where the prompt ends."""
+    for g in mixed_groups(processor):
+        prompt, [first, *_] = g.processed, g.completions
+        packed = pack([Row(prompt, (first,), (0.0,))])
+        ids = torch.from_numpy(np.concatenate([prompt.input_ids, first.token_ids[:-1]])).long()[None]
+        expected, _ = reference_model.model.get_rope_index(
+            ids, mm_token_type_ids=(ids == 262).int(), image_grid_thw=prompt.media.get("image_grid_thw")
+        )
+        assert torch.equal(packed.position_ids, expected[:, 0])
+
+
+def test_text_has_one_position_after_the_other(processor: PromptProcessor) -> None:
+    processed = processor.process(sample(0, "words"))
+    assert processed.media == {}
+    assert processed.placeholder_lengths == ()
+    assert processed.position_ids.tolist() == [list(range(len(processed.input_ids)))] * 3
+    assert processed.next_position == len(processed.input_ids)
+
+
+def test_filler_is_the_smallest_image_alone(processor: PromptProcessor) -> None:
+    filler = processor.filler
+    assert filler is not None
+    assert filler.input_ids.tolist() == [262] * 4
+    assert filler.media["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert filler.next_position == 2
+
+
+def test_the_cache_returns_the_same_object_and_keeps_its_bound(model_dir: Path) -> None:
+    one = sample(0, "a", [image_bytes(0)])
+    again = sample(99, "a", [image_bytes(0)])  # another row of the same content
+    roomy = PromptProcessor(model_dir)
+    assert roomy.process(one) is roomy.process(again)
+    assert roomy.process(one) is not roomy.process(sample(0, "b", [image_bytes(0)]))
+    num_bytes = 16 * 1176 * 4  # pixel values alone
+    tight = PromptProcessor(model_dir, cache_bytes=2 * num_bytes)
+    first = tight.process(one)
+    assert tight.process(one) is first
+    tight.process(sample(1, "b", [image_bytes(1)]))
+    assert tight.process(one) is not first
+
+
+def test_threads_get_what_one_thread_gets(model_dir: Path, processor: PromptProcessor) -> None:
+    shared = PromptProcessor(model_dir, cache_bytes=0)
+    results: dict[int, list[int]] = {}
+
+    def run(row: int) -> None:
+        results[row] = shared.process(sample(row, "x" * (row + 1), [image_bytes(row)])).input_ids.tolist()
+
+    threads = [threading.Thread(target=run, args=(row,)) for row in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for row in range(8):
+        assert results[row] == processor.process(sample(row, "x" * (row + 1), [image_bytes(row)])).input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_images"), [((TextPart("no place"),), 1), ((MediaPart(0),), 0), ((MediaPart(1), MediaPart(0)), 2)]
+)
+def test_messages_and_images_must_fit_together(
+    processor: PromptProcessor, parts: tuple[TextPart | MediaPart, ...], num_images: int
+) -> None:
+    images = tuple(image_bytes(seed) for seed in range(num_images))
+    with pytest.raises(ValueError, match="row 5: its messages refer to images"):
+        processor.process(PromptSample(5, (ChatMessage("user", parts),), images, None))
+
+
+def test_bytes_that_are_no_image_are_named(processor: PromptProcessor) -> None:
+    with pytest.raises(InvalidRequest, match="not an image"):
+        processor.process(sample(0, "x", [b"GIF89a nonsense"]))

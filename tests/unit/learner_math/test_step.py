@@ -1,0 +1,150 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import structlog
+import torch
+from torch import nn
+
+from learner.algorithms.config import LossConfig
+from learner.batch.packing import PackedBatch, pack_batch
+from learner.batch.processing import PromptProcessor
+from learner.model.config import OptimizerConfig, learning_rate
+from learner.model.load import freeze, load_policy, prepare_policy, vision_modules
+from learner.model.optimizer import build_optimizer
+from learner.step import StepStats, clip_gradients, train_step
+from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
+
+LOSS = LossConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean", clip_high=1000.0, clip_low=1.0)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01)
+
+
+def packs(processor: PromptProcessor, max_tokens: int = 10_000) -> list[PackedBatch]:
+    groups = mixed_groups(processor)
+    return pack_batch(groups, centred(groups), max_tokens=max_tokens, filler=processor.filler)[0]
+
+
+def step(policy: Any, batches: list[PackedBatch], num: int = 1, **options: Any) -> StepStats:
+    # Plain SGD: Adam divides by the size of the gradient, and so makes much of rounding where that is nearly zero.
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+    return [train_step(policy, optimizer, batches, LOSS, policy_version=0, **options) for _ in range(num)][-1]
+
+
+def test_accumulated_micro_batches_are_one_batch(make_policy: Callable[[], Any], processor: PromptProcessor) -> None:
+    whole, parts = packs(processor), packs(processor, max_tokens=45)
+    assert (len(whole), len(parts)) == (1, 6)
+    one, many = make_policy(), make_policy()
+    stats_one, stats_many = step(one, whole, 2), step(many, parts, 2)
+    assert stats_one.grad_norm == pytest.approx(stats_many.grad_norm, rel=1e-4)
+    for name in ("loss", "entropy", "ratio_mean", "kl", "clip_fraction", "parity_max_abs_diff", "parity_mean_abs_diff"):
+        assert getattr(stats_one, name) == pytest.approx(getattr(stats_many, name), rel=1e-4, abs=1e-7), name
+    assert (
+        (stats_one.num_tokens, stats_one.num_sequences) == (stats_many.num_tokens, stats_many.num_sequences) == (31, 11)
+    )
+    for (name, a), b in zip(one.named_parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_makes_rewarded_completions_likelier(make_policy: Callable[[], Any], processor: PromptProcessor) -> None:
+    policy, batches = make_policy(), packs(processor)
+    first = step(policy, batches)
+    second = step(policy, batches)
+    assert second.loss < first.loss
+    assert not first.skipped
+
+
+def test_parity_counts_tokens_of_the_current_version_only(
+    make_policy: Callable[[], Any], reference_model: Any, hf_processor: Any, processor: PromptProcessor
+) -> None:
+    groups = mixed_groups(processor)
+    [[pack]] = pack_batch(groups, centred(groups), filler=processor.filler)
+    with torch.no_grad():
+        expected = torch.cat([c for g in reference_logprobs(reference_model, hf_processor, groups) for c in g])
+    pack.versions[:20] = 7
+    pack.actor_logprobs.copy_(expected)
+    pack.actor_logprobs[3] += 0.25
+    pack.actor_logprobs[25] += 99.0  # of another version
+    stats = train_step(make_policy(), build_optimizer(make_policy(), OPTIMIZER), [pack], LOSS, policy_version=7)
+    assert stats.parity_tokens == 20
+    assert stats.parity_max_abs_diff == pytest.approx(0.25, abs=1e-4)
+    assert stats.parity_mean_abs_diff == pytest.approx(0.25 / 20, abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_loud(
+    make_policy: Callable[[], Any], processor: PromptProcessor
+) -> None:
+    policy, [pack] = make_policy(), packs(processor)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    pack.advantages[0] = math.nan
+    optimizer = build_optimizer(policy, OPTIMIZER)
+    with structlog.testing.capture_logs() as logs:
+        stats = train_step(policy, optimizer, [pack], LOSS, policy_version=0)
+    assert stats.skipped
+    assert math.isnan(stats.grad_norm)
+    assert [(entry["log_level"], entry["event"]) for entry in logs] == [
+        ("error", "gradient is not finite: step skipped")
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert not optimizer.state
+    pack.advantages[0] = 1.0
+    assert not train_step(policy, optimizer, [pack], LOSS, policy_version=0).skipped
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    assert float(clip_gradients(model, 1.0)) == pytest.approx(5.0)
+    assert model.weight.grad.tolist() == [[pytest.approx(0.6, rel=1e-5), 0.0]]
+    assert model.bias.grad.tolist() == [pytest.approx(0.8, rel=1e-5)]
+    assert float(clip_gradients(model, 10.0)) == pytest.approx(1.0, rel=1e-5)
+    assert model.bias.grad.tolist() == [pytest.approx(0.8, rel=1e-5)]
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(model_dir: Any, processor: PromptProcessor) -> None:
+    policy, report = load_policy(model_dir, freeze_vision_tower=True)
+    vision = {name: value.clone() for name, value in policy.named_parameters() if ".visual." in name}
+    assert report.frozen == ("model.visual",)
+    assert report.num_frozen == sum(value.numel() for value in vision.values())
+    assert report.num_trainable + report.num_frozen == sum(p.numel() for p in policy.parameters())
+    stats = step(policy, packs(processor), suppressed_token_ids=SUPPRESSED, learning_rate=5e-3)
+    assert stats.learning_rate == 5e-3
+    after = dict(policy.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in vision.items())
+    assert not torch.equal(after["lm_head.weight"], load_policy(model_dir)[0].lm_head.weight)
+
+
+def test_freezing_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="found nothing to freeze in Sequential"):
+        freeze(nn.Sequential(nn.Linear(2, 2)), vision_modules(nn.Sequential(nn.Linear(2, 2))))
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze(nn.ModuleDict({"visual": nn.Linear(2, 2)}), ["visual"])
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds no checkpoint: config\.json is missing"):
+        load_policy(tmp_path)
+
+
+def test_rotary_frequencies_stay_float32_in_bfloat16(model_dir: Any) -> None:
+    half, full = load_policy(model_dir, dtype=torch.bfloat16)[0], load_policy(model_dir)[0]
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    for name, buffer in full.named_buffers():
+        if "inv_freq" in name:
+            assert torch.equal(dict(half.named_buffers())[name], buffer), name
+    assert half.training
+    prepare_policy(half)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 0.775, 0.325, 0.1, 0.1]),
+    ],
+)
+def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
+    config = OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=3, min_lr_ratio=0.1)
+    total = 7 if schedule == "cosine" else 8  # thirds of a half circle: cos 60 degrees is 1/2
+    assert [learning_rate(step, total, config) / 2 for step in range(8)] == pytest.approx(expected)
