@@ -1,4 +1,4 @@
-"""The peers' own virtual environment, `.venv-peers` in the checkout: built once, at the first benchmark that needs it."""
+"""The peers' own virtual environment, `.venv-peers` in the checkout: built by the first benchmark that needs it."""
 
 import os
 import shutil

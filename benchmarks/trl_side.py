@@ -1,12 +1,13 @@
 """TRL's side of `demo_vs_trl`: a GRPOTrainer that takes as many steps as a line on its standard input says.
 
-Runs in the peers' environment, where Outrider is not installed: `python trl_side.py WORKLOAD TORCHVISION_SHIM`. Speaks one
-JSON object a line on its standard output, see `benchmarks.side`; everything else goes to standard error.
+Runs in the peers' environment, where Outrider is not installed: `python trl_side.py WORKLOAD TORCHVISION_SHIM`. Speaks
+one JSON object a line on its standard output, see `benchmarks.side`; everything else goes to standard error.
 """
 
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
@@ -81,7 +82,7 @@ def main() -> None:
             self.ends.append(time.perf_counter())
             self.left -= 1
             if self.left == 0:
-                seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+                seconds = [end - start for start, end in itertools.pairwise(self.ends)]
                 answer = {"step_s": seconds, "completions": len(lengths), "tokens": sum(lengths)}
                 print(json.dumps(answer), file=ANSWERS)
 
@@ -125,7 +126,6 @@ def main() -> None:
     facts = {
         "first_prompt_ids": [int(token) for token in prompt["input_ids"][0]],
         "images_sha256": hashlib.sha256(b"".join(row["images"][0]["bytes"] for row in rows)).hexdigest(),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     print(json.dumps({"ready": facts}), file=ANSWERS)
     trainer.train()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from examples.digits.warm_start import warm_start
 from safetensors.torch import load_file, save_file
 
+from benchmarks.harness import say
 from examples.digits import data
 from examples.digits.model import TOKEN_IDS, VOCAB_SIZE, build_model
+from examples.digits.prepare import prepare
 
 # The end of a turn and 11 letters: p(end) = 1/12 under uniform logits, so lengths are geometric with mean 12.
 _TAIL_TOKENS = (TOKEN_IDS["<|im_end|>"], *range(65, 76))
@@ -59,10 +60,11 @@ def build(folder: Path, case: str) -> Workload:
     """Write the workload `case` into `folder` and return it."""
     workload = CASES[case]
     folder.mkdir(parents=True, exist_ok=True)
-    model = build_model(folder / "model", seed=0)
+    model = folder / "model"
     if case == "two_tokens":
-        warm_start(model, steps=100, seed=0)
+        prepare(model, seed=0, report=say)
     else:
+        build_model(model, seed=0)
         _make_uniform(model)
     _rows().to_parquet(folder / "train.parquet")
     (folder / "workload.json").write_text(json.dumps(asdict(workload)))

@@ -5,7 +5,9 @@ straight from a TCPStore, beside the default group of `torch.distributed`, so th
 while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are the same.
 """
 
+import atexit
 import contextlib
+import ctypes
 import socket
 import threading
 import time
@@ -73,10 +75,33 @@ class BroadcastGroup:
             return
         with contextlib.suppress(RuntimeError):  # already broken
             backend.abort()
-        # Gloo's destructor waits for a stuck operation until that has timed out: keep the object alive for that long.
-        keeper = threading.Timer(self._timeout.total_seconds() + 1, [backend].clear)
-        keeper.daemon = True
-        keeper.start()
+        _destroy_later(backend, self._timeout.total_seconds() + 1)
+
+
+# Backends that were aborted and still exist, by their id.
+_aborted_backends: dict[int, dist.Backend] = {}
+_destroying = threading.Lock()
+
+
+def _destroy_later(backend: dist.Backend, delay_s: float) -> None:
+    """Gloo's destructor waits for a stuck operation until that has timed out: keep the object alive for that long."""
+    _aborted_backends[id(backend)] = backend
+    keeper = threading.Timer(delay_s, _destroy, [id(backend)])
+    keeper.daemon = True
+    keeper.start()
+
+
+def _destroy(key: int) -> None:
+    with _destroying:
+        del _aborted_backends[key]
+
+
+@atexit.register
+def _leave_the_rest_to_the_kernel() -> None:
+    """A destructor that still runs on a daemon thread when the interpreter ends would abort the process."""
+    _destroying.acquire()  # for good: one that is under way ends, none begins any more
+    for backend in _aborted_backends.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
 
 
 def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> dist.Backend:

@@ -173,7 +173,7 @@ class LiveDisplay(Display):
                 ProgressBar(total=max(1, self._total_steps), completed=done),
                 f"{self._phase}  {self._elapsed()}",
             )
-            title = f"[bold]{self._name}[/]  {self._run_dir}"
+            title = Text.assemble((self._name, "bold"), f"  {self._run_dir}")
             return Panel(Group(head, self._numbers(report), self._fleet()), title=title, title_align="left")
 
     def _numbers(self, report: StepReport | None) -> Table:

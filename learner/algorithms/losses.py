@@ -7,8 +7,9 @@ token is
     - entropy_coef * entropy
     + kl_coef * (m/p - log(m/p) - 1)                                 the "k3" estimate of KL(p || m)
 
-where w = 1, or the truncated importance weight min(p / actor, cap) for rollouts whose engine differs from the trainer. A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are
-those of the whole batch over all ranks and micro-batches, so that packs may simply be summed.
+where w = 1, or the truncated importance weight min(p / actor, cap) for rollouts of an engine that differs numerically
+from the trainer. A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are those of the
+whole batch over all ranks and micro-batches, so that packs may simply be summed.
 
 Nothing here hides a value that is not finite: it reaches the gradient norm, and the step is skipped (learner.step).
 Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.types import Completion, FloatArray
-from learner.batch.balance import balance
+from learner.batch.balance import balance, row_cost
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.types import Group, ProcessedPrompt
 
@@ -102,11 +102,12 @@ def pack_batch(
         advantages: for each group, float32 `[n]` in the order of its completions.
         num_ranks: ranks that train.
         max_tokens: tokens of a micro-batch; a single completion with its prompt may exceed it, then it is alone.
-        share_prefix: one copy of the prompt for all completions of a row.
+        share_prefix: one copy of the prompt for all completions of a row. A group still gets a second row where a copy of
+            the prompt costs less than the attention between completions that its mask throws away.
         filler: a prompt with the smallest image of the model (`PromptProcessor.filler`). It is added, untrained, to
             each pack that has no media, so that the vision tower runs (with zero gradient) on every rank: under FSDP
             all ranks must take part in its collectives. `None` for a text model.
-        hidden_size: of the text model; sets what attention costs beside the rest when ranks are balanced.
+        hidden_size: of the text model; sets what attention costs beside the rest (`row_cost`).
 
     Returns:
         `packs[rank][i]`; every rank has the same number of micro-batches.
@@ -117,7 +118,7 @@ def pack_batch(
     rows = [
         row
         for group, values in zip(groups, advantages, strict=True)
-        for row in _rows(group, values, share_prefix, max_tokens)
+        for row in _rows(group, values, share_prefix, max_tokens, hidden_size)
     ]
     if not rows:
         raise ValueError("a training batch needs at least one group")
@@ -166,25 +167,25 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
     )
 
 
-def _rows(group: Group, advantages: FloatArray, share_prefix: bool, max_tokens: int) -> list[Row]:
-    """The rows of a group: as few as `max_tokens` allows, or one for each completion."""
+def _rows(group: Group, advantages: FloatArray, share_prefix: bool, max_tokens: int, hidden_size: int) -> list[Row]:
+    """The rows of a group: each completion joins the last row where that fits and costs less than a row of its own."""
     if len(advantages) != len(group.completions):
         raise ValueError(
             f"group {group.group_id} has {len(group.completions)} completions but {len(advantages)} advantages"
         )
     rows: list[Row] = []
-    room = 0
     for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
-        length = len(completion.token_ids)
-        if length == 0:
+        if len(completion.token_ids) == 0:
             raise ValueError(f"completion {completion.trajectory_id} has no tokens")
-        if share_prefix and rows and length - 1 <= room:
+        alone = Row(group.processed, (completion,), (advantage,))
+        if share_prefix and rows:
             last = rows[-1]
-            rows[-1] = Row(last.prompt, (*last.completions, completion), (*last.advantages, advantage))
-            room -= length - 1
-        else:
-            rows.append(Row(group.processed, (completion,), (advantage,)))
-            room = max_tokens - rows[-1].num_tokens
+            joined = Row(last.prompt, (*last.completions, completion), (*last.advantages, advantage))
+            added_cost = row_cost(joined.num_tokens, hidden_size) - row_cost(last.num_tokens, hidden_size)
+            if joined.num_tokens <= max_tokens and added_cost <= row_cost(alone.num_tokens, hidden_size):
+                rows[-1] = joined
+                continue
+        rows.append(alone)
     return rows
 
 

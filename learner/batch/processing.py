@@ -76,7 +76,7 @@ class PromptProcessor:
             indices = [part.index for part in parts if isinstance(part, MediaPart)]
             if indices != list(range(len(sample.images))):
                 raise ValueError(
-                    f"row {sample.row}: its messages refer to images {indices}, in order, but it has {len(sample.images)}"
+                    f"row {sample.row}: its messages refer to images {indices}, but it has {len(sample.images)}"
                 )
             images = [
                 decode_image(image, f"images[{index}]", self._max_pixels) for index, image in enumerate(sample.images)

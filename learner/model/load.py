@@ -72,7 +72,6 @@ def prepare_policy(
     model.config.get_text_config()._attn_implementation = attention.register()  # noqa: SLF001 - no public setter for one
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     model.train()
     return freeze(model, vision_modules(model) if freeze_vision_tower else None)
 

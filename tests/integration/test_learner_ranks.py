@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ from tests.unit.learner_math.ranks import LOSS, NUM_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
+Packs = Sequence[Sequence[PackedBatch]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one case: statistics of each rank and step, packs that went in, full parameters after the last step."""
+
+    stats: list[list[dict[str, Any]]]
+    packs: Packs
+    parameters: dict[str, torch.Tensor]
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,89 +48,115 @@ def processor(model_dir: Path) -> PromptProcessor:
     return PromptProcessor(model_dir)
 
 
-def run_ranks(
-    directory: Path, model_dir: Path, packs: Sequence[Sequence[PackedBatch]], name: str = "adamw"
-) -> tuple[list[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """(statistics of each rank and step, full parameters after the last)."""
-    out = directory / name
-    out.mkdir(parents=True)
-    for rank, batches in enumerate(packs):
-        save_file({"packs": encode_packs(batches)}, directory / f"{rank}.safetensors")
-    command = [sys.executable, "-m", "tests.unit.learner_math.ranks"]
-    arguments = [str(len(packs)), str(directory / "store"), str(model_dir), str(directory), str(out)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor: PromptProcessor) -> dict[str, Result]:
+    """Every case, run by one process and by two: starting them is what takes the time."""
+    groups = mixed_groups(processor)
+
+    def pack(groups: list[Group], num_ranks: int, max_tokens: int = 10_000) -> Packs:
+        return pack_batch(groups, centred(groups), num_ranks=num_ranks, max_tokens=max_tokens, filler=processor.filler)
+
+    text = group(processor, sample(0, "only words"), (3, 2), seed=1)
+    image = group(processor, sample(1, "see", [image_bytes(0)]), (3, 2), seed=2)
+    by_modality = [*pack([text], 1), *pack([image], 1)]
+    one_rank = {"sgd-1": pack(groups, 1)}
+    two_ranks = {
+        "sgd-2": pack(groups, 2),
+        "sgd-2-accumulated": pack(groups, 2, max_tokens=45),
+        "adamw-modalities": by_modality,
+        "frozen-modalities": by_modality,
+        "adamw-idle": pack([image], 2),
+    }
+    directory = tmp_path_factory.mktemp("ranks")
+    return {
+        **_run(directory / "one", model_dir, one_rank, 1),
+        **_run(directory / "two", model_dir, two_ranks, 2),
+    }
+
+
+def _run(directory: Path, model_dir: Path, cases: Mapping[str, Packs], num_ranks: int) -> dict[str, Result]:
+    for name, packs in cases.items():
+        (directory / name).mkdir(parents=True)
+        for rank, batches in enumerate(packs):
+            save_file({"packs": encode_packs(batches)}, directory / name / f"{rank}.safetensors")
+    paths = [str(path) for path in (directory / "store", model_dir, *(directory / name for name in cases))]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), *arguments],
+            [sys.executable, "-m", "tests.unit.learner_math.ranks", str(rank), str(num_ranks), *paths],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(len(packs))
+        for rank in range(num_ranks)
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    stats = [json.loads((out / f"{rank}.json").read_text()) for rank in range(len(packs))]
-    return stats, load_file(out / "parameters.safetensors")
+    return {
+        name: Result(
+            [json.loads((directory / name / f"{rank}.json").read_text()) for rank in range(num_ranks)],
+            packs,
+            load_file(directory / name / "parameters.safetensors"),
+        )
+        for name, packs in cases.items()
+    }
 
 
-def test_one_rank_two_ranks_and_no_fsdp_take_the_same_steps(
-    tmp_path: Path, model_dir: Path, processor: PromptProcessor
+@pytest.fixture(scope="module")
+def without_fsdp(model_dir: Path, processor: PromptProcessor) -> Result:
+    """The same steps in this process, on a plain model."""
+    model, groups = enlarge(load_policy(model_dir)[0]), mixed_groups(processor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    packs = pack_batch(groups, centred(groups), max_tokens=10_000, filler=processor.filler)
+    stats = [
+        asdict(train_step(model, optimizer, packs[0], LOSS, policy_version=0, max_grad_norm=0.05))
+        for _ in range(NUM_STEPS)
+    ]
+    return Result([stats], packs, {name: value.detach() for name, value in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    ("name", "num_micro_batches"), [("sgd-1", [1]), ("sgd-2", [1, 1]), ("sgd-2-accumulated", [3, 3])]
+)
+def test_ranks_and_micro_batches_do_not_change_the_steps(
+    results: dict[str, Result], without_fsdp: Result, name: str, num_micro_batches: list[int]
 ) -> None:
-    groups = mixed_groups(processor)
-    plain_model, plain_stats = _without_fsdp(model_dir, groups, processor)
-    for num_ranks, max_tokens in ((1, 10_000), (2, 10_000), (2, 45)):
-        packs = pack_batch(groups, centred(groups), num_ranks=num_ranks, max_tokens=max_tokens, filler=processor.filler)
-        stats, parameters = run_ranks(tmp_path / f"{num_ranks}-{max_tokens}", model_dir, packs, "sgd")
-        assert all(rank == stats[0] for rank in stats)  # every rank reports the whole batch
-        for step in range(NUM_STEPS):
-            for name in ("loss", "grad_norm", "entropy", "kl", "ratio_mean", "parity_max_abs_diff", "num_tokens"):
-                assert stats[0][step][name] == pytest.approx(plain_stats[step][name], rel=2e-4, abs=1e-6), (step, name)
-        assert parameters.keys() == plain_model.keys()
-        for name, value in parameters.items():
-            torch.testing.assert_close(value, plain_model[name], atol=1e-5, rtol=1e-4)
+    result = results[name]
+    assert [len(batches) for batches in result.packs] == num_micro_batches
+    for step, expected in enumerate(without_fsdp.stats[0]):
+        assert expected["grad_norm"] > 0.05  # so that clipping is part of what is compared
+        for rank in result.stats:
+            for key in ("loss", "grad_norm", "entropy", "kl", "ratio_mean", "parity_max_abs_diff", "num_tokens"):
+                assert rank[step][key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), (step, key)
+    assert result.parameters.keys() == without_fsdp.parameters.keys()
+    for key, value in result.parameters.items():
+        torch.testing.assert_close(value, without_fsdp.parameters[key], atol=1e-5, rtol=1e-4)
 
 
-def _without_fsdp(
-    model_dir: Path, groups: list[Group], processor: PromptProcessor
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    model = enlarge(load_policy(model_dir)[0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    [packs] = pack_batch(groups, centred(groups), max_tokens=10_000, filler=processor.filler)
-    stats = []
-    for _ in range(NUM_STEPS):
-        result = train_step(model, optimizer, packs, LOSS, policy_version=0, max_grad_norm=0.5)
-        stats.append({name: getattr(result, name) for name in result.__slots__})
-    return {name: value.detach() for name, value in model.named_parameters()}, stats
-
-
-@pytest.mark.parametrize("name", ["adamw", "frozen"])
+@pytest.mark.parametrize("name", ["adamw-modalities", "frozen-modalities"])
 def test_a_rank_of_text_and_a_rank_of_images_do_not_wait_for_each_other(
-    tmp_path: Path, model_dir: Path, processor: PromptProcessor, name: str
+    results: dict[str, Result], model_dir: Path, name: str
 ) -> None:
-    text = group(processor, sample(0, "only words"), (3, 2), seed=1)
-    image = group(processor, sample(1, "see", [image_bytes(0)]), (3, 2), seed=2)
-    packs = [pack_batch([g], centred([g]), filler=processor.filler)[0] for g in (text, image)]
-    assert packs[0][0].media["image_grid_thw"].tolist() == [[1, 4, 4]]  # the filler
-    stats, parameters = run_ranks(tmp_path, model_dir, packs, name)
-    assert stats[0] == stats[1]
-    assert stats[0][0]["num_tokens"] == 10
-    assert not any(step["skipped"] for step in stats[0])
+    result = results[name]
+    text, image = result.packs[0][0], result.packs[1][0]
+    assert text.media["image_grid_thw"].tolist() == image.media["image_grid_thw"].tolist() == [[1, 4, 4]]  # the filler
+    assert result.stats[0] == result.stats[1]
+    assert [step["num_tokens"] for step in result.stats[0]] == [10] * NUM_STEPS
+    assert not any(step["skipped"] for step in result.stats[0])
     vision = "model.visual.patch_embed.proj.weight"
-    changed = not torch.equal(parameters[vision], dict(enlarge(load_policy(model_dir)[0]).named_parameters())[vision])
-    assert changed == (name != "frozen")
+    before = dict(enlarge(load_policy(model_dir)[0]).named_parameters())
+    assert torch.equal(result.parameters[vision], before[vision]) == name.startswith("frozen")
+    assert not torch.equal(result.parameters["lm_head.weight"], before["lm_head.weight"])
 
 
-def test_a_rank_with_nothing_to_train_takes_part(tmp_path: Path, model_dir: Path, processor: PromptProcessor) -> None:
-    only = group(processor, sample(0, "see", [image_bytes(0)]), (3, 2))
-    packs = pack_batch([only], centred([only]), num_ranks=2, filler=processor.filler)
-    assert sorted(len(batches[0].targets) for batches in packs) == [0, 5]
-    stats, _ = run_ranks(tmp_path, model_dir, packs)
-    assert stats[0] == stats[1]
-    assert stats[0][0]["num_sequences"] == 2
+def test_a_rank_with_nothing_to_train_takes_part(results: dict[str, Result]) -> None:
+    result = results["adamw-idle"]
+    assert sorted(len(batches[0].targets) for batches in result.packs) == [0, 5]
+    assert result.stats[0] == result.stats[1]
+    assert result.stats[0][0]["num_sequences"] == 2

@@ -1,7 +1,8 @@
-"""One rank of a training run, as a process of its own: `... RANK WORLD STORE MODEL PACKS OUT`.
+"""One rank of a training run, as a process of its own: `... RANK WORLD STORE MODEL CASE...`.
 
-It reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and writes its statistics; rank 0
-writes the full parameters too. The name of OUT says what is special: `sgd`, `adamw` or `frozen` (vision tower).
+For each case, a directory, it reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and
+writes its statistics; rank 0 writes the full parameters too. The name of the directory says what is special: `sgd...`,
+`adamw...` or `frozen...` (vision tower, with AdamW).
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from learner.algorithms.config import LossConfig
@@ -29,27 +30,33 @@ NUM_STEPS = 3
 LOSS = LossConfig(entropy_coef=0.01)
 
 
-def main(rank: int, world: int, store: Path, model_dir: Path, packs: Path, out: Path) -> None:
+def main(rank: int, world: int, store: Path, model_dir: Path, *cases: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    model = enlarge(load_policy(model_dir, freeze_vision_tower=out.name == "frozen")[0])
-    parallelize(model, init_device_mesh("cpu", (world,)))
+    mesh = init_device_mesh("cpu", (world,))
+    for case in cases:
+        run_case(rank, mesh, model_dir, case)
+    dist.destroy_process_group()
+
+
+def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
+    model = enlarge(load_policy(model_dir, freeze_vision_tower=case.name.startswith("frozen"))[0])
+    parallelize(model, mesh)
     # SGD where parameters are compared: Adam makes much of rounding where a gradient is nearly zero.
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    if out.name != "sgd":
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    if not case.name.startswith("sgd"):
         optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.01))
-    batches = decode_packs(load_file(packs / f"{rank}.safetensors")["packs"])
+    batches = decode_packs(load_file(case / f"{rank}.safetensors")["packs"])
     stats = [
-        asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, max_grad_norm=0.5))
+        asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, max_grad_norm=0.05))
         for _ in range(NUM_STEPS)
     ]
-    full = {name: value.full_tensor().clone() for name, value in model.named_parameters() if isinstance(value, DTensor)}
-    (out / f"{rank}.json").write_text(json.dumps(stats))
+    (case / f"{rank}.json").write_text(json.dumps(stats))
+    full = {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
     if rank == 0:
-        save_file(full, out / "parameters.safetensors")
-    dist.destroy_process_group()
+        save_file({name: value.clone() for name, value in full.items()}, case / "parameters.safetensors")
 
 
 if __name__ == "__main__":

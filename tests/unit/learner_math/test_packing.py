@@ -73,6 +73,17 @@ def test_a_group_over_the_budget_is_split_with_its_prompt_repeated() -> None:
         assert [p.targets[p.sequence_ids == i][0].item() for i in range(p.num_sequences)] == p.advantages.tolist()
 
 
+def test_completions_share_a_row_while_that_is_cheaper_than_a_copy_of_the_prompt() -> None:
+    """Width 1: a row of l tokens costs l + l^2 / 6. Alone 15 tokens cost 52.5; joining rows of 15, 20, 25 and 30 tokens
+    costs 34.2, 42.5, 50.8 and 59.2.
+    """
+    g = make_group(prompt([1] * 10), [completion([index] * 6) for index in range(5)])
+    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], hidden_size=1)
+    assert packed.row_lengths.tolist() == [30, 15]
+    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], hidden_size=2048)
+    assert packed.row_lengths.tolist() == [35]
+
+
 def test_a_single_completion_over_the_budget_is_alone() -> None:
     g = make_group(prompt([1] * 10), [completion([2] * 50), completion([3] * 2)])
     [packs] = pack_batch([g], [np.zeros(2, np.float32)], max_tokens=20)

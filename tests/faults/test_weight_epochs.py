@@ -1,0 +1,151 @@
+"""Publisher and fleet against real gRPC servers with the fake engine, over real Gloo epochs: who comes, goes and is late."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+from torch import nn
+
+from actor.config import ActorConfig
+from actor.engine_fake import FakeEngine
+from actor.server import ActorServer
+from common.types import ActorState
+from learner.rollouts.fleet import Fleet
+from learner.rollouts.members import FleetEvent
+from learner.weights.publisher import Publisher
+from learner.weights.snapshot import Snapshotter
+from tests.fakes import until
+
+_RUN_ID = "run"
+
+
+class _Actor:
+    """One address; each `start` is a new incarnation of the actor there."""
+
+    def __init__(self) -> None:
+        self.address = "127.0.0.1:0"
+        self.incarnation = 0
+        self.server: ActorServer | None = None
+
+    async def start(self) -> None:
+        config = ActorConfig.model_validate({"engine": "fake", "fake": {"token_s": 0}})
+        self.incarnation += 1
+        actor_id = f"{id(self)}-{self.incarnation}"
+        self.engine = FakeEngine(config.fake, actor_id)
+        self.server = ActorServer(self.engine, await self.engine.start(), config, actor_id)
+        self.address = f"127.0.0.1:{await self.server.start(self.address)}"
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            await self.server.stop(grace_s=0)
+            await self.engine.stop()
+            self.server = None
+
+    @property
+    def serves(self) -> tuple[ActorState, int] | None:
+        return (self.server.policy.state, self.server.policy.policy_version) if self.server is not None else None
+
+
+class _Learner:
+    """A model of two tensors, its fleet and its publisher."""
+
+    def __init__(self, actors: list[_Actor]) -> None:
+        self.actors = actors
+        self.model = nn.Linear(64, 64)
+        self.snapshotter = Snapshotter(self.model, [], is_sender=True, bucket_bytes=4096)
+        self.fleet = Fleet([actor.address for actor in actors], run_id=_RUN_ID, poll_s=0.05)
+        self.events: list[FleetEvent] = []
+        self.fleet.subscribe(self.events.append)
+
+    def publish(self, version: int) -> None:
+        with torch.no_grad():
+            self.model.weight.fill_(float(version))
+        snapshot = self.snapshotter.take(version)
+        assert snapshot is not None
+        self.publisher.submit(snapshot)
+
+    async def all_serve(self, version: int, *actors: _Actor) -> None:
+        """Both sides agree: the actors serve it, and the fleet gives them prompts of it."""
+        for actor in actors:
+            await until(lambda actor=actor: actor.serves == (ActorState.SERVING, version), 0.01)
+            member = next(m for m in self.fleet.members() if m.address == actor.address)
+            await until(lambda member=member: member.version == version or member.left.is_set(), 0.01)
+            assert member.state is ActorState.SERVING
+
+
+@contextlib.asynccontextmanager
+async def _running(num_actors: int, num_started: int) -> AsyncIterator[_Learner]:
+    actors = [_Actor() for _ in range(num_actors)]
+    for actor in actors:
+        await actor.start()  # also those that come later: so that their port is known
+    for actor in actors[num_started:]:
+        await actor.stop()
+    learner = _Learner(actors)
+    await learner.fleet.start(startup_timeout_s=10, min_actors=num_started)
+    learner.publisher = Publisher(
+        learner.fleet, run_id=_RUN_ID, host="127.0.0.1", backend="gloo", timeout_s=10.0
+    )
+    task = asyncio.create_task(learner.publisher.run())
+    try:
+        yield learner
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await learner.fleet.close()
+        for actor in actors:
+            await actor.stop()
+
+
+@pytest.mark.timeout(60)
+async def test_every_version_reaches_every_actor() -> None:
+    async with _running(3, 3) as learner:
+        for version in range(4):
+            learner.publish(version)
+            await learner.all_serve(version, *learner.actors)
+
+
+@pytest.mark.timeout(60)
+async def test_a_late_joiner_is_caught_up_and_the_others_keep_serving() -> None:
+    async with _running(3, 2) as learner:
+        first, second, late = learner.actors
+        learner.publish(5)
+        await learner.all_serve(5, first, second)
+        learner.events.clear()
+        await late.start()
+        await learner.all_serve(5, first, second, late)
+        # Nobody else changed state for it.
+        assert {event.address for event in learner.events} == {late.address}
+        learner.publish(6)
+        await learner.all_serve(6, first, second, late)
+
+
+@pytest.mark.timeout(60)
+async def test_a_dead_actor_does_not_hold_up_the_others_and_comes_back_as_a_new_one() -> None:
+    async with _running(2, 2) as learner:
+        stays, dies = learner.actors
+        learner.publish(1)
+        await learner.all_serve(1, stays, dies)
+        await dies.stop()
+        learner.publish(2)  # the fleet may not know yet that one is gone
+        await learner.all_serve(2, stays)
+        await dies.start()
+        await learner.all_serve(2, stays, dies)
+        learner.publish(3)
+        await learner.all_serve(3, stays, dies)
+
+
+@pytest.mark.timeout(60)
+async def test_nobody_there_for_a_while() -> None:
+    async with _running(1, 1) as learner:
+        (actor,) = learner.actors
+        learner.publish(1)
+        await learner.all_serve(1, actor)
+        await actor.stop()
+        await until(lambda: not learner.fleet.live(), 0.01)
+        learner.publish(2)
+        learner.publish(3)
+        await actor.start()
+        await learner.all_serve(3, actor)

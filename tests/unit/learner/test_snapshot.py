@@ -1,0 +1,98 @@
+"""Snapshots against the parameters that they were taken from, byte by byte."""
+
+import math
+import zlib
+
+import pytest
+import torch
+from torch import nn
+
+from actor.transfer import DTYPES, check_manifest
+from common.types import Manifest, ManifestBucket, ManifestParameter
+from learner.weights.snapshot import Snapshot, Snapshotter
+
+
+class _Model(nn.Module):
+    """Odd sizes, two dtypes, a tower, something frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Linear(3, 5)
+        self.text = nn.Linear(7, 11, bias=False).to(torch.bfloat16)
+        self.frozen = nn.Parameter(torch.randn(13), requires_grad=False)
+
+
+def _read(manifest: Manifest, buffers: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """What a receiver makes of an update, by arithmetic of its own."""
+    tensors = {}
+    for parameter in manifest.parameters:
+        dtype = DTYPES[parameter.dtype]
+        data = bytes(buffers[parameter.bucket].tolist())
+        end = parameter.offset + math.prod(parameter.shape) * dtype.itemsize
+        flat = torch.frombuffer(bytearray(data[parameter.offset : end]), dtype=dtype)
+        tensors[parameter.name] = flat.reshape(parameter.shape)
+    return tensors
+
+
+def _snapshot(model: nn.Module, bucket_bytes: int = 2**20, version: int = 3) -> Snapshot:
+    snapshot = Snapshotter(model, ["visual"], is_sender=True, bucket_bytes=bucket_bytes).take(version)
+    assert snapshot is not None
+    return snapshot
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 2**20])
+def test_a_full_update_holds_every_parameter_bit_by_bit(bucket_bytes: int) -> None:
+    model = _Model()
+    manifest, buffers = _snapshot(model, bucket_bytes).update(full=True)
+    received = _read(manifest, buffers)
+    assert received.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(received[name], parameter)
+    assert [bucket.crc32 for bucket in manifest.buckets] == [zlib.crc32(bytes(b.tolist())) for b in buffers]
+    assert [bucket.num_bytes for bucket in manifest.buckets] == [b.numel() for b in buffers]
+    check_manifest(manifest)
+
+
+def test_without_full_only_what_trains_is_sent() -> None:
+    manifest, buffers = _snapshot(_Model()).update(full=False)
+    assert [p.name for p in manifest.parameters] == ["visual.weight", "visual.bias", "text.weight"]
+    # 15 and 5 float32, 77 bfloat16, each rounded up to 16 bytes.
+    assert sum(b.numel() for b in buffers) == 64 + 32 + 160
+    assert manifest.policy_version == 3
+
+
+def test_a_tensor_lies_in_one_bucket() -> None:
+    manifest, _ = _snapshot(_Model(), bucket_bytes=70).update(full=True)
+    assert [(p.bucket, p.offset) for p in manifest.parameters] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize(("trains_vision", "full", "expected"), [(True, False, True), (False, False, False), (False, True, True)])
+def test_updates_vision_says_whether_the_tower_is_among_them(trains_vision: bool, full: bool, expected: bool) -> None:
+    model = _Model()
+    model.visual.requires_grad_(trains_vision)
+    manifest, _ = _snapshot(model).update(full=full)
+    assert manifest.updates_vision is expected
+
+
+def test_a_snapshot_does_not_change_with_the_model() -> None:
+    model = _Model()
+    before = model.text.weight.detach().clone()
+    snapshot = _snapshot(model)
+    with torch.no_grad():
+        model.text.weight.zero_()
+    assert torch.equal(_read(*snapshot.update(full=False))["text.weight"], before)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (ManifestParameter("w", "F31", (2,), 0, 0), "dtype 'F31'"),
+        (ManifestParameter("w", "F32", (2,), 1, 0), "no bucket 1"),
+        (ManifestParameter("w", "F32", (3,), 0, 0), "does not fit"),
+        (ManifestParameter("w", "F32", (1,), 0, 2), "does not fit"),
+        (ManifestParameter("w", "F32", (-2,), 0, 0), "does not fit"),
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_refused(parameter: ManifestParameter, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_manifest(Manifest(1, (parameter,), (ManifestBucket(8, 0),), updates_vision=False))
