@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 EPILOG = """\
 examples:
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     from common.config import ConfigError
 
     try:
-        return _run(options)
+        _run(options)
     except ConfigError as error:
         print(f"actor: {error}", file=sys.stderr)
         return 2
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> NoReturn:
     from actor.config import ActorConfig, check_model
     from common.config import load_config
     from common.log import configure
@@ -61,10 +62,11 @@ def _run(options: argparse.Namespace) -> int:
     import uvloop
 
     from actor.process import ActorProcess
+    from common.lifecycle import end_process
     from common.rpc.server import reserve_port
 
     process = ActorProcess(config, reserve_port(config.listen, insecure=config.insecure))
-    return uvloop.run(process.run())
+    end_process(uvloop.run(process.run()))
 
 
 if __name__ == "__main__":

@@ -353,5 +353,7 @@ class VllmEngine:
 
 
 def _hf_message(message: ChatMessage) -> dict[str, Any]:
-    content = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.parts]
+    content = [
+        {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.parts
+    ]
     return {"role": message.role, "content": content}

@@ -113,8 +113,15 @@ def check_manifest(manifest: Manifest) -> None:
         itemsize = DTYPES[parameter.dtype].itemsize
         end = parameter.offset + math.prod(parameter.shape) * itemsize
         num_bytes = manifest.buckets[parameter.bucket].num_bytes
-        if min(parameter.shape, default=1) < 0 or parameter.offset < 0 or parameter.offset % itemsize or end > num_bytes:
-            raise ValueError(f"parameter {parameter.name} does not fit into bucket {parameter.bucket} ({num_bytes} bytes)")
+        if (
+            min(parameter.shape, default=1) < 0
+            or parameter.offset < 0
+            or parameter.offset % itemsize
+            or end > num_bytes
+        ):
+            raise ValueError(
+                f"parameter {parameter.name} does not fit into bucket {parameter.bucket} ({num_bytes} bytes)"
+            )
 
 
 def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":

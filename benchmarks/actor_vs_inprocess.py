@@ -1,8 +1,8 @@
 """Tokens/s through the gRPC actor against `vllm.LLM.generate` in the caller's own process.
 
 What a turn is, on both sides: from PNG files in memory to the token ids of every completion, for the same checkpoint,
-engine settings, images, prompts and lengths. Images are new in each turn, so that no cache helps. Beside each timed turn
-of sampled groups both sides answer the same images greedily, untimed: those tokens must be equal.
+engine settings, images, prompts and lengths. Images are new in each turn, so that no cache helps. Beside each timed
+turn of sampled groups both sides answer the same images greedily, untimed: those tokens must be equal.
 """
 
 import argparse
@@ -40,6 +40,7 @@ MIN_EQUAL_SHARE = 0.95
 
 def main() -> None:
     """Run every case and print the JSON line."""
+    harness.end_cleanly()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.actor_vs_inprocess", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     pairs: int = parser.parse_args().pairs
@@ -53,7 +54,7 @@ def main() -> None:
         folder = Path(temporary)
         model = build_model(folder / "model", seed=0)
         say("starting the actor and the engine in its own process (about a minute)")
-        side = [sys.executable, "-m", "benchmarks.inprocess_side", model, json.dumps(ENGINE)]
+        side: list[str | Path] = [sys.executable, "-m", "benchmarks.inprocess_side", model, json.dumps(ENGINE)]
         with (
             _actor(model, folder / "actor.log") as address,
             Process(side, folder / "inprocess.log") as peer,

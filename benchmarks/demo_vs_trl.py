@@ -1,8 +1,9 @@
 """Completions/s of the steady state: the demo's trainer against TRL's GRPOTrainer with transformers' generate.
 
-Both sides train the same tiny Qwen2.5-VL in float32 on the same scans, with the same batch, cap, optimizer and learning rate,
-one optimizer step for each batch. Case `two_tokens` is the demo: an answer is a digit and the end of the turn. Case
-`long_tail` is what reasoning looks like: lengths are geometric with mean 12, so a batch waits for its longest answer.
+Both sides train the same tiny Qwen2.5-VL in float32 on the same scans, with the same batch, cap, optimizer and
+learning rate, one optimizer step for each batch. Case `two_tokens` is the demo: an answer is a digit and the end of
+the turn. Case `long_tail` is what reasoning looks like: lengths are geometric with mean 12, so a batch waits for its
+longest answer.
 """
 
 import argparse
@@ -23,6 +24,7 @@ SHIM = Path(__file__).resolve().parents[1] / "common" / "torchvision_ops.py"
 
 def main() -> None:
     """Run every case and print the JSON line."""
+    harness.end_cleanly()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_vs_trl", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=list(GOALS), default=list(GOALS))
@@ -54,9 +56,7 @@ def _run(case: str, folder: Path, python: Path, pairs: int) -> harness.Compariso
             timed = done.step_s[NUM_SKIPPED:]
             return work.completions_per_step * len(timed) / sum(timed)
 
-        say(
-            f"{case}: {work.completions_per_step} completions a step, {steps - NUM_SKIPPED} timed steps a turn; warming up"
-        )
+        say(f"{case}: {work.completions_per_step} completions a step, {steps - NUM_SKIPPED} timed steps a turn")
         turn(ours.take)
         turn(trl.take)
         return harness.compare(

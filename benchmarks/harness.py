@@ -8,6 +8,7 @@ The ratio of a case is the median over its pairs; `low` and `high` are the small
 """
 
 import json
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,11 @@ class UnequalWorkError(Exception):
 def say(text: str) -> None:
     """Tell what the benchmark is doing."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that the processes of both sides end with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def require_equal(what: str, ours: object, peer: object) -> None:

@@ -1,7 +1,8 @@
 """vLLM's side of `actor_vs_inprocess`: `LLM.generate` in this process, with the actor's engine settings.
 
-`python -m benchmarks.inprocess_side MODEL SETTINGS_JSON`. For each line `{"images": [base64 PNG, ...], "sampling": {...}}` it
-generates once and answers `{"seconds": s, "token_ids": [[...], ...]}`: completions in the order of the images.
+`python -m benchmarks.inprocess_side MODEL SETTINGS_JSON`. For each line `{"images": [base64 PNG, ...], "messages":
+[...], "sampling": {...}}` it generates once and answers `{"seconds": s, "token_ids": [[...], ...]}`: completions in
+the order of the images.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """Outrider's side of `demo_vs_trl`: the demo's own configuration on another workload, its actors kept alive.
 
-A turn is one learner process that trains from the workload's checkpoint on; the actors go over to it and stay for the next
-turn. Nothing of the learner's start, and none of its first steps, is timed.
+A turn is one learner process that trains from the workload's checkpoint on; the actors go over to it and stay for the
+next turn. Nothing of the learner's start, and none of its first steps, is timed.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yam
 _BASE_PORT = 52451
 _STOP_S = 20.0
 _LONGEST_PROMPT = 64
-_READY_S = 300.0
 
 
 class OutriderSide:

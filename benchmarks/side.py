@@ -1,8 +1,8 @@
 """One side of a training benchmark: a process that takes steps when told to, and idles otherwise.
 
-The protocol is one JSON object a line. The process writes `{"ready": facts}` once. For each line `{"steps": k}` it takes
-k optimizer steps and answers `{"step_s": [...], "completions": n, "tokens": m}`: seconds of each step, completions and
-sampled tokens of all of them. It ends when its standard input does.
+The protocol is one JSON object a line. The process writes `{"ready": facts}` once. For each line `{"steps": k}` it
+takes k optimizer steps and answers `{"step_s": [...], "completions": n, "tokens": m}`: seconds of each step,
+completions and sampled tokens of all of them. It ends when its standard input does.
 """
 
 import json

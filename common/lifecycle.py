@@ -4,8 +4,12 @@ The handlers run inside the event loop, so that `finally` blocks run and drains 
 """
 
 import asyncio
+import atexit
 import ctypes
+import os
 import signal
+import sys
+from typing import NoReturn
 
 
 class Shutdown:
@@ -41,3 +45,15 @@ def end_with_parent() -> None:
     """Have the kernel send SIGTERM to this process when its parent dies, however it dies (Linux)."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with `code` as `sys.exit` does, but without tearing the interpreter down.
+
+    A daemon thread that returns from one of torch's calls during that (a rendezvous that never came about, say) would
+    abort the process.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("learner: stopped", file=sys.stderr)
         code = 130
     finally:
-        if run_dir is not None and os.environ.get("RANK", "0") == "0":  # for the launcher: torchrun's own exit code does not tell
+        if (
+            run_dir is not None and os.environ.get("RANK", "0") == "0"
+        ):  # for the launcher: torchrun's own exit code does not tell
             (run_dir / "exit-code").write_text(str(code))
     return code
 

@@ -68,7 +68,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
     except (OSError, ValueError):
-        raise ConfigError(f"{checkpoint}: {_STATE} cannot be read; remove this checkpoint to resume from the one before") from None
+        raise ConfigError(
+            f"{checkpoint}: {_STATE} cannot be read; remove this checkpoint to resume from the one before"
+        ) from None
     return state
 
 

@@ -1,9 +1,9 @@
 """Configuration of a training run. Imports no torch."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import Config
 from learner.algorithms.config import LossConfig
@@ -37,8 +37,8 @@ class RolloutConfig(Config):
 
     # "host:port" of each actor. The single-machine launcher fills it in.
     actors: tuple[str, ...] = ()
-    # Completions of one prompt.
-    n: int = Field(8, ge=1)
+    # Completions of one prompt. Advantages compare them with each other, so there are at least two.
+    n: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(256, ge=1)
     min_tokens: int = Field(0, ge=0)
@@ -120,3 +120,9 @@ class LearnerConfig(Config):
     run_dir: Path | None = None
     # Continue the newest unfinished run of this same configuration.
     resume: bool = True
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        if self.algorithm.kl_coef > 0:
+            raise ValueError("algorithm.kl_coef needs a reference model, which this version does not have; set it to 0")
+        return self

@@ -123,9 +123,17 @@ def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[b
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(config.local.num_ranks), "-m", "learner", "--config", str(path)]
+    # Threads that wait for each other at every operation are slow on cores that the actors use too.
+    num_threads = max(1, (len(os.sched_getaffinity(0)) - config.local.num_actors) // config.local.num_ranks)
+    environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
 
 

@@ -88,7 +88,9 @@ class LocalActors:
 
     def end(self, deadline: float) -> None:
         """Wait for all until `deadline` (time.monotonic), then kill what is left of their process groups."""
-        while time.monotonic() < deadline and any(actor.pid and self._exit_code(actor) is None for actor in self._actors):
+        while time.monotonic() < deadline and any(
+            actor.pid and self._exit_code(actor) is None for actor in self._actors
+        ):
             time.sleep(_POLL_S)
         for actor in self._actors:
             if actor.pid:

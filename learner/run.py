@@ -44,16 +44,16 @@ def check(config: LearnerConfig) -> None:
     """What can be known to be wrong before anything is loaded. Raises ConfigError."""
     path = config.model.path
     if not (path / "config.json").is_file():
-        raise ConfigError(f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format")
+        raise ConfigError(
+            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format"
+        )
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
     if not config.rollout.actors:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
 
 
-def _run_main(
-    config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None
-) -> int:
+def _run_main(config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None) -> int:
     """Rank 0: the loop, and everything around it that talks."""
     version = _version(state)
     train, held_out = load_datasets(config.data)

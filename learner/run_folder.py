@@ -41,7 +41,9 @@ def lock(run_dir: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"{run_dir}: another learner is at work in this run folder; stop it, or set resume=false") from None
+        raise ConfigError(
+            f"{run_dir}: another learner is at work in this run folder; stop it, or set resume=false"
+        ) from None
     return descriptor
 
 

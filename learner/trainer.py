@@ -14,6 +14,7 @@ next batch cannot start before its actors have the new version, so the same loop
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 
 log = get_logger(__name__)
+
+# Steps in a row without an update, for a gradient that is not finite, that end the run.
+_MAX_SKIPPED_STEPS = 3
 
 
 class ParityError(RuntimeError):
@@ -73,7 +77,10 @@ class Policy:
             gradient_checkpointing=settings.enable_gradient_checkpointing,
         )
         self.model.to(ranks.device)
-        self.suppressed_token_ids = placeholder_ids(self.model.config)
+        self.placeholder_ids = placeholder_ids(self.model.config)
+        self._suppressed_token_ids = suppressed_token_ids(
+            self.placeholder_ids, config.rollout.allowed_token_ids, self.model.config.get_text_config().vocab_size
+        )
         parallelize(self.model, ranks.mesh, compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.snapshotter = Snapshotter(
@@ -94,7 +101,7 @@ class Policy:
             self._config.algorithm,
             policy_version=version,
             temperature=self._config.rollout.temperature,
-            suppressed_token_ids=self.suppressed_token_ids,
+            suppressed_token_ids=self._suppressed_token_ids,
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(version, self._config.trainer.total_steps, self._config.optimizer),
         )
@@ -136,6 +143,7 @@ class Trainer:
         self._control = control
         self._display = display
         self._metrics = metrics
+        self._num_skipped = 0
         self._started_at = time.monotonic() - progress.wall_s
 
     def run(self) -> Path:
@@ -178,6 +186,12 @@ class Trainer:
         groups = self._control.take_batch(version) if self._control is not None else []
         taken_at = time.monotonic()
         stats = self._policy.step(self._pack(groups), version)
+        self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
+        if self._num_skipped == _MAX_SKIPPED_STEPS:
+            raise RuntimeError(
+                f"the gradient of {self._num_skipped} steps in a row was not finite; lower optimizer.lr, or look at the "
+                "rewards and the data (metrics.jsonl has the steps)"
+            )
         snapshot = self._policy.snapshotter.take(version + 1)
         self._version += 1
         if self._control is not None and snapshot is not None:
@@ -196,10 +210,10 @@ class Trainer:
         if self._control is None:
             return None
         for group in groups:
-            if group.prompt.suppressed_token_ids != self._policy.suppressed_token_ids:
+            if group.prompt.suppressed_token_ids != self._policy.placeholder_ids:
                 raise ParityError(
-                    f"the actor masks the ids {group.prompt.suppressed_token_ids}, the learner "
-                    f"{self._policy.suppressed_token_ids}: they run different models"
+                    f"the actor masks the placeholder ids {group.prompt.suppressed_token_ids}, the learner "
+                    f"{self._policy.placeholder_ids}: they run different models"
                 )
         advantages = [group_advantages(group.rewards, self._config.algorithm.advantage) for group in groups]
         packs: list[list[PackedBatch]] = pack_batch(
@@ -278,7 +292,12 @@ class Trainer:
         self._progress.accuracy_after = result.accuracy
         self._display.accuracy(self._version, result.accuracy)
         self._metrics.write(
-            {"step": self._version, "accuracy": result.accuracy, "eval_rows": result.num_rows, "eval_tokens": result.mean_tokens}
+            {
+                "step": self._version,
+                "accuracy": result.accuracy,
+                "eval_rows": result.num_rows,
+                "eval_tokens": result.mean_tokens,
+            }
         )
 
     def _checkpoint(self) -> None:
@@ -295,6 +314,13 @@ class Trainer:
             keep=self._config.trainer.keep_checkpoints,
         )
         log.info("checkpoint", path=str(path))
+
+
+def suppressed_token_ids(placeholders: Sequence[int], allowed: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Ids that the actors cannot sample: the placeholders of media and, with a list of allowed ids, all others."""
+    if not allowed:
+        return tuple(placeholders)
+    return tuple(sorted((set(range(vocab_size)) - set(allowed)) | set(placeholders)))
 
 
 def _is_due(version: int, every: int) -> bool:

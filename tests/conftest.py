@@ -1,7 +1,7 @@
 """What holds for every test: markers and time limits by folder, and no process left behind.
 
-A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `gpu/`) and gets the marker of
-that name. GPU tests are left out unless asked for with `-m gpu`.
+A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `gpu/`) and gets the
+marker of that name. GPU tests are left out unless asked for with `-m gpu`.
 """
 
 import os

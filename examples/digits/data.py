@@ -34,7 +34,7 @@ def held_out() -> list[PromptSample]:
 
 @cache
 def split() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Row numbers of scikit-learn's data set, ascending: (train [1437], held-out [360]), each with every digit's share."""
+    """Row numbers of the data set, ascending: train [1437] and held-out [360], each with its share of every digit."""
     labels = _scans()[1]
     rows = np.arange(len(labels))
     train_rows, held_out_rows = train_test_split(
@@ -63,9 +63,7 @@ def messages() -> tuple[ChatMessage, ...]:
 
 
 def _sample(row: int) -> PromptSample:
-    return PromptSample(
-        row=row, messages=messages(), images=(png(row),), ground_truth=label(row), data_source="digits"
-    )
+    return PromptSample(row=row, messages=messages(), images=(png(row),), ground_truth=label(row), data_source="digits")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The reward of examples/digits, and the shortest example of one; `learner.rewards.load` lists what a reward may take."""
+"""The reward of examples/digits. `learner.rewards.load` lists what a reward function may take."""
 
 
 def exact_match(*, completion: str, ground_truth: str) -> float:

@@ -1,4 +1,4 @@
-"""A short supervised start, so that reinforcement learning meets a policy that answers in the right form, and mostly wrongly.
+"""A short supervised start, so that reinforcement learning meets a policy that answers in form, and mostly wrongly.
 
 First the form: any digit, all equally likely, then the end of the turn. Then the labels, until the policy reads about a
 third of the training scans: by then each digit is sampled often enough to be rewarded, and most of the reading is still
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.digits import data
@@ -43,13 +43,13 @@ class DigitReader:
         self.digit_ids = torch.tensor([tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)])
 
     def logits(self, rows: Tensor, answers: Tensor) -> Tensor:
-        """Logits `[B, 2, V]` of the answer's token and, after `answers` (digits, int64 `[B]`), of the one that follows."""
+        """Logits `[B, 2, V]`: of the answer's token, and of the one after `answers` (digits, int64 `[B]`)."""
         images = [Image.open(io.BytesIO(data.png(int(row)))) for row in rows]
         batch = self._processor(text=[self._prompt] * len(images), images=images, return_tensors="pt")
         answer_ids = self.digit_ids[answers][:, None]
         batch["input_ids"] = torch.cat([batch["input_ids"], answer_ids], dim=1)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        batch["mm_token_type_ids"] = F.pad(batch["mm_token_type_ids"], (0, 1))
+        batch["mm_token_type_ids"] = functional.pad(batch["mm_token_type_ids"], (0, 1))
         logits: Tensor = self.model(**batch, logits_to_keep=2).logits
         return logits
 
@@ -67,7 +67,7 @@ def labels_of(rows: Tensor) -> Tensor:
 
 
 def warm_start(
-    model_dir: Path, seed: int, *, target_accuracy: float = 0.35, report: Callable[[str], None] = print
+    model_dir: Path, seed: int, *, target_accuracy: float = 0.3, report: Callable[[str], object] = print
 ) -> float:
     """Train the checkpoint in `model_dir` in place; returns its accuracy on the probes, the first above the target.
 
@@ -106,9 +106,9 @@ def _step(reader: DigitReader, optimizer: torch.optim.Optimizer, rows: Tensor, *
     labels = labels_of(rows)
     logits = reader.logits(rows, labels)
     digit_logprobs = logits[:, 0].log_softmax(dim=-1)[:, reader.digit_ids]
-    wanted = torch.full_like(digit_logprobs, 0.1) if any_digit else F.one_hot(labels, 10).to(digit_logprobs)
+    wanted = torch.full_like(digit_logprobs, 0.1) if any_digit else functional.one_hot(labels, 10).to(digit_logprobs)
     end = torch.full_like(labels, TOKEN_IDS["<|im_end|>"])
-    loss = -(wanted * digit_logprobs).sum(dim=-1).mean() + F.cross_entropy(logits[:, 1], end)
+    loss = -(wanted * digit_logprobs).sum(dim=-1).mean() + functional.cross_entropy(logits[:, 1], end)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reader.model.parameters(), 1.0)

@@ -102,8 +102,8 @@ def pack_batch(
         advantages: for each group, float32 `[n]` in the order of its completions.
         num_ranks: ranks that train.
         max_tokens: tokens of a micro-batch; a single completion with its prompt may exceed it, then it is alone.
-        share_prefix: one copy of the prompt for all completions of a row. A group still gets a second row where a copy of
-            the prompt costs less than the attention between completions that its mask throws away.
+        share_prefix: one copy of the prompt for all completions of a row. A group still gets another row where a
+            copy of the prompt costs less than the attention between completions that the mask throws away.
         filler: a prompt with the smallest image of the model (`PromptProcessor.filler`). It is added, untrained, to
             each pack that has no media, so that the vision tower runs (with zero gradient) on every rank: under FSDP
             all ranks must take part in its collectives. `None` for a text model.

@@ -8,17 +8,24 @@ weights, so it is asked of a model on the meta device. Positions are made per pr
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class PositionIndexer:
-    """Computes `position_ids` for one expanded prompt of the model that `config` describes."""
+    """Computes `position_ids` for one expanded prompt of the model that `config` describes.
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    Imports the model's class, and torchvision with it: call `common.torchvision_ops.install` before.
+    """
+
+    def __init__(self, config: "PretrainedConfig") -> None:
+        from transformers import AutoModelForImageTextToText
+
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(_without_layers(config))
         self._get_rope_index = getattr(model.model, "get_rope_index", None)
@@ -46,7 +53,7 @@ class PositionIndexer:
         return positions, int(positions.max()) + 1
 
 
-def _without_layers(config: PretrainedConfig) -> PretrainedConfig:
+def _without_layers(config: "PretrainedConfig") -> "PretrainedConfig":
     """The config with one decoder layer: positions do not depend on the rest, and building it takes time."""
     small = copy.deepcopy(config)
     text = small.get_text_config()

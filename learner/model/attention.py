@@ -4,6 +4,9 @@ The model runs on one long sequence [1, T]. Only here do rows matter: rows of si
 [rows, longest], with a boolean mask from the branches (see `learner.batch.packing`), and go through
 `scaled_dot_product_attention`. Where every row has the same length that is a view, otherwise a gather. The vision tower
 keeps its own attention, and a forward without a layout is plain causal attention.
+
+Imports transformers only when used: its models import torchvision, which may have to be repaired first
+(`common.torchvision_ops`).
 """
 
 from collections.abc import Sequence
@@ -12,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "outrider_packed"
 """What `config._attn_implementation` of the text model says."""
@@ -48,6 +49,8 @@ def register() -> str:
 
     No mask function goes with it: for a name without one, transformers builds no mask at all.
     """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     return NAME
 
@@ -92,6 +95,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: `[1, heads, T, d]` in, (`[1, T, heads, d]`, None) out."""
     if packed_layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -65,7 +65,8 @@ class Epoch:
         await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
         staged_at = loop.time()
         commits = [
-            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S) for member in self.members
+            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S)
+            for member in self.members
         ]
         pauses = await _all_or_fail(f"committing version {snapshot.version}", self.members, commits)
         return UpdateTimes(staged_at - started_at, max(pauses))

@@ -84,9 +84,7 @@ async def _running(num_actors: int, num_started: int) -> AsyncIterator[_Learner]
         await actor.stop()
     learner = _Learner(actors)
     await learner.fleet.start(startup_timeout_s=10, min_actors=num_started)
-    learner.publisher = Publisher(
-        learner.fleet, run_id=_RUN_ID, host="127.0.0.1", backend="gloo", timeout_s=10.0
-    )
+    learner.publisher = Publisher(learner.fleet, run_id=_RUN_ID, host="127.0.0.1", backend="gloo", timeout_s=10.0)
     task = asyncio.create_task(learner.publisher.run())
     try:
         yield learner

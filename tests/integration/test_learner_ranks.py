@@ -160,3 +160,25 @@ def test_a_rank_with_nothing_to_train_takes_part(results: dict[str, Result]) -> 
     assert sorted(len(batches[0].targets) for batches in result.packs) == [0, 5]
     assert result.stats[0] == result.stats[1]
     assert result.stats[0][0]["num_sequences"] == 2
+
+
+@pytest.mark.parametrize("first", ["processor", "policy"])
+def test_processor_and_policy_load_in_either_order_in_a_fresh_process(model_dir: Path, first: str) -> None:
+    """Each repairs torchvision before importing it (common.torchvision_ops); importing them loads no model code."""
+    lines = {
+        "processor": "import learner.batch.processing as p; print(p.PromptProcessor(path).filler.input_ids.tolist())",
+        "policy": "from learner.model.load import load_policy; print(load_policy(path)[1].num_trainable)",
+    }
+    second = "policy" if first == "processor" else "processor"
+    code = (
+        "import sys; path = sys.argv[1]\n"
+        "import learner.step, learner.batch.packing, learner.model.parallelize\n"
+        "print('transformers' in sys.modules)\n"
+        f"{lines[first]}\n{lines[second]}"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code, str(model_dir)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert output.returncode == 0, output.stderr[-3000:]
+    expected = {"processor": "[262, 262, 262, 262]", "policy": "635328"}
+    assert output.stdout.split("\n")[:3] == ["False", expected[first], expected[second]]

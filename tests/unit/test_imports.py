@@ -1,7 +1,7 @@
 """Who imports what, seen from outside: each case is a fresh interpreter, asked what it has loaded.
 
-The contracts of import-linter (`pyproject.toml`) look at the import statements; these tests look at `sys.modules`, where a
-lazy import or a dependency would show.
+The contracts of import-linter (`pyproject.toml`) look at the import statements; these tests look at `sys.modules`,
+where a lazy import or a dependency would show.
 """
 
 import ast

@@ -66,7 +66,9 @@ def test_a_tensor_lies_in_one_bucket() -> None:
     assert [(p.bucket, p.offset) for p in manifest.parameters] == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
-@pytest.mark.parametrize(("trains_vision", "full", "expected"), [(True, False, True), (False, False, False), (False, True, True)])
+@pytest.mark.parametrize(
+    ("trains_vision", "full", "expected"), [(True, False, True), (False, False, False), (False, True, True)]
+)
 def test_updates_vision_says_whether_the_tower_is_among_them(trains_vision: bool, full: bool, expected: bool) -> None:
     model = _Model()
     model.visual.requires_grad_(trains_vision)
