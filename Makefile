@@ -30,6 +30,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
+# No commas in its message: make would split it there.
 die = { printf '\n%s\n' $(1) >&2; exit 1; }
 
 .PHONY: help setup demo test test-gpu check bench proto format clean
@@ -67,7 +68,7 @@ PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing coll
 	-e '/^ERROR/p' -e '/^Successfully built/p'
 
 $(BUF):
-	@command -v npm >/dev/null || $(call die,"npm is needed for buf, which lints the proto files: install Node.js.")
+	@command -v npm >/dev/null || $(call die,"npm is needed for buf (it lints the proto files): install Node.js.")
 	@npm install --silent --no-audit --no-fund --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
 
 demo: setup  ## a vision-language model learns to read handwriting: two actors and a learner on this machine
@@ -80,16 +81,18 @@ test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 check: setup $(BUF)  ## format, lint, types, imports, generated code, protocol compatibility
-	@echo "== ruff format"; $(BIN)/ruff format --check
-	@echo "== ruff"; $(BIN)/ruff check
-	@echo "== import contracts"; $(BIN)/lint-imports
-	@echo "== generated code is current"; $(BIN)/python proto/generate.py --check
-	@echo "== buf lint"; $(BUF) lint proto
-	@echo "== buf breaking"; base=$$(git describe --tags --abbrev=0 2>/dev/null || git rev-parse -q --verify main 2>/dev/null || true); \
-		if [ -n "$$base" ] && git cat-file -e "$$base:proto/buf.yaml" 2>/dev/null; \
-		then $(BUF) breaking proto --against ".git#ref=$$base,subdir=proto"; \
-		else echo "no earlier version to compare with"; fi
-	@echo "== mypy"; $(BIN)/mypy
+	@failed=; step() { echo "== $$1"; shift; "$$@" || failed=1; }; \
+	step "ruff format" $(BIN)/ruff format --check; \
+	step "ruff" $(BIN)/ruff check; \
+	step "import contracts" $(BIN)/lint-imports; \
+	step "generated code is current" $(BIN)/python proto/generate.py --check; \
+	step "buf lint" $(BUF) lint proto; \
+	base=$$(git describe --tags --abbrev=0 2>/dev/null || git rev-parse -q --verify main 2>/dev/null || true); \
+	if [ -n "$$base" ] && git cat-file -e "$$base:proto/buf.yaml" 2>/dev/null; \
+	then step "buf breaking" $(BUF) breaking proto --against ".git#ref=$$base,subdir=proto"; \
+	else echo "== buf breaking: no earlier version to compare with"; fi; \
+	step "mypy" $(BIN)/mypy; \
+	[ -z "$$failed" ] || { echo "check failed: see above" >&2; exit 1; }
 
 bench: setup  ## every benchmark, in pairs against its peer, and a table
 	@$(BIN)/python -m benchmarks $(ARGS)

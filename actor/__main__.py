@@ -43,9 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"actor: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("actor: stopped while loading", file=sys.stderr)
-        return 0
 
 
 def _run(options: argparse.Namespace) -> NoReturn:

@@ -80,7 +80,9 @@ class Engine(Protocol):
         """Drop what is staged and leave the group; never raises for having nothing to leave."""
         ...
 
-    def load(self) -> EngineLoad: ...
+    def load(self) -> EngineLoad:
+        """How busy the engine is."""
+        ...
 
     async def check(self) -> None:
         """Raise `common.errors.EngineDead` if the engine cannot generate any more."""

@@ -8,6 +8,8 @@ import asyncio
 import secrets
 import signal
 import socket
+from types import FrameType
+from typing import NoReturn
 
 from actor.config import ActorConfig, check_model
 from actor.engine import Engine, EngineInfo
@@ -34,9 +36,9 @@ class ActorProcess:
     async def run(self) -> int:
         """Serve until a signal, the idle limit or the engine's death; the exit code."""
         engine = self._make_engine()
-        # While the engine loads, which may block the loop for a minute, both signals raise KeyboardInterrupt.
+        # The engine may block the loop for a minute while it loads: the loop's own signal handlers would wait for it.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _stop_loading)
         try:
             info = await engine.start()
             self._shutdown.install()
@@ -80,3 +82,8 @@ class ActorProcess:
         while (left_s := limit_s - server.rpc.activity.idle_s) > 0:  # noqa: ASYNC110 - time passing is no event
             await asyncio.sleep(left_s)
         self._shutdown.request(f"no call for {limit_s:g} s")
+
+
+def _stop_loading(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Not KeyboardInterrupt: vLLM swallows that one while it waits for its processes, and then waits for ever."""
+    raise SystemExit(0)

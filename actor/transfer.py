@@ -1,7 +1,7 @@
 """The receiving end of a weight update, as it runs inside each engine worker (and in the fake engine).
 
-Joining an epoch and receiving an update both wait for other machines, so they run on a thread of their own while the worker
-goes on generating. What arrives lies in staging memory, private to this class, until it is asked for: a torn, late
+Joining an epoch and receiving an update both wait for other machines, so they run on a thread of their own while the
+worker goes on generating. What arrives lies in staging memory, private to this class, until it is asked for: a torn, late
 or corrupt update never touches the model.
 """
 
@@ -65,7 +65,7 @@ class WeightReceiver:
                 buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
                 group.broadcast(buffer)
                 buffers.append(buffer)
-                checksums.append(zlib.crc32(buffer.cpu().numpy()))
+                checksums.append(zlib.crc32(buffer.cpu().numpy().data))
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")
@@ -132,7 +132,7 @@ def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":
     def run() -> None:
         try:
             result = job()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
             future.set_exception(error)
         else:
             future.set_result(result)

@@ -1,8 +1,8 @@
 """The process group that carries weights: one learner and some workers, fixed for one epoch.
 
 Both ends use this class and nothing else: the learner as rank 0, each engine worker as a higher rank. It is built
-straight from a TCPStore, beside the default group of `torch.distributed`, so that it can be made, aborted and made again
-while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are the same.
+straight from a TCPStore, beside the default group of `torch.distributed`, so that it can be made, aborted and made
+again while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are the same.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from common.types import EpochSpec
 
 _POLL_S = 0.0005
+
+# ProcessGroupGloo or ProcessGroupNCCL, whose collectives torch's stubs do not list.
+_Backend = Any
 
 
 class BroadcastGroup:
@@ -38,11 +42,11 @@ class BroadcastGroup:
         scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
         self._timeout = timeout
         self._aborted = threading.Event()
-        self._backend: dist.Backend | None = _make_backend(spec, scoped, rank, timeout)
+        self._backend: _Backend | None = _make_backend(spec, scoped, rank, timeout)
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if spec.backend == "nccl" else torch.device("cpu")
         )
-        # Everybody is here before anybody returns: a member that is missing fails the epoch now, not in its first update.
+        # Everybody is here before anybody returns: a missing member fails the epoch now, not in its first update.
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     def broadcast(self, buffer: torch.Tensor) -> None:
@@ -104,14 +108,14 @@ def _leave_the_rest_to_the_kernel() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
 
 
-def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> dist.Backend:
+def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> _Backend:
     if spec.backend == "nccl":
         nccl_options = dist.ProcessGroupNCCL.Options()
-        nccl_options._timeout = timeout  # torch's own name for it
+        nccl_options._timeout = timeout  # noqa: SLF001 - torch has no public name for it
         return dist.ProcessGroupNCCL(store, rank, spec.world_size, nccl_options)
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = timeout
-    options._devices = [
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - nor for these
+    options._timeout = timeout  # noqa: SLF001
+    options._devices = [  # noqa: SLF001
         dist.ProcessGroupGloo.create_device(hostname=address_towards(spec.master_host, spec.master_port))
     ]
     return dist.ProcessGroupGloo(store, rank, spec.world_size, options)

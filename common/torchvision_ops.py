@@ -1,8 +1,8 @@
 """Lets `torchvision` be imported where its compiled operators cannot load.
 
-The CPU wheels of torch come without a matching torchvision on the common package index; the CUDA build that pip picks instead
-imports only up to the point where it registers fakes for operators of its extension. The Qwen-VL image processors
-need torchvision's resize, not those operators, so defining their names is enough. With a proper torchvision
+The CPU wheels of torch come without a matching torchvision on the common package index; the CUDA build that pip picks
+instead imports only up to the point where it registers fakes for operators of its extension. The image processors of
+Qwen-VL need torchvision's resize, not those operators, so defining their names is enough. With a proper torchvision
 this does nothing.
 
 `import common` installs the hook below; the work is done when something imports torchvision, in whatever process.

@@ -6,6 +6,7 @@ Parse and validate first, then load torch.
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 EPILOG = """\
@@ -51,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("learner: stopped", file=sys.stderr)
         code = 130
+    except Exception as error:  # noqa: BLE001 - the end of the process: the whole story, then the line for the user
+        traceback.print_exc()
+        print(f"learner: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         if (
             run_dir is not None and os.environ.get("RANK", "0") == "0"

@@ -54,7 +54,6 @@ class Control:
         train: PromptDataset,
         held_out: PromptDataset | None,
         processor: PromptProcessor,
-        decode: Callable[[Sequence[int]], str],
         ledger: Ledger,
         version: int,
         on_actor_event: Callable[[str], None],
@@ -71,7 +70,7 @@ class Control:
         self._fleet = Fleet(config.rollout.actors, run_id=self.run_id, slots_per_actor=config.rollout.slots_per_actor)
         self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
         self._rewards = RewardRunner(
-            load_reward(config.reward.function), decode=decode, timeout_s=config.reward.timeout_s
+            load_reward(config.reward.function), decode=processor.decode, timeout_s=config.reward.timeout_s
         )
         self._dispatcher = Dispatcher(
             dataset=train,

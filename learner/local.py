@@ -2,9 +2,9 @@
 
     outrider --config examples/digits/config.yaml
 
-It starts `local.num_actors` actors and a torchrun learner, each in a session of its own with its log in the run folder. An
-actor that dies is started again. When the learner ends, so do the actors; when the learner is *killed*, the actors stay
-for some minutes, and the same command finds them and resumes at the last checkpoint. Ctrl-C stops everything.
+It starts `local.num_actors` actors and a torchrun learner, each in a session of its own with its log in the run folder.
+An actor that dies is started again. When the learner ends, so do the actors; when the learner is *killed*, the actors
+stay for some minutes, and the same command finds them and resumes at the last checkpoint. Ctrl-C stops everything.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _STOP_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConfig, Path], Path] | None" = None) -> int:
-    """Entry point. `prepare(config, run_dir)` may make the checkpoint that the run starts from, and returns its path."""
+    """Entry point. `prepare(config, run_dir)` may make the checkpoint that the run starts from; it returns the path."""
     options = parse(arguments)
 
     from common.config import ConfigError, load_config
@@ -133,7 +133,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[b
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - the launcher has one thread
         )
 
 
@@ -169,7 +169,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         os.killpg(process.pid, number)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

@@ -1,7 +1,7 @@
 """The actors of the single-machine launcher: started, started again when they die, found again, stopped.
 
-Each is `python -m actor` in a session of its own, so that its process group holds vLLM's processes too. `actors.json` in
-the run folder remembers them for the next command, should this one be killed.
+Each is `python -m actor` in a session of its own, so that its process group holds vLLM's processes too. `actors.json`
+in the run folder remembers them for the next command, should this one be killed.
 """
 
 import contextlib

@@ -18,8 +18,10 @@ from learner.data import PromptDataset, load_datasets
 from learner.display import make_display
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
+from learner.policy import Policy
+from learner.report import Progress, Reporter
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
-from learner.trainer import Policy, Progress, Trainer, restore
+from learner.trainer import RankZero, Trainer
 
 
 def run(config: LearnerConfig) -> int:
@@ -30,13 +32,13 @@ def run(config: LearnerConfig) -> int:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
     with join_ranks(config.trainer.device) as ranks:
         run_dir = Path(ranks.broadcast(str(_own(config)).encode() if ranks.is_main else None).decode())
-        with open(run_dir / "logs" / f"learner-{ranks.rank}.log", "a", encoding="utf-8") as stream:
+        with (run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8") as stream:
             logging.configure("info", stream, rank=str(ranks.rank))
             policy = Policy(config, ranks)
-            state = restore(policy, run_dir)
+            state = policy.restore(run_dir)
             if ranks.is_main:
-                return _run_main(config, ranks, policy, run_dir, state)
-            Trainer(config, ranks, policy, run_dir, version=_version(state), progress=Progress()).run()
+                return _run_rank_zero(config, ranks, policy, run_dir, state)
+            Trainer(config, ranks, policy, run_dir, None).run()
             return 0
 
 
@@ -53,49 +55,38 @@ def check(config: LearnerConfig) -> None:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
 
 
-def _run_main(config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None) -> int:
-    """Rank 0: the loop, and everything around it that talks."""
-    version = _version(state)
+def _run_rank_zero(
+    config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None
+) -> int:
+    """The loop, and everything around it that talks."""
     train, held_out = load_datasets(config.data)
     processor = PromptProcessor(config.model.path)
+    progress, ledger = _resume_state(config, train, state)
     with contextlib.ExitStack() as stack:
-        progress, ledger = _resume_state(config, train, state)
-        display = make_display(name=config.name, total_steps=config.trainer.total_steps, run_dir=run_dir)
         metrics = MetricsWriter(run_dir / "metrics.jsonl")
         stack.callback(metrics.close)
+        display = make_display(name=config.name, total_steps=config.trainer.total_steps, run_dir=run_dir)
         control = Control(
             config,
             backend=config.weights.backend or ("nccl" if ranks.device.type == "cuda" else "gloo"),
             train=train,
             held_out=held_out,
             processor=processor,
-            decode=processor.decode,
             ledger=ledger,
-            version=version,
+            version=policy.version,
             on_actor_event=display.note,
         )
         stack.enter_context(display)
         display.watch_actors(control.members)
         if state is not None:
-            display.note(f"resuming {run_dir} at step {version}")
+            display.note(f"resuming {run_dir} at step {policy.version}")
         display.note(_describe(policy))
         display.phase("waiting for actors")
         stack.callback(control.close)
         control.start()
-        trainer = Trainer(
-            config,
-            ranks,
-            policy,
-            run_dir,
-            version=version,
-            progress=progress,
-            ledger=ledger,
-            control=control,
-            display=display,
-            metrics=metrics,
-        )
-        export = trainer.run()
-        summary = trainer.summary(export)
+        reporter = Reporter(display, metrics, progress)
+        export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
+        summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], max_tokens=config.rollout.max_tokens)
     write_summary(run_dir, summary)
     print(format_summary(summary, question), flush=True)
@@ -117,17 +108,13 @@ def _resume_state(config: LearnerConfig, train: PromptDataset, state: dict[str, 
     return progress, Ledger.from_dict(state["ledger"], seed=config.seed, num_rows=len(train))
 
 
-def _version(state: dict[str, Any] | None) -> int:
-    return int(state["version"]) if state is not None else 0
-
-
 def _describe(policy: Policy) -> str:
     report = policy.freeze_report
     frozen = f", {report.num_frozen:,} frozen ({', '.join(report.frozen)})" if report.num_frozen else ""
     return f"{type(policy.model).__name__}: {report.num_trainable:,} parameters train{frozen}"
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(_number: int, _frame: FrameType | None) -> None:
     """SIGTERM ends the main thread as Ctrl-C does, so that everything is taken apart in order."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,6 +1,6 @@
 """One weight epoch from the learner's side: a broadcast group with a fixed list of actors, and its three moves.
 
-    open: OpenEpoch to all + join as rank 0   -> stage: Stage to all + broadcast   -> commit: Commit to all   ... -> abort
+    open: OpenEpoch to all, join as rank 0 -> stage: Stage to all, broadcast -> commit: Commit to all   ... -> abort
 
 Whatever fails, `open_epoch` and `Epoch.update` say which members are at fault; the publisher then aborts the epoch and
 opens the next one with the others.
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 _COMMIT_TIMEOUT_S = 60.0
 
 
-class EpochFailed(Exception):
+class EpochFailed(Exception):  # noqa: N818 - says what happened
     """The epoch is over. `culprits` are the members that failed, with what they said; empty: it was our own end."""
 
     def __init__(self, message: str, culprits: Sequence[tuple[Member, OutriderError]] = ()) -> None:

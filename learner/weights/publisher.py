@@ -3,7 +3,7 @@
 | it wakes when | it then |
 |---|---|
 | the trainer hands over a snapshot | stages and commits it on all members of the epoch |
-| an actor joins, leaves or restarts | ends the epoch and opens the next one with who is there; newcomers are caught up |
+| an actor joins, leaves or restarts | ends the epoch, opens the next one with who is there, catches newcomers up |
 | an epoch fails | aborts it, reports who is at fault to the fleet, opens the next one with the others |
 
 The trainer never waits for it, and an actor that it cannot bring to a version gets no prompts of that version: the
@@ -12,7 +12,6 @@ fleet knows an actor's version only through `mark_committed`.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -20,7 +19,7 @@ from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
+from learner.weights.epoch import Epoch, EpochFailed, num_workers, open_epoch
 from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
@@ -40,23 +39,21 @@ class Publisher:
         host: str,
         backend: str,
         timeout_s: float,
-        on_update: Callable[[int, UpdateTimes], None] = lambda version, times: None,
     ) -> None:
-        """
+        """Make it; `run` does the work.
+
         Args:
             fleet: whose live members are kept current.
             run_id: of this learner incarnation.
             host: address of this process, as the actors reach it.
             backend: "gloo" or "nccl".
             timeout_s: bound on the rendezvous, and on each stage.
-            on_update: told of each version that all members serve.
         """
         self._fleet = fleet
         self._run_id = run_id
         self._host = host
         self._backend = backend
         self._timeout_s = timeout_s
-        self._on_update = on_update
         self._loop = asyncio.get_running_loop()
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._snapshot: Snapshot | None = None
@@ -113,7 +110,6 @@ class Publisher:
             stage_s=round(times.stage_s, 4),
             pause_s=round(times.pause_s, 4),
         )
-        self._on_update(snapshot.version, times)
 
     async def _open(self, members: tuple[Member, ...]) -> None:
         if self._epoch is not None:

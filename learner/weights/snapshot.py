@@ -68,7 +68,7 @@ class Snapshot:
 
 
 class Snapshotter:
-    """Takes snapshots of one model. Every rank makes one and calls it together with the others; rank 0 gets the copy."""
+    """Takes snapshots of one model. Every rank has one and calls it together with the others; rank 0 gets the copy."""
 
     def __init__(self, model: nn.Module, vision_modules: Sequence[str], *, is_sender: bool, bucket_bytes: int) -> None:
         """`vision_modules`: names of the vision towers; `bucket_bytes`: size at which a buffer is closed."""
@@ -130,7 +130,7 @@ class _BucketBuilder:
 
     def finish(self) -> Buckets:
         self._close()
-        checksums = tuple(zlib.crc32(buffer.numpy()) for buffer in self._buffers)
+        checksums = tuple(zlib.crc32(buffer.numpy().data) for buffer in self._buffers)
         return Buckets(tuple(self._parameters), tuple(self._buffers), checksums)
 
     def _close(self) -> None:

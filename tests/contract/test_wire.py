@@ -181,8 +181,9 @@ def test_responses_round_trip() -> None:
         assert (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
         assert completion.token_ids.tolist() == [7, 300]
         assert completion.logprobs.tolist() == [-0.5, -2.0]
-        arrays = {"token_ids": COMPLETION.token_ids, "logprobs": COMPLETION.logprobs}
-        assert dataclasses.replace(completion, **arrays) == COMPLETION
+        assert (
+            dataclasses.replace(completion, token_ids=COMPLETION.token_ids, logprobs=COMPLETION.logprobs) == COMPLETION
+        )
 
 
 def test_an_empty_request_means_the_documented_defaults() -> None:

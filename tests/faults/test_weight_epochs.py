@@ -56,6 +56,7 @@ class _Learner:
         self.model = nn.Linear(64, 64)
         self.snapshotter = Snapshotter(self.model, [], is_sender=True, bucket_bytes=4096)
         self.fleet = Fleet([actor.address for actor in actors], run_id=_RUN_ID, poll_s=0.05)
+        self.publisher: Publisher
         self.events: list[FleetEvent] = []
         self.fleet.subscribe(self.events.append)
 

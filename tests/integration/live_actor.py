@@ -83,7 +83,8 @@ class LiveActor:
 
     async def sample(self, sample: PromptSample, prompt: Prompt | None = None, **sampling: Any) -> SampledGroup:
         """One whole group; completions in the order in which they came."""
-        infos, completions = [], []
+        infos: list[PromptInfo] = []
+        completions: list[Completion] = []
         async for event in self.stream(sample, SamplingParams(**sampling), prompt):
             if isinstance(event, PromptInfo):
                 assert not completions

@@ -237,7 +237,7 @@ async def test_placeholders_are_never_sampled(
         inputs = _inputs(hf, prompt)
         assert model.generate(**inputs, do_sample=False, max_new_tokens=1)[0, -1] == IMAGE_PAD
         for temperature in (0.0, 1.0):
-            group = await actor.group(prompt, n=8, temperature=temperature, max_tokens=32)
+            group = await actor.group(prompt, n=8 if temperature else 1, temperature=temperature, max_tokens=32)
             for completion in group.completions:
                 assert not set(completion.token_ids.tolist()) & set(SUPPRESSED)
                 ids = torch.cat([inputs["input_ids"][0], torch.from_numpy(completion.token_ids).long()])
@@ -371,15 +371,13 @@ async def test_a_stage_that_does_not_end_touches_nothing(
     await source.abort()
     await _fails(task, StaleEpoch)
     await _still_serves(actor, source, version, served)
-    # The learner's end breaks off after the first bucket.
+    # It gives up after the first bucket.
     task = await stage(60)
-    epoch = await source.open()
-    await asyncio.to_thread(epoch._group.broadcast, buffers[0])
-    epoch._group.abort()
-    await _fails(task, StageTimeout)
-    await _still_serves(actor, source, version, served)
+    await asyncio.to_thread((await source.open())._group.broadcast, buffers[0])
     await source.abort()
-    # The learner is silent for too long.
+    await _fails(task, StaleEpoch)
+    await _still_serves(actor, source, version, served)
+    # It is silent for too long.
     await _fails(await stage(0.5), StageTimeout)
     await _still_serves(actor, source, version, served)
     await source.abort()
@@ -398,7 +396,9 @@ async def _still_serves(
     actor: LiveActor, source: WeightSource, version: int, served: tuple[list[int], list[float]]
 ) -> None:
     assert actor.policy.policy_version == source.version == version
-    assert await _greedy(actor) == served
+    tokens, logprobs = await _greedy(actor)
+    assert tokens == served[0]
+    assert logprobs == pytest.approx(served[1], abs=1e-5)
     with pytest.raises(NotStaged):
         await actor.policy.commit(actor.policy.run_id, actor.policy.epoch, version + 1, 5)
 

@@ -25,7 +25,7 @@ class ScriptedEngine:
         self.calls: list[str] = []
         self.hold: dict[str, asyncio.Event] = {}
         self.error: dict[str, Exception] = {}
-        self.checksums = (11, 22)
+        self.checksums: tuple[int, ...] = (11, 22)
 
     async def _step(self, name: str, label: str) -> None:
         self.calls.append(label)

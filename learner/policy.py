@@ -1,0 +1,98 @@
+"""Model and optimizer of one rank, with everything that is a collective over the ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.placeholders import placeholder_ids
+from learner.batch.transport import decode_packs
+from learner.checkpoint import export_model, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from learner.config import LearnerConfig
+from learner.distributed import Ranks
+from learner.model.config import learning_rate
+from learner.model.load import load_policy, vision_modules
+from learner.model.optimizer import build_optimizer
+from learner.model.parallelize import parallelize
+from learner.step import StepStats, train_step
+from learner.weights.snapshot import Snapshot, Snapshotter
+
+
+class Policy:
+    """What trains. `version` is the number of optimizer steps that it has taken."""
+
+    def __init__(self, config: LearnerConfig, ranks: Ranks) -> None:
+        torch.manual_seed(config.seed)
+        settings = config.model
+        self.model: Any
+        self.model, self.freeze_report = load_policy(
+            settings.path,
+            dtype=getattr(torch, settings.dtype),
+            freeze_vision_tower=settings.freeze_vision_tower,
+            gradient_checkpointing=settings.enable_gradient_checkpointing,
+        )
+        self.model.to(ranks.device)
+        self.version = 0
+        self.placeholder_ids = placeholder_ids(self.model.config)
+        text_config = self.model.config.get_text_config()
+        self.hidden_size: int = text_config.hidden_size
+        self._suppressed_token_ids = suppressed_token_ids(
+            self.placeholder_ids, config.rollout.allowed_token_ids, text_config.vocab_size
+        )
+        parallelize(self.model, ranks.mesh, compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None)
+        self._optimizer = build_optimizer(self.model, config.optimizer)
+        self._snapshotter = Snapshotter(
+            self.model,
+            vision_modules(self.model),
+            is_sender=ranks.is_main,
+            bucket_bytes=config.weights.bucket_mib * 2**20,
+        )
+        self._config = config
+        self._ranks = ranks
+
+    def step(self, parts: Sequence[torch.Tensor] | None) -> StepStats:
+        """Take one optimizer step; `parts` are rank 0's encoded packs for each rank, None elsewhere."""
+        stats = train_step(
+            self.model,
+            self._optimizer,
+            decode_packs(self._ranks.scatter(parts)),
+            self._config.algorithm,
+            policy_version=self.version,
+            temperature=self._config.rollout.temperature,
+            suppressed_token_ids=self._suppressed_token_ids,
+            max_grad_norm=self._config.optimizer.max_grad_norm,
+            learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
+        )
+        self.version += 1
+        return stats
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy for the actors, on rank 0."""
+        return self._snapshotter.take(self.version)
+
+    def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
+        """Write a checkpoint; `state` is rank 0's."""
+        keep = self._config.trainer.keep_checkpoints
+        return save_checkpoint(run_dir, self.version, self.model, self._optimizer, state, keep=keep)
+
+    def restore(self, run_dir: Path) -> dict[str, Any] | None:
+        """Load the newest checkpoint of the run, if there is one; the `state` that was saved with it."""
+        checkpoint = latest_checkpoint(run_dir)
+        if checkpoint is None:
+            return None
+        state = read_state(checkpoint)
+        load_checkpoint(checkpoint, self.model, self._optimizer)
+        self.version = int(state["version"])
+        return state
+
+    def export(self, target: Path) -> Path:
+        """Write a Hugging Face checkpoint directory; returns it."""
+        return export_model(self.model, self._config.model.path, target)
+
+
+def suppressed_token_ids(placeholders: Sequence[int], allowed: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Ids that the actors cannot sample: the placeholders of media and, with a list of allowed ids, all others."""
+    if not allowed:
+        return tuple(placeholders)
+    return tuple(sorted((set(range(vocab_size)) - set(allowed)) | set(placeholders)))

@@ -1,0 +1,126 @@
+"""What a run says of itself, on rank 0: each step to the display and to metrics.jsonl, the whole in the summary."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learner.display import Display, StepReport
+from learner.evaluate import Evaluation
+from learner.rollouts.dispatcher import DispatchStats
+from learner.step import StepStats
+from learner.summary import MetricsWriter, Summary
+from learner.types import Group
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """What the summary is made of; survives in checkpoints."""
+
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    parity_max_abs_diff: float | None = None
+    num_completions: int = 0
+    steps_s: float = 0.0
+    """From the first batch to the last step, evaluations and checkpoints included."""
+    wall_s: float = 0.0
+    resumed_from: list[int] = dataclasses.field(default_factory=list)
+
+
+class Reporter:
+    """Collects and shows. The clock of a step runs from the end of the step before, whatever lay between."""
+
+    def __init__(self, display: Display, metrics: MetricsWriter, progress: Progress) -> None:
+        self._display = display
+        self._metrics = metrics
+        self._progress = progress
+        self._started_at = time.monotonic() - progress.wall_s
+        self._step_ended_at = time.monotonic()
+
+    def training_begins(self) -> None:
+        """The clock of the first step starts."""
+        self._step_ended_at = time.monotonic()
+
+    def step(
+        self, version: int, groups: Sequence[Group], stats: StepStats, dispatch: DispatchStats, *, wait_s: float
+    ) -> None:
+        """The step that led to `version` is done; `wait_s` of it went by waiting for `groups`."""
+        now = time.monotonic()
+        step_s, self._step_ended_at = now - self._step_ended_at, now
+        num_completions = sum(len(group.completions) for group in groups)
+        reward = float(sum(group.rewards.sum() for group in groups)) / num_completions
+        staleness = sum(version - 1 - group.oldest_version for group in groups) / len(groups)
+        parity = stats.parity_max_abs_diff if stats.parity_tokens else None
+        progress = self._progress
+        progress.num_completions += num_completions
+        progress.steps_s += step_s
+        if parity is not None:
+            progress.parity_max_abs_diff = max(parity, progress.parity_max_abs_diff or 0.0)
+        self._display.step(
+            StepReport(
+                step=version,
+                reward=reward,
+                completions_per_s=num_completions / step_s,
+                staleness=staleness,
+                parity=parity,
+                step_s=step_s,
+                loss=stats.loss,
+                entropy=stats.entropy,
+            )
+        )
+        self._metrics.write(
+            {
+                "step": version,
+                "reward": reward,
+                "completions_per_s": num_completions / step_s,
+                "staleness": staleness,
+                **dataclasses.asdict(stats),
+                "parity_max_abs_diff": parity,
+                "step_s": step_s,
+                "wait_s": wait_s,
+                "groups_dropped": dispatch.dropped,
+                "groups_resent": dispatch.retries,
+                "sequences": [group.sequence for group in groups],
+                "wall_s": now - self._started_at,
+            }
+        )
+
+    def phase(self, text: str) -> None:
+        """What goes on now."""
+        self._display.phase(text)
+
+    def accuracy(self, version: int, result: Evaluation) -> None:
+        """The held-out rows were evaluated."""
+        if version == 0:
+            self._progress.accuracy_before = result.accuracy
+        self._progress.accuracy_after = result.accuracy
+        self._display.accuracy(version, result.accuracy)
+        self._metrics.write(
+            {
+                "step": version,
+                "accuracy": result.accuracy,
+                "eval_rows": result.num_rows,
+                "eval_tokens": result.mean_tokens,
+            }
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the fields of `Progress`."""
+        self._progress.wall_s = time.monotonic() - self._started_at
+        return dataclasses.asdict(self._progress)
+
+    def summary(self, name: str, seed: int, version: int, export: Path) -> Summary:
+        """The run in numbers."""
+        progress = self._progress
+        return Summary(
+            name=name,
+            steps=version,
+            accuracy_before=progress.accuracy_before,
+            accuracy_after=progress.accuracy_after,
+            completions_per_s=progress.num_completions / max(progress.steps_s, 1e-9),
+            parity_max_abs_diff=progress.parity_max_abs_diff,
+            wall_s=time.monotonic() - self._started_at,
+            checkpoint=str(export),
+            extra={"resumed_from": progress.resumed_from, "seed": seed},
+        )
