@@ -40,7 +40,8 @@ class VllmConfig(Config):
     cpu_cores: str | None = None
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
-    shutdown_timeout_s: float = Field(5.0, ge=0)
+    # Its processes are killed after so long; they hold nothing that is worth waiting for.
+    shutdown_timeout_s: float = Field(1.0, ge=0)
 
 
 class FakeConfig(Config):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "outrider"
 DETAILS_KEY = "grpc-status-details-bin"

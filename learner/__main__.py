@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 EPILOG = """\
 examples:
@@ -32,10 +33,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit code is 2 for a mistake of the user."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point; the exit code is 2 for a mistake of the user, 1 for a run that failed."""
     options = parse(arguments)
 
+    from common.lifecycle import end_process
+
+    end_process(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
 
@@ -64,4 +71,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

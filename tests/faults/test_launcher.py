@@ -1,0 +1,186 @@
+"""The single-machine launcher with the fake engine: mistakes of the user, kills at the wrong time, two at once."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.digits.model import build_model
+from tests.launched import Launched, actor_pids, free_ports, is_alive, launching, run_dirs
+
+CONFIG = "examples/digits/config.yaml"
+# The learner's imports alone take seconds, on a busy machine many.
+START_S = 120
+
+Launch = Callable[..., Launched]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture
+def launch(tmp_path: Path, model_dir: Path) -> Iterator[Launch]:
+    """The demo's configuration with two fake actors; an argument replaces what an earlier one says."""
+    with launching(tmp_path / "output") as start:
+
+        def fake(*overrides: str, config: str = CONFIG) -> Launched:
+            return start(
+                *("--config", config, f"runs_dir={tmp_path / 'runs'}", f"model.path={model_dir}"),
+                *(f"local.base_port={free_ports(2)}", "trainer.max_parity_diff=null"),
+                *("local.actor={engine: fake}", "rollout.startup_timeout_s=300"),
+                *overrides,
+            )
+
+        yield fake
+
+
+# The actors never become ready, so the learner waits for them as long as the test wants.
+SLOW = "local.actor={engine: fake, fake: {start_s: 600}}"
+
+
+def waiting_run(launched: Launched, runs_dir: Path, index: int = 0) -> Path:
+    """The folder of a run whose learner waits for its actors."""
+
+    def found() -> Path | None:
+        if len(run_dirs(runs_dir)) <= index:
+            return None
+        run_dir = run_dirs(runs_dir)[index]
+        waits = "parameters train" in launched.stdout
+        return run_dir if waits and len(actor_pids(run_dir)) == 2 else None
+
+    return launched.until(found, START_S, "the learner waits for its actors")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(launch: Launch, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        mistakes = {
+            ("optimizer.learning_rate=3",): f"{CONFIG}: optimizer.learning_rate: unknown key; did you mean lr?",
+            ("trainer.total_steps=many",): f"{CONFIG}: trainer.total_steps: Input should be a valid integer",
+            ("model.path=no/such/place",): "model.path: no/such/place holds no checkpoint (config.json); give a directory",
+            (f"local.base_port={port}",): f"127.0.0.1:{port} is in use by another process; stop it, or set local.base_port",
+            ("local.num_actors=0",): "rollout.actors is empty; give the actors' addresses",
+        }
+        running = {launch(*overrides): line for overrides, line in mistakes.items()}
+        for launched, line in running.items():
+            assert launched.exit_code(START_S) == 2
+            check_one_line(launched, line)
+
+
+def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "hello", "answer": "1"}\n')
+    slow = (SLOW,)
+    mistakes = {
+        (f"data.train={tmp_path / 'train.jsonl'}", "data.held_out=", *slow): "no image column 'images' (it has prompt, answer)",
+        ("reward.function=examples.digits.reward:exact", *slow): "reward: module 'examples.digits.reward' has no 'exact'",
+        (
+            *("local.num_actors=0", f"rollout.actors=['127.0.0.1:{free_ports(1)}']", "rollout.startup_timeout_s=1"),
+        ): "no answer within 1 s from 127.0.0.1:",
+    }
+    for overrides, line in mistakes.items():
+        launched = launch(*overrides)
+        assert launched.exit_code(START_S) == 2
+        check_one_line(launched, line)
+
+
+def check_one_line(launched: Launched, line: str) -> None:
+    [said] = launched.stderr.splitlines()
+    assert said.startswith(f"outrider: {line}") or line in said.removeprefix("outrider: ")
+    assert said.startswith("outrider: ")
+    assert "Traceback" not in launched.stdout
+    assert not launched.left()
+
+
+def test_a_run_whose_images_do_not_add_up_stops(launch: Launch) -> None:
+    """The fake engine's ids are not those of the model's processor: nothing may be trained on them."""
+    launched = launch()
+    assert launched.exit_code(START_S) == 1
+    [said] = launched.stderr.splitlines()
+    assert said.startswith("outrider: ImageMismatch: group ")
+    assert "by the learner's own processor" in said
+    assert not launched.left()
+
+
+def test_a_killed_launcher_leaves_no_learner_and_its_actors_are_found_again(launch: Launch, tmp_path: Path) -> None:
+    port = f"local.base_port={free_ports(2)}"
+    first = launch(SLOW, port)
+    run_dir = waiting_run(first, tmp_path / "runs")
+    pids = actor_pids(run_dir)
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    wait_for(lambda: not first.left("learner") and not first.left("torch.distributed.run"), 20)
+    assert all(is_alive(pid) for pid in pids.values())
+
+    second = launch(SLOW, port)
+    waiting_run(second, tmp_path / "runs")
+    assert run_dirs(tmp_path / "runs") == [run_dir]
+    assert actor_pids(run_dir) == pids
+    for address, pid in pids.items():
+        assert f"actor {address} is still running (pid {pid}) and is used again" in second.stdout
+    check_stops(second, first)
+    assert not (run_dir / "actors.json").exists()
+
+
+def test_the_same_command_twice_disturbs_nothing(launch: Launch, tmp_path: Path) -> None:
+    port = f"local.base_port={free_ports(2)}"
+    first = launch(SLOW, port)
+    run_dir = first.until(lambda: next(iter(run_dirs(tmp_path / "runs")), None), START_S, "a run folder")
+    first.until(lambda: len(actor_pids(run_dir)) == 2, START_S, "actors")
+    early = launch(SLOW, port, f"run_dir={run_dir}")  # its learner has not even loaded
+    assert early.exit_code(START_S) == 2
+    assert "is at work in this run folder" in early.stderr
+    waiting_run(first, tmp_path / "runs")
+    for overrides in ((), (f"run_dir={run_dir}",)):
+        again = launch(SLOW, port, *overrides)
+        assert again.exit_code(START_S) == 2
+        assert len(again.stderr.splitlines()) == 1
+        assert not again.left()
+    assert all(is_alive(pid) for pid in actor_pids(run_dir).values())
+    assert first.left("learner")
+    assert first.process.poll() is None
+    # With ports of its own it is a run of its own.
+    other = launch(SLOW)
+    runs = other.until(lambda: [run for run in run_dirs(tmp_path / "runs") if actor_pids(run)][1:], START_S, "another run")
+    assert not set(actor_pids(runs[0]).values()) & set(actor_pids(run_dir).values())
+    check_stops(first)
+    assert other.process.poll() is None
+    assert all(is_alive(pid) for pid in actor_pids(runs[0]).values())
+    check_stops(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_everything_loads(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
+    launched = launch(SLOW)
+    launched.until(lambda: launched.left("torch.distributed.run"), START_S, "torchrun")
+    check_stops(launched, number=number)
+
+
+def check_stops(launched: Launched, *also: Launched, number: signal.Signals = signal.SIGINT) -> None:
+    """The signal to the launcher ends every process within 5 s, with exit code 130."""
+    started_at = time.monotonic()
+    launched.process.send_signal(number)
+    wait_for(lambda: not any(one.left() for one in (launched, *also)), 5)
+    assert time.monotonic() - started_at < 5
+    assert launched.exit_code(1) == 130
+    assert launched.stderr.strip().splitlines()[-1].startswith("outrider: stopped")
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_environment_is_clean() -> None:
+    """A parent that ignores SIGINT would make the tests above lie."""
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert os.name == "posix"
