@@ -33,7 +33,7 @@ def test_samples_carry_scan_and_label() -> None:
     assert [sample.row for sample in samples] == data.split()[1].tolist()
     for sample in samples[:20]:
         assert sample.ground_truth == str(digits.target[sample.row])
-        assert sample.messages == (ChatMessage("user", (MediaPart(0), TextPart("digit?"))),)
+        assert sample.messages == (ChatMessage("user", (MediaPart(0), TextPart("Which digit?"))),)
         (png,) = sample.images
         image = Image.open(io.BytesIO(png))
         assert (image.format, image.size) == ("PNG", (56, 56))

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from examples.digits import data
 from examples.digits.model import build_model, build_tokenizer
 
-PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>digit?<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which digit?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def batch(processor: Any) -> Any:
 
 
 def test_chat_template_renders_qwens_turns(processor: Any) -> None:
-    content = [{"type": "image"}, {"type": "text", "text": "digit?"}]
+    content = [{"type": "image"}, {"type": "text", "text": "Which digit?"}]
     messages = [{"role": "user", "content": content}]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == PROMPT
     plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -53,7 +53,7 @@ def test_a_scan_is_four_image_tokens(model: Any, batch: Any) -> None:
     is_image = batch["input_ids"][0] == model.config.image_token_id
     assert is_image.nonzero().flatten().tolist() == [7, 8, 9, 10]
     assert batch["mm_token_type_ids"][0].tolist() == is_image.int().tolist()
-    assert batch["input_ids"].shape == (1, 31)
+    assert batch["input_ids"].shape == (1, 37)
 
 
 def test_special_ids_agree(model: Any, processor: Any) -> None:

@@ -28,7 +28,7 @@ def test_columns_are_verls(files: tuple[Path, Path]) -> None:
     assert len(rows) == 12
     assert list(rows[0]) == ["data_source", "prompt", "images", "ability", "reward_model", "extra_info"]
     row = int(data.split()[0][0])
-    assert rows[0]["prompt"] == [{"role": "user", "content": "<image>digit?"}]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "<image>Which digit?"}]
     assert rows[0]["images"] == [{"bytes": data.png(row), "path": None}]
     assert rows[0]["reward_model"] == {"style": "rule", "ground_truth": data.label(row)}
     assert rows[0]["extra_info"] == {"split": "train", "index": row}
@@ -40,7 +40,7 @@ def test_learner_reads_the_same_samples_as_from_code(files: tuple[Path, Path]) -
     assert held_out is not None
     assert (len(train), len(held_out)) == (12, 5)
     for got, expected in zip((held_out[i] for i in range(5)), data.held_out()[:5], strict=True):
-        assert got.messages == expected.messages == (ChatMessage("user", (MediaPart(0), TextPart("digit?"))),)
+        assert got.messages == expected.messages == (ChatMessage("user", (MediaPart(0), TextPart("Which digit?"))),)
         assert (got.images, got.ground_truth) == (expected.images, expected.ground_truth)
         assert got.data_source == "digits"
 
