@@ -10,10 +10,10 @@ A failure of any loop fails the trainer's next call.
 """
 
 import asyncio
+import concurrent.futures
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import uvloop
@@ -28,7 +28,7 @@ from learner.evaluate import Evaluation, evaluate
 from learner.ledger import Ledger
 from learner.rewards.load import load_reward
 from learner.rewards.runner import RewardRunner
-from learner.rollouts.buffer import GroupBuffer
+from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher, DispatchStats
 from learner.rollouts.fleet import Fleet
@@ -39,6 +39,10 @@ from learner.weights.publisher import Publisher
 from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
+
+# How long the loop may take to end, and how often a caller looks whether it still runs.
+_CLOSE_S = 10.0
+_LOOK_S = 0.5
 
 T = TypeVar("T")
 
@@ -89,7 +93,8 @@ class Control:
         self._publisher: Publisher | None = None
         self._loop = uvloop.new_event_loop()
         self._main: asyncio.Task[None] | None = None
-        self._ready: Future[None] = Future()
+        self._ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     # ---------------------------------------------------------------------------------------- the trainer's thread
@@ -107,7 +112,11 @@ class Control:
     def take_batch(self, version: int) -> list[Group]:
         """Wait for the groups of one step. Raises what broke the rollouts."""
         trainer = self._config.trainer
-        return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+        try:
+            return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+        except BufferClosed:
+            self._raise_failure()
+            raise
 
     def finish_step(self, groups: Sequence[Group], version: int, snapshot: Snapshot) -> None:
         """These groups are trained and gave `version`: no resumed run trains them again, and generation may go on."""
@@ -143,14 +152,25 @@ class Control:
         """Stop everything; the actors are left as they are."""
         if self._main is not None:
             self._loop.call_soon_threadsafe(self._main.cancel)
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=_CLOSE_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop; fails at once if the loop's own tasks have failed."""
+        """Run a coroutine on the loop. Raises what it raises, or what ended the loop before it was done."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        assert self._main is not None
-        self._main.add_done_callback(lambda _: future.cancel())
+        while not future.done():
+            concurrent.futures.wait([future], timeout=_LOOK_S)
+            if not self._thread.is_alive() and not future.done():
+                self._raise_failure()
+                raise RuntimeError("the control loop has ended")
         return future.result()
+
+    def _raise_failure(self) -> None:
+        """Raise what ended the loop, once it has ended."""
+        self._thread.join(timeout=_CLOSE_S)
+        if self._failure is not None:
+            raise self._failure
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -163,12 +183,12 @@ class Control:
             pass
         except BaseException as error:
             log.error("the control loop failed", exc_info=error)
+            self._failure = error
             self._buffer.fail(error)
             if not self._ready.done():
                 self._ready.set_exception(error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
 
     async def _serve(self) -> None:
         self._fleet.subscribe(lambda event: self._on_actor_event(describe(event)))

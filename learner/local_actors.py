@@ -59,7 +59,7 @@ class LocalActors:
             if pid and _is_actor(pid, actor.address):
                 actor.pid = pid
                 print(f"actor {actor.address} is still running (pid {pid}) and is used again", flush=True)
-            elif _is_taken(actor.address):
+            elif _is_taken(actor.address) or _is_loading(actor.address):
                 raise ConfigError(f"{actor.address} is in use by another process; stop it, or set local.base_port")
         for actor in self._actors:
             if not actor.pid:
@@ -158,6 +158,11 @@ def _is_actor(pid: int, address: str) -> bool:
     except OSError:
         return False
     return b"actor" in command and address.encode() in command
+
+
+def _is_loading(address: str) -> bool:
+    """Whether an actor that does not listen yet will listen there."""
+    return any(_is_actor(int(path.name), address) for path in Path("/proc").iterdir() if path.name.isdigit())
 
 
 def _is_taken(address: str) -> bool:

@@ -117,11 +117,14 @@ class Sampler:
         Raises what `sample` raises: an evaluation with holes in it would be a wrong number.
         """
         checks: Sequence[ProcessedPrompt | None] = expected if expected is not None else [None] * len(requests)
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self.sample(request, min_version=lambda: min_version, expected=check))
-                for request, check in zip(requests, checks, strict=True)
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self.sample(request, min_version=lambda: min_version, expected=check))
+                    for request, check in zip(requests, checks, strict=True)
+                ]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the others say the same of another request
         return [task.result() for task in tasks]
 
     async def _call(self, member: Member, request: RolloutRequest) -> SampledGroup:

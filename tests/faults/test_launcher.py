@@ -63,15 +63,19 @@ def test_mistakes_are_one_line_and_exit_code_2(launch: Launch, tmp_path: Path) -
         taken.listen()
         port = taken.getsockname()[1]
         mistakes = {
-            ("optimizer.learning_rate=3",): f"{CONFIG}: optimizer.learning_rate: unknown key; did you mean lr?",
+            ("optimizer.schedul=linear",): f"{CONFIG}: optimizer.schedul: unknown key; did you mean schedule?",
             ("trainer.total_steps=many",): f"{CONFIG}: trainer.total_steps: Input should be a valid integer",
-            ("model.path=no/such/place",): "model.path: no/such/place holds no checkpoint (config.json); give a directory",
-            (f"local.base_port={port}",): f"127.0.0.1:{port} is in use by another process; stop it, or set local.base_port",
+            (
+                "model.path=no/such/place",
+            ): "model.path: no/such/place holds no checkpoint (config.json); give a directory",
+            (
+                f"local.base_port={port}",
+            ): f"127.0.0.1:{port} is in use by another process; stop it, or set local.base_port",
             ("local.num_actors=0",): "rollout.actors is empty; give the actors' addresses",
         }
         running = {launch(*overrides): line for overrides, line in mistakes.items()}
         for launched, line in running.items():
-            assert launched.exit_code(START_S) == 2
+            assert launched.exit_code(START_S) == 2, launched.said()
             check_one_line(launched, line)
 
 
@@ -79,15 +83,22 @@ def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: La
     (tmp_path / "train.jsonl").write_text('{"prompt": "hello", "answer": "1"}\n')
     slow = (SLOW,)
     mistakes = {
-        (f"data.train={tmp_path / 'train.jsonl'}", "data.held_out=", *slow): "no image column 'images' (it has prompt, answer)",
-        ("reward.function=examples.digits.reward:exact", *slow): "reward: module 'examples.digits.reward' has no 'exact'",
+        (
+            f"data.train={tmp_path / 'train.jsonl'}",
+            "data.held_out=''",
+            *slow,
+        ): "no image column 'images' (it has prompt, answer)",
+        (
+            "reward.function=examples.digits.reward:exact",
+            *slow,
+        ): "reward: module 'examples.digits.reward' has no 'exact'",
         (
             *("local.num_actors=0", f"rollout.actors=['127.0.0.1:{free_ports(1)}']", "rollout.startup_timeout_s=1"),
         ): "no answer within 1 s from 127.0.0.1:",
     }
     for overrides, line in mistakes.items():
         launched = launch(*overrides)
-        assert launched.exit_code(START_S) == 2
+        assert launched.exit_code(START_S) == 2, launched.said()
         check_one_line(launched, line)
 
 
@@ -148,7 +159,9 @@ def test_the_same_command_twice_disturbs_nothing(launch: Launch, tmp_path: Path)
     assert first.process.poll() is None
     # With ports of its own it is a run of its own.
     other = launch(SLOW)
-    runs = other.until(lambda: [run for run in run_dirs(tmp_path / "runs") if actor_pids(run)][1:], START_S, "another run")
+    runs = other.until(
+        lambda: [run for run in run_dirs(tmp_path / "runs") if actor_pids(run)][1:], START_S, "another run"
+    )
     assert not set(actor_pids(runs[0]).values()) & set(actor_pids(run_dir).values())
     check_stops(first)
     assert other.process.poll() is None

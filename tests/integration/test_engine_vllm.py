@@ -242,7 +242,9 @@ async def test_placeholders_are_never_sampled(
                 assert not set(completion.token_ids.tolist()) & set(SUPPRESSED)
                 ids = torch.cat([inputs["input_ids"][0], torch.from_numpy(completion.token_ids).long()])
                 if not prompt.images:
-                    assert (model(input_ids=ids[None]).logits[0, len(inputs["input_ids"][0]) - 1 :].argmax(-1) == IMAGE_PAD).all()
+                    assert (
+                        model(input_ids=ids[None]).logits[0, len(inputs["input_ids"][0]) - 1 :].argmax(-1) == IMAGE_PAD
+                    ).all()
         assert largest_difference(model, hf, group) <= PARITY
 
 
