@@ -70,8 +70,9 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actor.vllm_plugin import WEIGHT_TRANSFER_BACKEND, register
+        from actor.vllm_plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
 
+        os.environ[ACTOR_VARIABLE] = str(os.getpid())
         register()
         arguments = AsyncEngineArgs(
             model=str(self._model),

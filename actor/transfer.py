@@ -1,8 +1,8 @@
 """The receiving end of a weight update, as it runs inside each engine worker (and in the fake engine).
 
 Joining an epoch and receiving an update both wait for other machines, so they run on a thread of their own while the
-worker goes on generating. What arrives lies in staging memory, private to this class, until it is asked for: a torn, late
-or corrupt update never touches the model.
+worker goes on generating. What arrives lies in staging memory, private to this class, until it is asked for: a torn,
+late or corrupt update never touches the model.
 """
 
 import math

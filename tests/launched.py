@@ -69,7 +69,7 @@ class Launched:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:.0f} s; it said:\n{self.said()}") from None
 
-    def until(self, condition: Callable[[], T], timeout_s: float, what: str) -> T:
+    def until(self, condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """Wait until `condition` holds, and return what it says, while the command runs."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):

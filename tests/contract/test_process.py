@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -80,7 +81,8 @@ async def test_sigterm_drains(launch: Launch) -> None:
     channel = open_channel(actor.address)
     rollouts, weights = RolloutServiceStub(channel), WeightServiceStub(channel)
     call = rollouts.Generate(_slow_request(max_tokens=16))
-    assert (await call.read()).HasField("prompt")
+    first: Any = await call.read()
+    assert first.HasField("prompt")
     actor.process.send_signal(signal.SIGTERM)
     await asyncio.sleep(0.3)
     status = await weights.GetStatus(weights_pb2.GetStatusRequest())

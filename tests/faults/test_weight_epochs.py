@@ -1,4 +1,4 @@
-"""Publisher and fleet against real gRPC servers with the fake engine, over real Gloo epochs: who comes, goes and is late."""
+"""Publisher and fleet against real gRPC servers with the fake engine, over real Gloo epochs: who comes and goes."""
 
 import asyncio
 import contextlib

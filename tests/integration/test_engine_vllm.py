@@ -245,7 +245,7 @@ async def test_placeholders_are_never_sampled(
                     assert (
                         model(input_ids=ids[None]).logits[0, len(inputs["input_ids"][0]) - 1 :].argmax(-1) == IMAGE_PAD
                     ).all()
-        assert largest_difference(model, hf, group) <= PARITY
+            assert largest_difference(model, hf, group) <= PARITY
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
