@@ -11,7 +11,7 @@ examples:
   python -m actor --model /models/Qwen2.5-VL-3B-Instruct --listen 127.0.0.1:50051 vllm.dtype=bfloat16
   python -m actor --engine fake --standalone fake.token_s=0.01
 
-Every key of the configuration can be given as key.path=value; docs/ lists them.
+Every key of the configuration can be given as key.path=value; actor/config.py lists them.
 """
 
 

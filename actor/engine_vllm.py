@@ -279,7 +279,7 @@ class VllmEngine:
             index=sample.index,
             token_ids=np.asarray(sample.token_ids, np.int32),
             logprobs=logprobs,
-            finish_reason=FinishReason.LENGTH if sample.finish_reason == "length" else FinishReason.STOP,
+            finish_reason=_finish_reason(sample.finish_reason),
             version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in spans),
             first_token_s=first_token_s,
             finished_s=finished_s,
@@ -351,6 +351,16 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    """Raises EngineDead for a completion that vLLM broke off: what there is of it is no sample of the policy."""
+    match reason:
+        case "stop":
+            return FinishReason.STOP
+        case "length":
+            return FinishReason.LENGTH
+    raise EngineDead(f"the engine broke a completion off ({reason})")
 
 
 def _hf_message(message: ChatMessage) -> dict[str, Any]:

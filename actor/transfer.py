@@ -29,7 +29,9 @@ class WeightReceiver:
     A job is started by `join` or `receive` and watched through the `Future` that they return; `leave` fails it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: of the worker; a thread that joins an epoch does not inherit it."""
+        self._device = device
         self._group: BroadcastGroup | None = None
         self._generation = 0  # of the epoch: a job that outlives its epoch finds another number and stores nothing
         self._staged: tuple[Manifest, list[torch.Tensor]] | None = None
@@ -41,7 +43,7 @@ class WeightReceiver:
         generation = self._generation
 
         def job() -> None:
-            group = BroadcastGroup(spec, rank)
+            group = BroadcastGroup(spec, rank, self._device)
             with self._lock:
                 if generation == self._generation:
                     self._group = group

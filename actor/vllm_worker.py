@@ -47,7 +47,7 @@ class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.receiver = WeightReceiver()
+        self.receiver = WeightReceiver(device)
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """Nothing to do: see `WorkerExtension.join_epoch`."""

@@ -28,8 +28,8 @@ _Backend = Any
 class BroadcastGroup:
     """One epoch's communicator. Not thread-safe, except for `abort`, which any thread may call at any time."""
 
-    def __init__(self, spec: EpochSpec, rank: int) -> None:
-        """Join the epoch as `rank`; blocks until all members are in.
+    def __init__(self, spec: EpochSpec, rank: int, device: torch.device | None = None) -> None:
+        """Join the epoch as `rank`; blocks until all members are in. `device`: where NCCL's buffers lie.
 
         Raises:
             RuntimeError: a member did not come within `spec.timeout_s`, or the store is unreachable.
@@ -43,9 +43,7 @@ class BroadcastGroup:
         self._timeout = timeout
         self._aborted = threading.Event()
         self._backend: _Backend | None = _make_backend(spec, scoped, rank, timeout)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if spec.backend == "nccl" else torch.device("cpu")
-        )
+        self.device = (device or torch.device("cuda", 0)) if spec.backend == "nccl" else torch.device("cpu")
         # Everybody is here before anybody returns: a missing member fails the epoch now, not in its first update.
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
 

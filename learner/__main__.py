@@ -16,7 +16,7 @@ examples:
   python -m learner --config run.yaml optimizer.lr=1e-5 trainer.total_steps=100
 
 `outrider` starts actors and learner together on one machine.
-Every key of the configuration can be given as key.path=value; docs/ lists them.
+Every key of the configuration can be given as key.path=value; learner/config.py lists them.
 """
 
 
@@ -63,9 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         traceback.print_exc()
         print(f"learner: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
-        if (
-            run_dir is not None and os.environ.get("RANK", "0") == "0"
-        ):  # for the launcher: torchrun's own exit code does not tell
+        # For the launcher: torchrun's own exit code does not tell.
+        if run_dir is not None and run_dir.is_dir() and os.environ.get("RANK", "0") == "0":
             (run_dir / "exit-code").write_text(str(code))
     return code
 

@@ -41,7 +41,6 @@ class RolloutConfig(Config):
     n: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(256, ge=1)
-    min_tokens: int = Field(0, ge=0)
     # Restrict sampling to these ids; empty: all.
     allowed_token_ids: tuple[int, ...] = ()
     # Seed of the sampling; None leaves it to the actors.

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Control:
-    """The learner's view of its actors, for the trainer's thread. Made by `start_control`."""
+    """The learner's view of its actors, for the trainer's thread."""
 
     def __init__(
         self,
@@ -221,7 +221,6 @@ def sampling_params(config: LearnerConfig, *, greedy: bool = False) -> SamplingP
         n=1 if greedy else rollout.n,
         temperature=0.0 if greedy else rollout.temperature,
         max_tokens=rollout.max_tokens,
-        min_tokens=rollout.min_tokens,
         allowed_token_ids=rollout.allowed_token_ids,
     )
 

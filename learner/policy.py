@@ -12,7 +12,7 @@ from learner.checkpoint import export_model, latest_checkpoint, load_checkpoint,
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
-from learner.model.load import load_policy, vision_modules
+from learner.model.load import load_policy
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
@@ -44,7 +44,7 @@ class Policy:
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._snapshotter = Snapshotter(
             self.model,
-            vision_modules(self.model),
+            [f"model.{name}" for name, _ in self.model.model.named_children() if name != "language_model"],
             is_sender=ranks.is_main,
             bucket_bytes=config.weights.bucket_mib * 2**20,
         )

@@ -40,7 +40,7 @@ class Summary:
     accuracy_before: float | None
     accuracy_after: float | None
     completions_per_s: float
-    """Of the whole training loop, evaluation left out."""
+    """Of the whole training loop, evaluations and checkpoints included."""
     parity_max_abs_diff: float | None
     """Largest difference of an on-policy token's logprob between actor and learner, over all steps."""
     wall_s: float

@@ -79,10 +79,12 @@ class Trainer:
         while self._policy.version < settings.total_steps:
             self._step()
             is_last = self._policy.version == settings.total_steps
-            if is_last or _is_due(self._policy.version, settings.eval_every):
-                self._evaluate()
-            if is_last or _is_due(self._policy.version, settings.checkpoint_every):
-                self._checkpoint()
+            try:
+                if is_last or _is_due(self._policy.version, settings.eval_every):
+                    self._evaluate()
+            finally:  # an evaluation that fails ends the run, and must not cost its steps
+                if is_last or _is_due(self._policy.version, settings.checkpoint_every):
+                    self._checkpoint()
         return self._policy.export(self._run_dir / "export")
 
     def _step(self) -> None:
@@ -120,7 +122,7 @@ class Trainer:
     def _stop_if_wrong(self, stats: StepStats) -> None:
         step = self._policy.version - 1
         limit = self._config.trainer.max_parity_diff
-        if limit is not None and stats.parity_max_abs_diff > limit:
+        if limit is not None and not stats.parity_max_abs_diff <= limit:  # NaN is no parity either
             raise ParityError(
                 f"step {step}: a logprob of learner and actor differs by {stats.parity_max_abs_diff:.2e}, more than "
                 f"trainer.max_parity_diff ({limit:.0e}): what is trained is not what was sampled"

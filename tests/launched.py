@@ -39,6 +39,8 @@ class Launched:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # As in a terminal, also when the tests themselves run in the background, where SIGINT is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property

@@ -179,7 +179,7 @@ class Dispatcher:
         sampled = await self._sampler.sample(
             build_request(f"{self._run_id}.{sequence}", sample, self._sampling_of(sequence)),
             # The step that will train it may have moved on while it waited.
-            min_version=lambda: max(trained_at, self._credits.step) - max_staleness,
+            min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
             expected=processed,
         )
         rewards = await self._rewards.score(sample, sampled.completions)

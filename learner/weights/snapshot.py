@@ -71,7 +71,14 @@ class Snapshotter:
     """Takes snapshots of one model. Every rank has one and calls it together with the others; rank 0 gets the copy."""
 
     def __init__(self, model: nn.Module, vision_modules: Sequence[str], *, is_sender: bool, bucket_bytes: int) -> None:
-        """`vision_modules`: names of the vision towers; `bucket_bytes`: size at which a buffer is closed."""
+        """Make it, on every rank.
+
+        Args:
+            model: whose parameters are copied.
+            vision_modules: what an image passes before the text model, projectors included.
+            is_sender: whether this is rank 0.
+            bucket_bytes: size at which a buffer is closed.
+        """
         self._model = model
         self._is_sender = is_sender
         self._bucket_bytes = bucket_bytes

@@ -1,6 +1,5 @@
 """The single-machine launcher with the fake engine: mistakes of the user, kills at the wrong time, two at once."""
 
-import os
 import signal
 import socket
 import time
@@ -191,9 +190,3 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_environment_is_clean() -> None:
-    """A parent that ignores SIGINT would make the tests above lie."""
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    assert os.name == "posix"
