@@ -39,6 +39,7 @@ class ActorProcess:
         # The engine may block the loop for a minute while it loads: the loop's own signal handlers would wait for it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop_loading)
+        log.info("loading", engine=self.config.engine)
         try:
             info = await engine.start()
             self._shutdown.install()

@@ -40,7 +40,7 @@ class Launched:
                 stderr=err,
                 start_new_session=True,
                 # As in a terminal, also when the tests themselves run in the background, where SIGINT is ignored.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
 
     @property

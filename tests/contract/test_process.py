@@ -127,7 +127,7 @@ async def test_the_second_signal_insists(launch: Launch) -> None:
 async def test_a_signal_while_loading(launch: Launch, number: signal.Signals) -> None:
     actor = await launch(*FAKE, "fake.start_s=60", wait_ready=False)
     assert actor.process.stderr is not None
-    await asyncio.sleep(3)
+    assert b'"loading"' in await actor.process.stderr.readline()
     started_s = time.monotonic()
     actor.process.send_signal(number)
     assert await actor.exit_code(timeout_s=5) == 0
