@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineRequest
+from common.chat import template_messages
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
 from common.placeholders import placeholder_ids
 from common.types import (
@@ -39,10 +42,30 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-# With this, vLLM reports a request's first token and its end and nothing between, also for each of n samples.
+# With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
+# what is new (DELTA): in the other modes each token comes with all tokens before it.
 _FIRST_AND_LAST_ONLY = 2**30
 _POLL_S = 0.002
+# More images than vLLM's own cache of processed media holds.
+_MAX_GRIDS = 2**20
 _WARM_UP_TOKENS = 4
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What vLLM has reported of one completion so far."""
+
+    first_token_s: float
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+
+    def add(self, part: "CompletionOutput") -> None:
+        """Append what is new."""
+        flat: Any = part.logprobs
+        self.token_ids.extend(part.token_ids)
+        self.logprobs.extend(flat.logprobs[start] for start in flat.start_indices)  # the sampled token comes first
+        self.text += part.text
 
 
 class VllmEngine:
@@ -56,6 +79,7 @@ class VllmEngine:
         self._placeholder_ids: tuple[int, ...] = ()
         self._grids: dict[str, tuple[int, ...]] = {}
         self._staged: Manifest | None = None
+        self._tokenizing = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -114,6 +138,9 @@ class VllmEngine:
             suppressed_token_ids=self._placeholder_ids,
         )
         await self._warm_up()
+        # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
+        gc.collect()
+        gc.freeze()
         return info
 
     async def _warm_up(self) -> None:
@@ -162,39 +189,58 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         accepted_at = time.monotonic()
-        unexpanded = self._tokenize(request)
+        unexpanded, engine_input, parameters = await self._understand(request)
+        yield self._prompt_info(request, unexpanded, engine_input)
+        samples: dict[int, _Sample] = {}
+        outputs = self._require().generate(engine_input, parameters, request_id=request.group_id)
         try:
-            engine_input = await self._render(request, unexpanded)
-            yield self._prompt_info(request, unexpanded, engine_input)
-            parameters = self._sampling_params(request)
-            first_token_s: dict[int, float] = {}
-            outputs = self._require().generate(engine_input, parameters, request_id=request.group_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     now_s = time.monotonic() - accepted_at
-                    for sample in output.outputs:
-                        first_token_s.setdefault(sample.index, now_s)
+                    for part in output.outputs:
+                        samples.setdefault(part.index, _Sample(first_token_s=now_s)).add(part)
                     finished = [
-                        self._completion(request, sample, first_token_s[sample.index], now_s)
-                        for sample in output.outputs
-                        if sample.finish_reason is not None
+                        self._completion(request, part, samples.pop(part.index), now_s)
+                        for part in output.outputs
+                        if part.finish_reason is not None
                     ]
                     if finished:
                         yield finished
         except EngineDeadError as error:
             raise EngineDead("the vLLM engine has died; its log says why") from error
-        except (VLLMValidationError, ValueError) as error:
-            raise InvalidRequest("prompt", " ".join(str(error).split())) from error
+        except VLLMValidationError as error:
+            raise InvalidRequest("sampling", _one_line(error)) from error
+
+    async def _understand(self, request: EngineRequest) -> "tuple[list[int], EngineInput, VllmSamplingParams]":
+        """Unexpanded ids, what vLLM makes of the prompt, how to sample. Raises InvalidRequest."""
+        from jinja2 import TemplateError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            unexpanded = await asyncio.to_thread(self._tokenize, request)
+            engine_input = await self._render(request, unexpanded)
+        except EngineDeadError as error:
+            raise EngineDead("the vLLM engine has died; its log says why") from error
+        except (TemplateError, ValueError) as error:  # also vLLM's own validation errors
+            raise InvalidRequest("prompt", _one_line(error)) from error
+        try:
+            return unexpanded, engine_input, self._sampling_params(request)
+        except ValueError as error:
+            raise InvalidRequest("sampling", _one_line(error)) from error
 
     def _tokenize(self, request: EngineRequest) -> list[int]:
-        """Ids with one placeholder for each image, before vLLM expands them."""
+        """Ids with one placeholder for each image, before vLLM expands them; in a thread, one at a time."""
+        with self._tokenizing:  # fast tokenizers are not safe to call from two threads at once
+            return self._token_ids(request)
+
+    def _token_ids(self, request: EngineRequest) -> list[int]:
         prompt = request.prompt
         if isinstance(prompt, TokenPrompt):
             return list(prompt.ids)
         if isinstance(prompt, TextPrompt):
             return list(self._tokenizer(prompt.text).input_ids)
         text = self._processor.apply_chat_template(
-            [_hf_message(message) for message in prompt.messages], tokenize=False, add_generation_prompt=True
+            template_messages(prompt.messages), tokenize=False, add_generation_prompt=True
         )
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -229,6 +275,8 @@ class VllmEngine:
         for digest, place, item in zip(hashes, ranges, engine_input["mm_kwargs"]["image"], strict=True):
             if item is not None and "image_grid_thw" in item:  # None: the worker has it in its cache
                 self._grids[digest] = tuple(item["image_grid_thw"].data.flatten().tolist())
+                if len(self._grids) > _MAX_GRIDS:
+                    del self._grids[next(iter(self._grids))]
             uses.append(
                 MediaUse(
                     sha256=bytes.fromhex(digest),
@@ -264,24 +312,22 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=request.return_text or bool(wanted.stop),
             skip_special_tokens=False,
-            output_kind=RequestOutputKind.CUMULATIVE,
+            output_kind=RequestOutputKind.DELTA,
         )
 
     def _completion(
-        self, request: EngineRequest, sample: "CompletionOutput", first_token_s: float, finished_s: float
+        self, request: EngineRequest, last: "CompletionOutput", sample: "_Sample", finished_s: float
     ) -> Completion:
-        flat: Any = sample.logprobs
-        # The sampled token comes first at each position.
-        logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], np.float32)
-        spans = sample.weight_versions or []
         return Completion(
-            trajectory_id=f"{request.group_id}/{sample.index}/{self._actor_id}",
-            index=sample.index,
+            trajectory_id=f"{request.group_id}/{last.index}/{self._actor_id}",
+            index=last.index,
             token_ids=np.asarray(sample.token_ids, np.int32),
-            logprobs=logprobs,
-            finish_reason=_finish_reason(sample.finish_reason),
-            version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in spans),
-            first_token_s=first_token_s,
+            logprobs=np.asarray(sample.logprobs, np.float32),
+            finish_reason=_finish_reason(last.finish_reason),
+            version_spans=tuple(
+                VersionSpan(int(span.version), span.start, span.end) for span in last.weight_versions or []
+            ),
+            first_token_s=sample.first_token_s,
             finished_s=finished_s,
             text=sample.text if request.return_text else "",
         )
@@ -363,8 +409,5 @@ def _finish_reason(reason: str | None) -> FinishReason:
     raise EngineDead(f"the engine broke a completion off ({reason})")
 
 
-def _hf_message(message: ChatMessage) -> dict[str, Any]:
-    content = [
-        {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in message.parts
-    ]
-    return {"role": message.role, "content": content}
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

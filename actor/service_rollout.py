@@ -28,6 +28,22 @@ _MAX_ITEMS_PER_UPLOAD = 4096
 _MAX_TOKENS_PER_RESPONSE = 2**15
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class _Upload:
+    """A media item on its way here."""
+
+    sha256: bytes
+    num_bytes: int
+    data: bytearray = dataclasses.field(default_factory=bytearray)
+
+    def append(self, chunk: bytes) -> None:
+        if len(chunk) > _MAX_CHUNK_BYTES:
+            raise TooLarge("chunk", f"{len(chunk)} bytes; the limit is {_MAX_CHUNK_BYTES}")
+        if len(self.data) + len(chunk) > self.num_bytes:
+            raise InvalidRequest("chunk", f"more bytes than the {self.num_bytes} of num_bytes")
+        self.data += chunk
+
+
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     """See proto/rollout/v1/rollout.proto. `info` holds the limits; its policy version is filled in when asked for."""
 
@@ -40,6 +56,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self._vocab_size = vocab_size
         self._store = store
         self._num_completions = 0  # accepted and not finished
+        self._uploading: dict[_Upload, None] = {}
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -91,6 +108,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     def _accepted(self, n: int) -> Iterator[None]:
         """Count a group's completions against the queue for as long as the block runs."""
         limit = self._info.limits.max_queued_completions
+        if n > limit:
+            raise InvalidRequest("sampling.n", f"is {n}; this actor queues {limit} completions at most")
         if self._num_completions + n > limit:
             raise QueueFull(_RETRY_AFTER_S, f"{self._num_completions} completions run or wait; the limit is {limit}")
         self._num_completions += n
@@ -131,26 +150,32 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     ) -> pb.PutMediaResponse:
         """Store uploaded items."""
         stored: dict[bytes, None] = {}
-        sha256, num_bytes, data = b"", 0, bytearray()
-        async for request in request_iterator:
-            if request.sha256:
-                if sha256:
-                    await self._store_item(sha256, num_bytes, bytes(data))
-                sha256, num_bytes, data = request.sha256, request.num_bytes, bytearray()
-                self._check_item(sha256, num_bytes)
-                stored[sha256] = None
-                if len(stored) > _MAX_ITEMS_PER_UPLOAD:
-                    raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
-            elif not sha256:
-                raise InvalidRequest("sha256", "is missing in the first chunk")
-            if len(request.chunk) > _MAX_CHUNK_BYTES:
-                raise TooLarge("chunk", f"{len(request.chunk)} bytes; the limit is {_MAX_CHUNK_BYTES}")
-            if len(data) + len(request.chunk) > num_bytes:
-                raise InvalidRequest("chunk", f"more bytes than the {num_bytes} of num_bytes")
-            data += request.chunk
-        if sha256:
-            await self._store_item(sha256, num_bytes, bytes(data))
+        upload: _Upload | None = None
+        try:
+            async for request in request_iterator:
+                if request.sha256:
+                    await self._finish(upload)
+                    upload = self._begin(request.sha256, request.num_bytes)
+                    stored[request.sha256] = None
+                    if len(stored) > _MAX_ITEMS_PER_UPLOAD:
+                        raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
+                elif upload is None:
+                    raise InvalidRequest("sha256", "is missing in the first chunk")
+                upload.append(request.chunk)
+            await self._finish(upload)
+        finally:
+            if upload is not None:
+                self._uploading.pop(upload, None)
         return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
+
+    def _begin(self, sha256: bytes, num_bytes: int) -> "_Upload":
+        """Room for one item. Raises QueueFull when too many bytes are on their way already."""
+        self._check_item(sha256, num_bytes)
+        if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
+            raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
+        upload = _Upload(sha256, num_bytes)
+        self._uploading[upload] = None
+        return upload
 
     def _check_item(self, sha256: bytes, num_bytes: int) -> None:
         if len(sha256) != 32:
@@ -159,13 +184,18 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         if num_bytes > limit:
             raise TooLarge("num_bytes", f"is {num_bytes}; the limit is {limit}")
 
-    async def _store_item(self, sha256: bytes, num_bytes: int, data: bytes) -> None:
-        if len(data) != num_bytes:
-            raise InvalidRequest("num_bytes", f"is {num_bytes}, but {len(data)} bytes came")
-        if await asyncio.to_thread(content_hash, data) != sha256:
-            raise InvalidRequest("sha256", f"{sha256.hex()} is not the hash of the {num_bytes} bytes that came")
+    async def _finish(self, upload: "_Upload | None") -> None:
+        """Check and store what has come."""
+        if upload is None:
+            return
+        data = bytes(upload.data)
+        if len(data) != upload.num_bytes:
+            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(data)} bytes came")
+        if await asyncio.to_thread(content_hash, data) != upload.sha256:
+            raise InvalidRequest("sha256", f"{upload.sha256.hex()} is not the hash of the {len(data)} bytes that came")
         await asyncio.to_thread(check_image, data, "chunk", self._info.limits.max_media_pixels)
-        self._store.put(sha256, data)
+        self._store.put(upload.sha256, data)
+        self._uploading.pop(upload, None)
 
     # ------------------------------------------------------------------------------------------------ server
 

@@ -15,12 +15,10 @@ from typing import TypeVar
 import torch
 
 from common.collective import BroadcastGroup
+from common.dtypes import TORCH_DTYPES
 from common.types import EpochSpec, Manifest
 
 T = TypeVar("T")
-
-# Names as in safetensors files.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 class WeightReceiver:
@@ -54,8 +52,10 @@ class WeightReceiver:
         return _run_in_thread(job, f"join-epoch-{spec.epoch}")
 
     def receive(self, manifest: Manifest) -> "Future[tuple[int, ...]]":
-        """Receive every bucket of one update into staging memory; the crc32 of each, as received."""
-        check_manifest(manifest)
+        """Receive every bucket of one update into staging memory; the crc32 of each, as received.
+
+        `manifest` adds up: `common.wire` has checked it.
+        """
         group, generation = self._group, self._generation
         if group is None:
             raise RuntimeError("no weight epoch has been joined")
@@ -86,7 +86,7 @@ class WeightReceiver:
             raise RuntimeError(f"version {policy_version} is not staged")
         (manifest, buffers), self._staged = self._staged, None
         for parameter in manifest.parameters:
-            dtype = DTYPES[parameter.dtype]
+            dtype = TORCH_DTYPES[parameter.dtype]
             num_bytes = math.prod(parameter.shape) * dtype.itemsize
             flat = buffers[parameter.bucket][parameter.offset : parameter.offset + num_bytes]
             yield parameter.name, flat.view(dtype).view(parameter.shape)
@@ -99,31 +99,6 @@ class WeightReceiver:
             self._staged = None
         if group is not None:
             group.abort()
-
-
-def check_manifest(manifest: Manifest) -> None:
-    """Refuse a manifest that does not add up, before anything is allocated for it.
-
-    Raises:
-        ValueError: names the parameter.
-    """
-    for parameter in manifest.parameters:
-        if parameter.dtype not in DTYPES:
-            raise ValueError(f"parameter {parameter.name}: dtype {parameter.dtype!r} is not one of {', '.join(DTYPES)}")
-        if not 0 <= parameter.bucket < len(manifest.buckets):
-            raise ValueError(f"parameter {parameter.name}: there is no bucket {parameter.bucket}")
-        itemsize = DTYPES[parameter.dtype].itemsize
-        end = parameter.offset + math.prod(parameter.shape) * itemsize
-        num_bytes = manifest.buckets[parameter.bucket].num_bytes
-        if (
-            min(parameter.shape, default=1) < 0
-            or parameter.offset < 0
-            or parameter.offset % itemsize
-            or end > num_bytes
-        ):
-            raise ValueError(
-                f"parameter {parameter.name} does not fit into bucket {parameter.bucket} ({num_bytes} bytes)"
-            )
 
 
 def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":

@@ -22,6 +22,7 @@ from common.config import load_config
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data import load_datasets
+from learner.local import learner_environment
 from learner.local_actors import LocalActors
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yaml"
@@ -75,7 +76,9 @@ class OutriderSide:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         with (run_dir / "output.log").open("wb") as log:
             command = [sys.executable, "-m", "learner", "--config", str(path)]
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+            code = subprocess.run(
+                command, env=learner_environment(config), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+            ).returncode
         if code != 0:
             raise RuntimeError(f"the learner ended with {code}: {(run_dir / 'output.log').read_text()[-2000:]}")
         return self._read(run_dir / "metrics.jsonl")

@@ -50,7 +50,7 @@ class Workload:
         return self.num_prompts * self.group_size
 
 
-TWO_TOKENS = Workload(32, 8, 4, (), VOCAB_SIZE, 1e-4, expected_length=2.0, length_tolerance=0.1)
+TWO_TOKENS = Workload(64, 16, 4, (), VOCAB_SIZE, 1e-4, expected_length=2.0, length_tolerance=0.1)
 # A learning rate this small leaves the logits uniform to rounding, while every step does its full work.
 LONG_TAIL = Workload(32, 8, 128, _TAIL_TOKENS, VOCAB_SIZE, 1e-12, expected_length=12.0, length_tolerance=0.1)
 CASES = {"two_tokens": TWO_TOKENS, "long_tail": LONG_TAIL}

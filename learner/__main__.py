@@ -4,7 +4,6 @@ Parse and validate first, then load torch.
 """
 
 import argparse
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -46,26 +45,26 @@ def _run(options: argparse.Namespace) -> int:
     from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
 
-    code, run_dir = 1, None
+    run_dir = None
     try:
         config = load_config(LearnerConfig, options.config, options.overrides)
         run_dir = config.run_dir
         from learner.run import run
 
-        code = run(config)
+        return run(config)
     except ConfigError as error:
-        print(f"learner: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code, line = 2, str(error)
     except KeyboardInterrupt:
-        print("learner: stopped", file=sys.stderr)
-        code = 130
+        print("learner: stopped", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:  # noqa: BLE001 - the end of the process: the whole story, then the line for the user
         traceback.print_exc()
-        print(f"learner: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    finally:
-        # For the launcher: torchrun's own exit code does not tell.
-        if run_dir is not None and run_dir.is_dir() and os.environ.get("RANK", "0") == "0":
-            (run_dir / "exit-code").write_text(str(code))
+        code, line = 1, f"{type(error).__name__}: {error}"
+    print(f"learner: {line}", file=sys.stderr, flush=True)
+    if run_dir is not None and run_dir.is_dir():
+        from learner import run_folder
+
+        run_folder.leave_last_words(run_dir, code, line)
     return code
 
 

@@ -118,9 +118,16 @@ class Control:
             self._raise_failure()
             raise
 
-    def finish_step(self, groups: Sequence[Group], version: int, snapshot: Snapshot) -> None:
-        """These groups are trained and gave `version`: no resumed run trains them again, and generation may go on."""
-        self._ledger.mark_trained([group.sequence for group in groups])
+    def finish_step(self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: bool) -> None:
+        """These groups gave `version`: no resumed run trains them again, and generation may go on.
+
+        `skipped`: their gradient was not finite and nothing was learned from them; they are counted as dropped.
+        """
+        if skipped:
+            for group in groups:
+                self._ledger.mark_dropped(group.sequence, "STEP_SKIPPED")
+        else:
+            self._ledger.mark_trained([group.sequence for group in groups])
         self._dispatcher.set_version(version)
         self.publish(snapshot)
 
@@ -202,6 +209,7 @@ class Control:
                 host=self._config.weights.host or _own_address(self._config.rollout.actors[0]),
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
+                notify=self._on_actor_event,
             )
             self._ready.set_result(None)
             async with asyncio.TaskGroup() as tasks:

@@ -4,7 +4,6 @@ It goes beside the credits of training: nothing that is sampled here is trained 
 """
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +11,10 @@ from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.sampler import Sampler, build_request
-from learner.types import PromptSample
+from learner.types import ProcessedPrompt, PromptSample
+
+# Their images and tensors are in memory at the same time.
+_MAX_ROWS_AT_ONCE = 512
 
 
 class Rows(Protocol):
@@ -46,13 +48,26 @@ async def evaluate(
 
     Raises what sampling and rewards raise: an evaluation with holes in it would be a wrong number.
     """
-    samples = await asyncio.to_thread(lambda: [rows[row] for row in range(len(rows))])
-    expected = await asyncio.to_thread(lambda: [processor.process(sample) for sample in samples])
-    requests = [build_request(f"{group_prefix}.{i}", sample, sampling) for i, sample in enumerate(samples)]
-    sampled = await sampler.sample_many(requests, min_version=version, expected=expected)
-    scores: Sequence[float] = [
-        float((await rewards.score(sample, group.completions))[0])
-        for sample, group in zip(samples, sampled, strict=True)
-    ]
-    num_tokens = sum(len(group.completions[0].token_ids) for group in sampled)
-    return Evaluation(sum(scores) / len(scores), len(scores), num_tokens / len(scores))
+    room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
+
+    async def ask(row: int) -> tuple[float, int]:
+        async with room:
+            sample, expected = await asyncio.to_thread(_prepare, rows, row, processor)
+            sampled = await sampler.sample(
+                build_request(f"{group_prefix}.{row}", sample, sampling), min_version=lambda: version, expected=expected
+            )
+            (score,) = await rewards.score(sample, sampled.completions)
+            return float(score), len(sampled.completions[0].token_ids)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(row)) for row in range(len(rows))]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the others say the same of another row
+    scores, lengths = zip(*(task.result() for task in tasks), strict=True)
+    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths))
+
+
+def _prepare(rows: Rows, row: int, processor: PromptProcessor) -> tuple[PromptSample, ProcessedPrompt]:
+    sample = rows[row]
+    return sample, processor.process(sample)

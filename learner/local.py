@@ -23,7 +23,6 @@ from common.lifecycle import end_with_parent
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
-    from learner.local_actors import LocalActors
 
 EPILOG = """\
 examples:
@@ -72,11 +71,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
     from learner import run_folder
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    with run_folder.held(config, "launcher") as run_dir:
+        return _run_in(run_dir, config, prepare)
+
+
+def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
+    from learner import run_folder
     from learner.local_actors import LocalActors
     from learner.run import check
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    run_dir = run_folder.choose(config)
     if prepare is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
     actors = LocalActors(config.local, config.model.path, run_dir)
@@ -95,11 +100,14 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
         while learner.poll() is None:
             actors.restart_dead()
             time.sleep(_POLL_S)
-        code = _exit_code(run_dir, learner.returncode)
-        was_killed = code is None
-        if code != 0:
-            print(_last_words(run_dir, actors, was_killed=was_killed), file=sys.stderr)
-        return 1 if code is None else code
+        if learner.returncode == 0:
+            return 0
+        words = run_folder.read_last_words(run_dir) if learner.returncode > 0 else None
+        was_killed = words is None
+        killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
+        code, line = words or (1, killed)
+        print(f"outrider: {line}", file=sys.stderr)
+        return code
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -118,41 +126,31 @@ def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[b
     """torchrun with the resolved configuration. Its own chatter goes to a log; rank 0 has our standard output."""
     import yaml
 
-    (run_dir / "exit-code").unlink(missing_ok=True)
+    from learner import run_folder
+
+    run_folder.clear_last_words(run_dir)
     path = run_dir / "learner.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(config.local.num_ranks), "-m", "learner", "--config", str(path)]
-    # Threads that wait for each other at every operation are slow on cores that the actors use too.
-    num_threads = max(1, (len(os.sched_getaffinity(0)) - config.local.num_actors) // config.local.num_ranks)
-    environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(
             command,
-            env=environment,
+            env=learner_environment(config),
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            preexec_fn=end_with_parent,  # noqa: PLW1509 - the launcher has one thread
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls the kernel and nothing else
         )
 
 
-def _exit_code(run_dir: Path, torchrun_code: int) -> int | None:
-    """The learner's own exit code; None if it was killed before it could say one."""
-    if torchrun_code == 0:
-        return 0
-    try:
-        return int((run_dir / "exit-code").read_text()) if torchrun_code > 0 else None
-    except (OSError, ValueError):
-        return None
+def learner_environment(config: "LearnerConfig") -> dict[str, str]:
+    """Variables of a learner's process beside local actors.
 
-
-def _last_words(run_dir: Path, actors: "LocalActors", *, was_killed: bool) -> str:
-    if was_killed:
-        return f"outrider: the learner was killed; the same command resumes it. The actors wait for it: {actors}"
-    path = run_dir / "logs" / "torchrun.log"
-    said = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("learner: ")]
-    return said[-1].replace("learner: ", "outrider: ", 1) if said else f"outrider: the learner failed; see {path}"
+    Threads that wait for each other at every operation are slow on cores that the actors use too.
+    """
+    num_threads = max(1, (len(os.sched_getaffinity(0)) - config.local.num_actors) // config.local.num_ranks)
+    return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
 
 
 def _end_learner(learner: subprocess.Popen[bytes], deadline: float) -> None:

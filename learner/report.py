@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from learner.display import Display, StepReport
 from learner.evaluate import Evaluation
 from learner.rollouts.dispatcher import DispatchStats
@@ -35,6 +37,7 @@ class Reporter:
         self._display = display
         self._metrics = metrics
         self._progress = progress
+        self._said_no_parity = False
         self._started_at = time.monotonic() - progress.wall_s
         self._step_ended_at = time.monotonic()
 
@@ -52,11 +55,17 @@ class Reporter:
         reward = float(sum(group.rewards.sum() for group in groups)) / num_completions
         staleness = sum(version - 1 - group.oldest_version for group in groups) / len(groups)
         parity = stats.parity_max_abs_diff if stats.parity_tokens else None
+        if parity is None and not self._said_no_parity:
+            self._display.note(
+                f"parity: the current policy sampled no token of step {version}, so none is measured there"
+            )
+            self._said_no_parity = True
         progress = self._progress
         progress.num_completions += num_completions
         progress.steps_s += step_s
         if parity is not None:
-            progress.parity_max_abs_diff = max(parity, progress.parity_max_abs_diff or 0.0)
+            # NaN is larger than any number here.
+            progress.parity_max_abs_diff = float(np.maximum(parity, progress.parity_max_abs_diff or 0.0))
         self._display.step(
             StepReport(
                 step=version,

@@ -30,16 +30,18 @@ def run(config: LearnerConfig) -> int:
     signal.signal(signal.SIGTERM, _stop)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
-    with join_ranks(config.trainer.device) as ranks:
-        run_dir = Path(ranks.broadcast(str(_own(config)).encode() if ranks.is_main else None).decode())
-        with (run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8") as stream:
-            logging.configure("info", stream, rank=str(ranks.rank))
-            policy = Policy(config, ranks)
-            state = policy.restore(run_dir)
-            if ranks.is_main:
-                return _run_rank_zero(config, ranks, policy, run_dir, state)
-            Trainer(config, ranks, policy, run_dir, None).run()
-            return 0
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(config.trainer.device))
+        own = stack.enter_context(run_folder.held(config, "learner")) if ranks.is_main else None
+        run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
+        stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))
+        logging.configure("info", stream, rank=str(ranks.rank))
+        policy = Policy(config, ranks)
+        state = policy.restore(run_dir)
+        if ranks.is_main:
+            return _run_rank_zero(config, ranks, policy, run_dir, state)
+        Trainer(config, ranks, policy, run_dir, None).run()
+        return 0
 
 
 def check(config: LearnerConfig) -> None:
@@ -53,6 +55,10 @@ def check(config: LearnerConfig) -> None:
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
     if not config.rollout.actors:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
+    if config.rollout.min_actors > len(config.rollout.actors):
+        raise ConfigError(
+            f"rollout.min_actors is {config.rollout.min_actors}, but there are {len(config.rollout.actors)} actors"
+        )
 
 
 def _run_rank_zero(
@@ -91,13 +97,6 @@ def _run_rank_zero(
     write_summary(run_dir, summary)
     print(format_summary(summary, question), flush=True)
     return 0
-
-
-def _own(config: LearnerConfig) -> Path:
-    """The run folder, held by this process until it ends."""
-    run_dir = run_folder.choose(config)
-    run_folder.lock(run_dir)
-    return run_dir
 
 
 def _resume_state(config: LearnerConfig, train: PromptDataset, state: dict[str, Any] | None) -> tuple[Progress, Ledger]:

@@ -95,7 +95,7 @@ class Trainer:
         snapshot = self._policy.snapshot()
         if self._zero is not None and snapshot is not None:
             control = self._zero.control
-            control.finish_step(groups, self._policy.version, snapshot)
+            control.finish_step(groups, self._policy.version, snapshot, skipped=stats.skipped)
             self._zero.reporter.step(self._policy.version, groups, stats, control.stats(), wait_s=wait_s)
         self._stop_if_wrong(stats)
 

@@ -31,6 +31,7 @@ from common.types import (
     VersionSpan,
 )
 from learner.rollouts.client import SampledGroup
+from learner.rollouts.sampler import Sampler
 from learner.types import Group, ProcessedPrompt, PromptSample
 
 PLACEHOLDER_ID = 1
@@ -41,6 +42,22 @@ async def until(condition: Callable[[], object], pause_s: float = 0.0) -> None:
     """Let the event loop turn until `condition` holds; the test's own time limit bounds it."""
     while not condition():  # noqa: ASYNC110 - the condition has no event
         await asyncio.sleep(pause_s)
+
+
+async def sample_all(
+    sampler: Sampler,
+    requests: Sequence[RolloutRequest],
+    min_version: int = 0,
+    expected: Sequence[ProcessedPrompt] | None = None,
+) -> list[SampledGroup]:
+    """All at once; results in the order of the requests."""
+    checks: Sequence[ProcessedPrompt | None] = expected if expected is not None else [None] * len(requests)
+    return await asyncio.gather(
+        *(
+            sampler.sample(request, min_version=lambda: min_version, expected=check)
+            for request, check in zip(requests, checks, strict=True)
+        )
+    )
 
 
 def make_sample(row: int, images: Sequence[bytes] = ()) -> PromptSample:

@@ -2,7 +2,7 @@
 
 import math
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, Unimplemented
 from common.pb.weights.v1 import weights_pb2 as pb
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 
@@ -70,14 +70,20 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
 
 
 def manifest_from_proto(message: pb.Manifest) -> Manifest:
-    """Raises InvalidRequest unless every parameter lies inside its bucket, aligned, after the one before it."""
+    """Raises InvalidRequest unless every parameter lies inside its bucket, aligned, after the one before it.
+
+    Raises Unimplemented for an adapter's weights.
+    """
     if message.policy_version < 0:
         raise InvalidRequest("manifest.policy_version", "must not be negative")
+    if message.adapter:
+        raise Unimplemented("manifest.adapter", "adapters cannot be updated yet; merge them into the model's weights")
     if not message.parameters:
         raise InvalidRequest("manifest.parameters", "is empty")
     buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.crc32) for bucket in message.buckets)
     parameters = []
     position = (0, 0)
+    ends = [0] * len(buckets)
     for i, parameter in enumerate(message.parameters):
         field = f"manifest.parameters[{i}]"
         end = _end(parameter, field, buckets)
@@ -86,6 +92,11 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         position = (parameter.bucket, end)
         shape = tuple(parameter.shape)
         parameters.append(ManifestParameter(parameter.name, parameter.dtype, shape, parameter.bucket, parameter.offset))
+        ends[parameter.bucket] = end
+    for i, (bucket, end) in enumerate(zip(buckets, ends, strict=True)):
+        # Nobody allocates more than the parameters fill.
+        if not end <= bucket.num_bytes < end + ALIGNMENT:
+            raise InvalidRequest(f"manifest.buckets[{i}].num_bytes", f"is {bucket.num_bytes}; {end} are filled")
     return Manifest(message.policy_version, tuple(parameters), buckets, message.updates_vision, message.adapter)
 
 

@@ -1,6 +1,6 @@
 """The digits of scikit-learn as chat prompts: 1,797 real scans of handwriting, each a 56 x 56 PNG.
 
-`train` (1,437 rows) and `held_out` (360) are the callables that the learner's `data.path` settings name. The split is
+`train` (1,437 rows) and `held_out` (360) are the callables that `data.train` and `data.held_out` name. The split is
 stratified and the same in every run, whatever its seed.
 """
 

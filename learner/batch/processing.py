@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from common import torchvision_ops
+from common.chat import template_messages
 from common.media import content_hash, decode_image
-from common.types import ChatMessage, MediaPart, ServerLimits, TextPart
+from common.types import ChatMessage, MediaPart, ServerLimits
 from learner.batch.positions import PositionIndexer
 from learner.types import ProcessedPrompt, PromptSample
 
@@ -88,13 +89,15 @@ class PromptProcessor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+        with self._lock:
+            text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The chat as text with one placeholder string for each image, ready for the answer."""
-        conversation = [{"role": message.role, "content": _content(message)} for message in messages]
-        text: str = self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        text: str = self._processor.apply_chat_template(
+            template_messages(messages), tokenize=False, add_generation_prompt=True
+        )
         return text
 
     def _run(self, text: str, images: Sequence[Image.Image], sha256: tuple[bytes, ...]) -> ProcessedPrompt:
@@ -140,16 +143,6 @@ class PromptProcessor:
         while self._cached_bytes > self._cache_bytes and self._cache:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= _num_bytes(oldest)
-
-
-def _content(message: ChatMessage) -> str | list[dict[str, str]]:
-    if all(isinstance(part, TextPart) for part in message.parts):
-        # Templates of text models take a string only, those of vision models take both.
-        return "".join(part.text for part in message.parts if isinstance(part, TextPart))
-    return [
-        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-        for part in message.parts
-    ]
 
 
 def _runs(is_image: Tensor) -> tuple[int, ...]:

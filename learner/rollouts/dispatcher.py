@@ -214,7 +214,14 @@ class Dispatcher:
             if self._loop is None:  # not running yet: nobody else looks
                 function(*args)
                 return
-        self._loop.call_soon_threadsafe(function, *args)
+        self._loop.call_soon_threadsafe(self._guarded, function, *args)
+
+    def _guarded(self, function: "collections.abc.Callable[..., None]", *args: object) -> None:
+        try:
+            function(*args)
+        except Exception as error:  # the loop would only log it, and the trainer wait for ever
+            self._buffer.fail(error)
+            raise
 
     def _set_version(self, version: int) -> None:
         self._credits.step = version

@@ -32,6 +32,9 @@ log = get_logger("learner.rollouts.fleet")
 
 # A starved actor may answer late once; a second time in a row counts as gone.
 _MAX_LATE_POLLS = 2
+# How long an actor rests that fails again and again: not at all after the first time, then 0.5 s, 1.5 s, 3.5 s, ...
+_FIRST_REST_S = 0.5
+_LONGEST_REST_S = 120.0
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +50,7 @@ class _Place:
 @dataclass(eq=False, slots=True)
 class _Waiter:
     min_version: Callable[[], int]
+    avoid: frozenset[str]
     future: asyncio.Future[Member]
 
 
@@ -145,7 +149,11 @@ class Fleet:
         self._assign()
 
     def report_failure(self, member: Member, error: OutriderError) -> None:
-        """A call to `member` failed: it gets nothing new until it has answered a poll, which is made at once."""
+        """A call to `member` failed: it gets nothing new until it has answered a poll, which is made at once.
+
+        Answering polls does not make it well: one that fails again before it has finished a group rests, for longer
+        each time, so that an actor that fails fast does not draw all groups to itself.
+        """
         if member.left.is_set():
             return
         if isinstance(error, QueueFull):
@@ -154,8 +162,16 @@ class Fleet:
             return
         if isinstance(error, Draining):
             self._set_state(member, ActorState.DRAINING)
+        if not member.held:
+            rest_s = min(_FIRST_REST_S * (2**member.num_failures - 1), _LONGEST_REST_S)
+            member.rests_until = asyncio.get_running_loop().time() + rest_s
+            member.num_failures += 1
         member.held = True
         self._places[member.address].wake.set()
+
+    def report_success(self, member: Member) -> None:
+        """It finished a group."""
+        member.num_failures = 0
 
     def _not_busy(self, member: Member) -> None:
         member.busy = False
@@ -164,9 +180,12 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------------ slots
 
     @contextlib.asynccontextmanager
-    async def slot(self, min_version: Callable[[], int]) -> AsyncIterator[Member]:
-        """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot."""
-        waiter = _Waiter(min_version, asyncio.get_running_loop().create_future())
+    async def slot(self, min_version: Callable[[], int], avoid: frozenset[str] = frozenset()) -> AsyncIterator[Member]:
+        """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot.
+
+        Of those that are free, the incarnations in `avoid` come last.
+        """
+        waiter = _Waiter(min_version, avoid, asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         self._assign()
         try:
@@ -194,9 +213,10 @@ class Fleet:
             if waiter.future.done():
                 continue
             minimum = waiter.min_version()
-            fit = [member for member in free if member.version >= minimum]
+            # A version of -1 is none of ours, whatever the minimum.
+            fit = [member for member in free if member.version >= max(0, minimum)]
             if fit:
-                member = min(fit, key=lambda m: m.in_flight)
+                member = min(fit, key=lambda m: (m.actor_id in waiter.avoid, m.in_flight))
                 member.in_flight += 1
                 waiter.future.set_result(member)
             else:
@@ -234,7 +254,7 @@ class Fleet:
                 member.version = status.policy_version
             elif status.run_id != self._run_id:
                 member.version = -1
-        if member.held:
+        if member.held and asyncio.get_running_loop().time() >= member.rests_until:
             member.held = False
             self._emit(FleetEvent("recovered", member.address, member.actor_id, member.state))
         self._assign()

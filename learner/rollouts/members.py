@@ -28,7 +28,11 @@ class Member:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when this incarnation is gone; its groups will never be finished."""
     held: bool = False
-    """A call to it has just failed: it gets nothing new until it has answered a poll."""
+    """A call to it has just failed: it gets nothing new until it has answered a poll after `rests_until`."""
+    num_failures: int = 0
+    """Times that it was held since it last finished a group."""
+    rests_until: float = 0.0
+    """Time of the event loop."""
     busy: bool = False
     """Its queue is full: it gets no group until the time that it asked for has passed."""
     marks: int = 0

@@ -8,7 +8,7 @@ counted twice.
 import asyncio
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from common.errors import (
     Draining,
@@ -80,8 +80,9 @@ class Sampler:
         """
         failures = 0
         attempt = 0
+        failed_on: frozenset[str] = frozenset()
         while True:
-            async with self.fleet.slot(min_version) as member:
+            async with self.fleet.slot(min_version, failed_on) as member:
                 asked = dataclasses.replace(
                     request,
                     group_id=f"{request.group_id}.{attempt}",
@@ -91,6 +92,7 @@ class Sampler:
                     sampled = await self._call(member, asked)
                     if expected is not None:
                         check_images(expected, sampled.prompt, sampled.completions)
+                    self.fleet.report_success(member)
                     return sampled
                 except ImageMismatch:
                     raise
@@ -99,7 +101,9 @@ class Sampler:
                 except OutriderError as error:
                     self.fleet.report_failure(member, error)
                     self.retries[error.reason] += 1
-                    failures += not isinstance(error, _NOT_NOW)
+                    if not isinstance(error, _NOT_NOW):
+                        failures += 1
+                        failed_on |= {member.actor_id}
                     log.info(
                         "group is sent again", group_id=asked.group_id, address=member.address, reason=error.reason
                     )
@@ -108,24 +112,6 @@ class Sampler:
                             "ATTEMPTS_EXHAUSTED", f"failed {failures} times, last: {error.message}"
                         ) from error
             attempt += 1
-
-    async def sample_many(
-        self, requests: Sequence[RolloutRequest], *, min_version: int, expected: Sequence[ProcessedPrompt] | None = None
-    ) -> list[SampledGroup]:
-        """Sample all `requests` at once, beside whatever trains; results in their order.
-
-        Raises what `sample` raises: an evaluation with holes in it would be a wrong number.
-        """
-        checks: Sequence[ProcessedPrompt | None] = expected if expected is not None else [None] * len(requests)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self.sample(request, min_version=lambda: min_version, expected=check))
-                    for request, check in zip(requests, checks, strict=True)
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the others say the same of another request
-        return [task.result() for task in tasks]
 
     async def _call(self, member: Member, request: RolloutRequest) -> SampledGroup:
         """One call; ends as `Unreachable` as soon as the fleet knows that the actor is gone, not at the deadline."""

@@ -4,7 +4,8 @@
 |---|---|
 | the trainer hands over a snapshot | stages and commits it on all members of the epoch |
 | an actor joins, leaves or restarts | ends the epoch, opens the next one with who is there, catches newcomers up |
-| an epoch fails | aborts it, reports who is at fault to the fleet, opens the next one with the others |
+| an epoch fails | aborts it, says so, reports who is at fault to the fleet, opens the next one with the others |
+| epochs fail, and nothing else, for ten minutes | ends the run |
 
 The trainer never waits for it, and an actor that it cannot bring to a version gets no prompts of that version: the
 fleet knows an actor's version only through `mark_committed`.
@@ -12,6 +13,8 @@ fleet knows an actor's version only through `mark_committed`.
 
 import asyncio
 import contextlib
+import socket
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -26,6 +29,12 @@ log = get_logger(__name__)
 
 _UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING)
 _RETRY_S = 0.2
+# Without a single update that succeeded, while some were tried.
+_GIVE_UP_S = 600.0
+
+
+class UpdatesFailed(RuntimeError):  # noqa: N818 - says what happened
+    """No actor can be brought to a new version."""
 
 
 class Publisher:
@@ -39,6 +48,7 @@ class Publisher:
         host: str,
         backend: str,
         timeout_s: float,
+        notify: Callable[[str], None] = lambda _line: None,
     ) -> None:
         """Make it; `run` does the work.
 
@@ -48,17 +58,21 @@ class Publisher:
             host: address of this process, as the actors reach it.
             backend: "gloo" or "nccl".
             timeout_s: bound on the rendezvous, and on each stage.
+            notify: called with one line for each update that fails.
         """
         self._fleet = fleet
         self._run_id = run_id
         self._host = host
         self._backend = backend
         self._timeout_s = timeout_s
+        self._notify = notify
         self._loop = asyncio.get_running_loop()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = _open_store(host)
         self._snapshot: Snapshot | None = None
         self._epoch: Epoch | None = None
         self._last_epoch = 0
+        self._num_failures = 0  # in a row
+        self._failing_since = 0.0
         self._wake = asyncio.Event()
         fleet.subscribe(self._on_fleet_event)
 
@@ -74,7 +88,7 @@ class Publisher:
         self._wake.set()
 
     async def run(self) -> None:
-        """Publish until cancelled."""
+        """Publish until cancelled. Raises UpdatesFailed when that has been in vain for too long."""
         try:
             while True:
                 await self._wake.wait()
@@ -100,6 +114,7 @@ class Publisher:
             return
         full = any(member.version < 0 for member in members)
         times = await self._epoch.update(snapshot, full=full)
+        self._num_failures = 0
         for member in members:
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
         log.info(
@@ -131,6 +146,16 @@ class Publisher:
 
     async def _end_epoch(self, failure: EpochFailed) -> None:
         log.warning("epoch failed", epoch=self._last_epoch, reason=str(failure))
+        self._notify(f"weight update failed: {failure}")
+        if not self._num_failures:
+            self._failing_since = self._loop.time()
+        self._num_failures += 1
+        failing_s = self._loop.time() - self._failing_since
+        if failing_s > _GIVE_UP_S:
+            raise UpdatesFailed(
+                f"no weight update has succeeded in {failing_s:.0f} s and {self._num_failures} tries; "
+                f"the last: {failure}"
+            )
         if self._epoch is not None:
             await self._epoch.abort()
             self._epoch = None
@@ -141,3 +166,10 @@ class Publisher:
 
     def _updatable(self) -> tuple[Member, ...]:
         return tuple(member for member in self._fleet.live() if member.state in _UPDATABLE and not member.held)
+
+
+def _open_store(host: str) -> dist.TCPStore:
+    """The rendezvous of all epochs. It listens at `host` alone; by itself it would listen at every address."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from common.dtypes import DTYPE_NAMES
 from common.types import Manifest, ManifestBucket, ManifestParameter
 
 _ALIGNMENT = 16
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +116,7 @@ class _BucketBuilder:
         num_bytes = tensor.numel() * tensor.element_size()
         if self._open and self._open_bytes + num_bytes > self._bucket_bytes:
             self._close()
-        dtype = _DTYPE_NAMES.get(tensor.dtype)
+        dtype = DTYPE_NAMES.get(tensor.dtype)
         if dtype is None:
             raise ValueError(f"parameter {name} has dtype {tensor.dtype}, which the weight protocol does not carry")
         self._parameters.append(

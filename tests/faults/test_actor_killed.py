@@ -55,7 +55,7 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
         await fleet.start(startup_timeout_s=30, min_actors=2)
         await until(lambda: all(member.state is ActorState.SERVING for member in fleet.members()), pause_s=0.02)
         ids = [member.actor_id for member in fleet.members()]
-        work = asyncio.ensure_future(sampler.sample_many(requests, min_version=0))
+        work = asyncio.ensure_future(sample_all(sampler, requests))
         await until(lambda: fleet.members()[1].in_flight == 4, pause_s=0.002)
         victim.send_signal(signal.SIGKILL)
         await victim.wait()
@@ -72,7 +72,7 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
 
         async with actor(addresses[1]):
             await until(lambda: fleet.members()[1].state is ActorState.SERVING, pause_s=0.02)
-            again = await sampler.sample_many(requests, min_version=0)
+            again = await sample_all(sampler, requests)
             used = {group.prompt.actor_id for group in again}
             assert used == {ids[0], fleet.members()[1].actor_id}
             assert ids[1] not in used

@@ -11,10 +11,11 @@ from torch import nn
 from actor.config import ActorConfig
 from actor.engine_fake import FakeEngine
 from actor.server import ActorServer
+from common.errors import StageTimeout
 from common.types import ActorState
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
-from learner.weights.publisher import Publisher
+from learner.weights.publisher import Publisher, UpdatesFailed
 from learner.weights.snapshot import Snapshotter
 from tests.fakes import until
 
@@ -57,6 +58,9 @@ class _Learner:
         self.snapshotter = Snapshotter(self.model, [], is_sender=True, bucket_bytes=4096)
         self.fleet = Fleet([actor.address for actor in actors], run_id=_RUN_ID, poll_s=0.05)
         self.publisher: Publisher
+        self.task: asyncio.Task[None]
+        self.ends = False
+        self.notes: list[str] = []
         self.events: list[FleetEvent] = []
         self.fleet.subscribe(self.events.append)
 
@@ -85,11 +89,18 @@ async def _running(num_actors: int, num_started: int) -> AsyncIterator[_Learner]
         await actor.stop()
     learner = _Learner(actors)
     await learner.fleet.start(startup_timeout_s=10, min_actors=num_started)
-    learner.publisher = Publisher(learner.fleet, run_id=_RUN_ID, host="127.0.0.1", backend="gloo", timeout_s=10.0)
-    task = asyncio.create_task(learner.publisher.run())
+    learner.publisher = Publisher(
+        learner.fleet,
+        run_id=_RUN_ID,
+        host="127.0.0.1",
+        backend="gloo",
+        timeout_s=10.0,
+        notify=learner.notes.append,
+    )
+    task = learner.task = asyncio.create_task(learner.publisher.run())
     try:
         yield learner
-        assert not task.done(), task.exception()
+        assert learner.ends or not task.done(), task.exception()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -148,3 +159,35 @@ async def test_nobody_there_for_a_while() -> None:
         learner.publish(3)
         await actor.start()
         await learner.all_serve(3, actor)
+
+
+@pytest.mark.timeout(60)
+async def test_an_actor_that_refuses_every_update_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with _running(2, 2) as learner:
+        well, sick = learner.actors
+
+        async def refuse(*_: object) -> tuple[int, ...]:
+            raise StageTimeout("its card has fallen off the bus")
+
+        monkeypatch.setattr(sick.engine, "stage", refuse)
+        for version in range(1, 4):
+            learner.publish(version)
+            await learner.all_serve(version, well)
+        assert "staging version 1 failed: its card has fallen off the bus" in learner.notes[0]
+
+
+@pytest.mark.timeout(60)
+async def test_updates_that_never_succeed_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.weights.publisher._GIVE_UP_S", 1.0)
+    async with _running(1, 1) as learner:
+        learner.ends = True
+
+        async def refuse(*_: object) -> tuple[int, ...]:
+            raise StageTimeout("no room")
+
+        monkeypatch.setattr(learner.actors[0].engine, "stage", refuse)
+        learner.publish(1)
+        with pytest.raises(UpdatesFailed, match=r"no weight update has succeeded in \d s and \d+ tries; .*no room"):
+            await learner.task

@@ -20,27 +20,53 @@ def _config(runs_dir: Path, **changes: object) -> LearnerConfig:
     return LearnerConfig.model_validate(values | changes)
 
 
+def _chosen(config: LearnerConfig) -> Path:
+    with run_folder.held(config, "launcher") as run_dir:
+        return run_dir
+
+
 def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path) -> None:
-    first = run_folder.choose(_config(tmp_path))
-    assert run_folder.choose(_config(tmp_path)) == first
+    first = _chosen(_config(tmp_path))
+    assert _chosen(_config(tmp_path)) == first
     # Where the actors are is no part of what is computed.
-    assert run_folder.choose(_config(tmp_path, rollout={"actors": ["127.0.0.1:1"]})) == first
+    assert _chosen(_config(tmp_path, rollout={"actors": ["127.0.0.1:1"]})) == first
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"resume": False}, {"optimizer": {"lr": 0.1}}])
 def test_another_configuration_gets_a_folder_of_its_own(tmp_path: Path, changes: dict[str, object]) -> None:
-    assert run_folder.choose(_config(tmp_path)) != run_folder.choose(_config(tmp_path, **changes))
+    assert _chosen(_config(tmp_path)) != _chosen(_config(tmp_path, **changes))
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
-    first = run_folder.choose(_config(tmp_path))
+    first = _chosen(_config(tmp_path))
     (first / "summary.json").write_text("{}")
-    assert run_folder.choose(_config(tmp_path)) != first
+    assert _chosen(_config(tmp_path)) != first
 
 
-def test_a_run_that_somebody_works_in_is_left_alone(tmp_path: Path) -> None:
-    first = run_folder.choose(_config(tmp_path))
-    run_folder.lock(first)
-    assert run_folder.choose(_config(tmp_path)) != first
-    with pytest.raises(ConfigError, match="another learner is at work"):
-        run_folder.lock(first)
+@pytest.mark.parametrize("role", ["launcher", "learner"])
+def test_a_run_that_somebody_works_in_is_left_alone(tmp_path: Path, role: run_folder.Role) -> None:
+    with run_folder.held(_config(tmp_path), role) as first:
+        assert _chosen(_config(tmp_path)) != first
+        with (
+            pytest.raises(ConfigError, match=f"another {role} is at work"),
+            run_folder.held(_config(tmp_path, run_dir=first), role),
+        ):
+            pass
+    assert _chosen(_config(tmp_path)) == first
+
+
+def test_a_launcher_and_its_learner_share_a_folder(tmp_path: Path) -> None:
+    with (
+        run_folder.held(_config(tmp_path), "launcher") as first,
+        run_folder.held(_config(tmp_path, run_dir=first), "learner") as same,
+    ):
+        assert same == first
+
+
+def test_the_first_last_words_count(tmp_path: Path) -> None:
+    assert run_folder.read_last_words(tmp_path) is None
+    run_folder.leave_last_words(tmp_path, 1, "ImageMismatch: group 3: two images")
+    run_folder.leave_last_words(tmp_path, 1, "RuntimeError: connection closed by peer")
+    assert run_folder.read_last_words(tmp_path) == (1, "ImageMismatch: group 3: two images")
+    run_folder.clear_last_words(tmp_path)
+    assert run_folder.read_last_words(tmp_path) is None

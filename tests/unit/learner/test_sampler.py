@@ -14,7 +14,7 @@ from learner.rollouts.client import SampledGroup
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
-from tests.fakes import FakeActor, make_sample, process, until
+from tests.fakes import FakeActor, make_sample, process, sample_all, until
 
 SAMPLE = make_sample(3, (b"image",))
 REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))
@@ -71,6 +71,27 @@ async def test_a_group_that_fails_everywhere_is_given_up() -> None:
         assert [request.group_id for request in actor.requests] == ["run.3.0", "run.3.1", "run.3.2"]
 
 
+async def test_an_actor_that_fails_fast_does_not_draw_all_groups_to_itself() -> None:
+    """It answers every poll, and fails every group at once: the others finish them all."""
+    sick = FakeActor("sick", failure=EngineDead("its GPU is gone"))
+    well = FakeActor("well")
+    async with sampler(sick, well, max_attempts=3) as sample:
+        requests = [build_request(f"run.{i}", SAMPLE, SamplingParams(n=2)) for i in range(500)]
+        groups = await sample_all(sample, requests)
+        assert {group.prompt.actor_id for group in groups} == {"well#1"}
+        assert len(sick.requests) < 3 * 64  # its slots, once for each time that it was tried
+
+
+async def test_a_group_that_failed_on_an_actor_goes_to_another_one() -> None:
+    first, second = FakeActor("first"), FakeActor("second")
+    async with sampler(first, second) as sample:
+        fleet = sample.fleet
+        async with fleet.slot(any_version, frozenset({"first#1"})) as a, fleet.slot(any_version) as b:
+            assert [a.address, b.address] == ["second", "first"]
+        async with fleet.slot(any_version, frozenset({"first#1", "second#1"})):
+            pass  # better than nobody
+
+
 async def test_busy_is_no_failure() -> None:
     actor = FakeActor("one", failure=QueueFull(0.0))
     async with sampler(actor, max_attempts=1) as sample:
@@ -117,7 +138,7 @@ async def test_many_come_back_in_order() -> None:
     async with sampler(FakeActor("one"), FakeActor("two")) as sample:
         samples = [make_sample(row) for row in range(100)]
         requests = [build_request(f"eval.{s.row}", s, SamplingParams(temperature=0)) for s in samples]
-        results = await sample.sample_many(requests, min_version=0, expected=[process(s) for s in samples])
+        results = await sample_all(sample, requests, expected=[process(s) for s in samples])
         for sent, result in zip(samples, results, strict=True):
             assert np.array_equal(result.prompt.expanded_ids, process(sent).input_ids)
 
@@ -125,7 +146,7 @@ async def test_many_come_back_in_order() -> None:
 async def test_a_version_that_nobody_serves_yet_is_waited_for() -> None:
     actor = FakeActor("one", version=1)
     async with sampler(actor) as sample:
-        task = asyncio.ensure_future(sample.sample_many([REQUEST], min_version=2))
+        task = asyncio.ensure_future(sample_all(sample, [REQUEST], min_version=2))
         for _ in range(20):
             await asyncio.sleep(0)
         assert not actor.requests
