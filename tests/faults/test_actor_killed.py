@@ -14,7 +14,7 @@ from common.types import ActorState, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
-from tests.fakes import make_sample, until
+from tests.fakes import make_sample, sample_all, until
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_GROUPS = 60

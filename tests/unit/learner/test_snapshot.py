@@ -9,7 +9,7 @@ from torch import nn
 
 from common import wire
 from common.dtypes import TORCH_DTYPES
-from common.types import Manifest, ManifestBucket, ManifestParameter
+from common.types import Manifest
 from learner.weights.snapshot import Snapshot, Snapshotter
 
 
