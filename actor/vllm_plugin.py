@@ -18,9 +18,24 @@ def register() -> None:
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
 
+    _keep_media_of_cached_prompts()
+
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if WEIGHT_TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:  # noqa: SLF001 - it has no public look-up
         WeightTransferEngineFactory.register_engine(
             WEIGHT_TRANSFER_BACKEND, "actor.vllm_worker", "StagedWeightTransfer"
         )
+
+
+def _keep_media_of_cached_prompts() -> None:
+    """Let the scheduler send every request's images to the workers, also of prompts that the prefix cache covers.
+
+    vLLM leaves those out, for no encoder will run for them. After a weight update it must: the caches are void and the
+    requests in flight, all but the first of a group, start over. Without the images the engine dies of it.
+    """
+    from vllm.v1.core.sched import output
+
+    if not hasattr(output, "strip_covered_mm_data"):
+        raise RuntimeError("this vLLM sends images to its workers in a way that Outrider does not know")
+    output.strip_covered_mm_data = lambda mm_features, *_, **__: mm_features

@@ -294,6 +294,27 @@ async def test_an_update_goes_under_a_request_that_goes_on(
         assert largest_difference(old, hf, alone, slice(second.start, second.end)) > 100 * PARITY
 
 
+async def test_an_update_goes_under_requests_whose_image_came_from_the_prefix_cache(
+    actor: LiveActor, source: WeightSource, make_model: MakeModel, hf: Any
+) -> None:
+    """Their image was never encoded for them; after the swap it must be."""
+    old, new = make_model(), perturbed(make_model(), seed=3)
+    await source.publish(old)
+    prompt = SAMPLES[3]  # its image fills several cache blocks
+    await actor.sample(prompt, n=1, max_tokens=1)
+    long = asyncio.create_task(actor.group(prompt, n=4, max_tokens=600, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running, pause_s=0.01)
+    new_version = await source.publish(new)
+    assert not long.done()
+    group = await long
+    for completion in group.completions:
+        first, second = completion.version_spans
+        assert second.policy_version == new_version
+        alone = replace(group, completions=(completion,))
+        assert largest_difference(old, hf, alone, slice(first.start, first.end)) <= PARITY
+        assert largest_difference(new, hf, alone, slice(second.start, second.end)) <= PARITY
+
+
 async def test_the_parity_meter_sees_a_stale_encoder_cache(
     actor: LiveActor, source: WeightSource, model_dir: Path
 ) -> None:
