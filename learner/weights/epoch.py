@@ -50,7 +50,8 @@ class Epoch:
         self._group = group
 
     async def update(self, snapshot: Snapshot, *, full: bool) -> UpdateTimes:
-        """Bring every member to the snapshot's version.
+        """Bring every member to the snapshot's version. Those that serve it already receive it too, as the broadcast
+        wants, and go on undisturbed.
 
         Raises:
             EpochFailed: a member, or the broadcast, failed before all were through. A member is either at the new
@@ -64,11 +65,11 @@ class Epoch:
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
         await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
         staged_at = loop.time()
+        behind = [member for member in self.members if member.version < snapshot.version]
         commits = [
-            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S)
-            for member in self.members
+            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S) for member in behind
         ]
-        pauses = await _all_or_fail(f"committing version {snapshot.version}", self.members, commits)
+        pauses = await _all_or_fail(f"committing version {snapshot.version}", behind, commits)
         return UpdateTimes(staged_at - started_at, max(pauses))
 
     def _broadcast(self, buffers: Sequence[torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import wire
-from common.errors import InvalidRequest, MalformedResponse, OutriderError
+from common.errors import InvalidRequest, MalformedResponse, OutriderError, Unimplemented
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
 from common.types import (
@@ -91,7 +91,6 @@ MANIFEST = Manifest(
     ),
     buckets=(ManifestBucket(40, 0xDEADBEEF), ManifestBucket(18, 1)),
     updates_vision=True,
-    adapter="lora",
 )
 EPOCH = EpochSpec("run", 2, "host", 1234, 3, 1, "gloo", 1.5)
 
@@ -148,7 +147,8 @@ def test_golden_manifest() -> None:
         "1a 07 0828 15 efbeadde 1a 07 0812 15 01000000"  # 3: buckets; crc32 is fixed32, little-endian
         "20 01 2a 04" + b"lora".hex()  # 4, 5
     )  # fmt: skip
-    assert wire.manifest_to_proto(MANIFEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
+    message = wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora"))
+    assert message.SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
 
 
 def test_round_trips() -> None:
@@ -273,6 +273,19 @@ def test_a_manifest_that_does_not_add_up(index: int, field: str, value: object, 
     with pytest.raises(InvalidRequest) as raised:
         wire.manifest_from_proto(message)
     assert raised.value.field == path
+
+
+def test_a_bucket_that_nobody_fills() -> None:
+    """Memory is allocated for what the parameters need, whatever the manifest says."""
+    buckets = (MANIFEST.buckets[0], ManifestBucket(2**40, 1))
+    with pytest.raises(InvalidRequest, match="1099511627776; 18 are filled") as raised:
+        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(MANIFEST, buckets=buckets)))
+    assert raised.value.field == "manifest.buckets[1].num_bytes"
+
+
+def test_an_adapter_is_refused_by_name() -> None:
+    with pytest.raises(Unimplemented, match=r"manifest\.adapter"):
+        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora")))
 
 
 @pytest.mark.parametrize("field", ["run_id", "epoch", "master_host", "master_port", "rank", "backend", "timeout_ms"])

@@ -52,7 +52,8 @@ def test_a_run_that_somebody_works_in_is_left_alone(tmp_path: Path, role: run_fo
             run_folder.held(_config(tmp_path, run_dir=first), role),
         ):
             pass
-    assert _chosen(_config(tmp_path)) == first
+    with run_folder.held(_config(tmp_path, run_dir=first), role) as again:
+        assert again == first
 
 
 def test_a_launcher_and_its_learner_share_a_folder(tmp_path: Path) -> None:
