@@ -35,9 +35,10 @@ class VllmConfig(Config):
     enforce_eager: bool = False
     tensor_parallel_size: int = Field(1, ge=1)
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    # CPU only: memory for keys and values, and the cores to run on, as "0-1" (VLLM_CPU_OMP_THREADS_BIND).
+    # CPU only: memory for keys and values, and the cores to run on, as "0-1,3" (with tensor parallelism in the form of
+    # VLLM_CPU_OMP_THREADS_BIND).
     kv_cache_gib: int = Field(1, ge=1)
-    cpu_cores: str | None = None
+    cpu_cores: str | None = Field(None, pattern=r"^[0-9]+(-[0-9]+)?([,|][0-9]+(-[0-9]+)?)*$")
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
@@ -91,6 +92,15 @@ class ActorConfig(Config):
             max_media_items=(self.vllm if self.engine == "vllm" else self.fake).max_images,
             **self.limits.model_dump(exclude={"media_store_bytes"}),
         )
+
+
+def parse_cores(cores: str) -> frozenset[int]:
+    """Numbers of the cores in a list of ranges.
+
+    Example: "0-1,3" is {0, 1, 3}.
+    """
+    ends = [part.partition("-") for part in cores.split(",")]
+    return frozenset(core for first, _, last in ends for core in range(int(first), int(last or first) + 1))
 
 
 def check_model(path: Path | None) -> Path:

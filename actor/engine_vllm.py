@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from actor.config import VllmConfig
+from actor.config import VllmConfig, parse_cores
 from actor.engine import EngineInfo, EngineLoad, EngineRequest
 from common.chat import template_messages
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
@@ -87,17 +87,17 @@ class VllmEngine:
         """Start vLLM's processes, load the model and generate once; tens of seconds."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
-        if self._config.cpu_cores is not None:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._config.cpu_cores
         import transformers
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actor.vllm_plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
 
         os.environ[ACTOR_VARIABLE] = str(os.getpid())
         register()
+        executor = self._set_up_cpus() if current_platform.is_cpu() else None
         arguments = AsyncEngineArgs(
             model=str(self._model),
             served_model_name=[self._model.name],
@@ -110,6 +110,7 @@ class VllmEngine:
             enable_prefix_caching=self._config.enable_prefix_caching,
             enforce_eager=self._config.enforce_eager,
             tensor_parallel_size=self._config.tensor_parallel_size,
+            distributed_executor_backend=executor,
             gpu_memory_utilization=self._config.gpu_memory_utilization,
             limit_mm_per_prompt={"image": self._config.max_images, "video": 0},
             skip_mm_profiling=True,
@@ -142,6 +143,23 @@ class VllmEngine:
         gc.collect()
         gc.freeze()
         return info
+
+    def _set_up_cpus(self) -> str | None:
+        """Cores of the engine; vLLM's name of the executor to use, None for its own choice."""
+        from actor.vllm_plugin import CORES_VARIABLE
+
+        cores = self._config.cpu_cores
+        if self._config.tensor_parallel_size > 1:
+            if cores is not None:
+                os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
+            return None
+        # One process schedules and computes, as on one GPU. Two, vLLM's choice for CPUs, would spin on the cores that
+        # compute while they wait for each other; it is what vLLM uses if this variable says that it may.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if cores is not None:
+            os.environ[CORES_VARIABLE] = cores
+            os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
+        return "uni"
 
     async def _warm_up(self) -> None:
         """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""

@@ -3,12 +3,14 @@
 import os
 import signal
 
+from actor.config import parse_cores
 from common.lifecycle import end_with_parent
 
 WEIGHT_TRANSFER_BACKEND = "outrider"
 
 # Set by the actor for the processes that vLLM starts below it.
 ACTOR_VARIABLE = "OUTRIDER_ACTOR_PID"
+CORES_VARIABLE = "OUTRIDER_CPU_CORES"
 
 
 def register() -> None:
@@ -17,6 +19,8 @@ def register() -> None:
     if actor_pid is not None and actor_pid != str(os.getpid()):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
+        if CORES_VARIABLE in os.environ:
+            os.sched_setaffinity(0, parse_cores(os.environ[CORES_VARIABLE]))
 
     _keep_media_of_cached_prompts()
 

@@ -147,9 +147,11 @@ def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[b
 def learner_environment(config: "LearnerConfig") -> dict[str, str]:
     """Variables of a learner's process beside local actors.
 
-    Threads that wait for each other at every operation are slow on cores that the actors use too.
+    Threads that wait for each other at every operation are slow on cores that the actors use at the same time. With
+    `max_staleness = 0` the actors rest while the learner trains.
     """
-    num_threads = max(1, (len(os.sched_getaffinity(0)) - config.local.num_actors) // config.local.num_ranks)
+    num_used = config.local.num_actors if config.trainer.max_staleness else 0
+    num_threads = max(1, (len(os.sched_getaffinity(0)) - num_used) // config.local.num_ranks)
     return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
 
 

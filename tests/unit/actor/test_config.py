@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.config import ActorConfig, check_model
+from actor.config import ActorConfig, VllmConfig, check_model, parse_cores
 from common.config import ConfigError, load_config
 
 
@@ -29,3 +29,10 @@ def test_limits_that_clients_see_are_those_of_the_engine() -> None:
     assert (limits.max_media_items, limits.max_group_size, limits.max_context_tokens) == (3, 5, 77)
     assert limits.max_media_bytes == 32 * 2**20
     assert load_config(ActorConfig, None, ["vllm.max_images=2"]).server_limits(1).max_media_items == 2
+
+
+def test_cores() -> None:
+    assert parse_cores("0") == {0}
+    assert parse_cores("0-1,3") == {0, 1, 3}
+    with pytest.raises(ValueError, match="cpu_cores"):
+        VllmConfig(cpu_cores="all")
