@@ -72,6 +72,8 @@ class ActorConfig(Config):
     model: Path | None = None
     listen: str = "127.0.0.1:50051"
     engine: Literal["vllm", "fake"] = "vllm"
+    # "host:port" where Prometheus finds the metrics over HTTP; None: nowhere.
+    metrics_listen: str | None = None
     # Serve the checkpoint as version 0 without a learner.
     standalone: bool = False
     # Allow plaintext on an address that is not loopback.

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 from actor.config import ActorConfig
 from actor.engine import Engine, EngineInfo
 from actor.media_store import MediaStore
+from actor.metrics import ActorMetrics
 from actor.service_rollout import RolloutService
 from actor.service_weights import WeightService
 from actor.weights import PolicyState
@@ -35,11 +37,16 @@ class ActorServer:
         self.rpc = RpcServer(config.limits.max_message_bytes)
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
-        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store)
-        self._weights = WeightService(engine, self.policy, actor_id, info.num_workers)
+        self.metrics = ActorMetrics(self.policy, engine)
+        self._stop_metrics: Callable[[], None] = lambda: None
+        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store, self.metrics)
+        self._weights = WeightService(engine, self.policy, actor_id, info.num_workers, self.metrics)
 
     async def start(self, address: str) -> int:
-        """Open the port, with the engine ready; the port. Raises ConfigError if it is taken."""
+        """Open the ports, with the engine ready; the port of gRPC. Raises ConfigError if one is taken."""
+        if self._config.metrics_listen is not None:
+            port, self._stop_metrics = self.metrics.serve(self._config.metrics_listen)
+            log.info("metrics", port=port)
         self.policy.loaded(standalone=self._config.standalone)
         services = [self._rollouts.add_to(self.rpc.grpc), self._weights.add_to(self.rpc.grpc)]
         port = await self.rpc.start(address, services)
@@ -63,6 +70,7 @@ class ActorServer:
             task.cancel()
         # A moment for the last message of a group that has just finished.
         await self.rpc.stop(0.1 if self._rollouts.idle.is_set() else 0.0)
+        await asyncio.to_thread(self._stop_metrics)
 
     async def _report_health(self) -> None:
         state = self.policy.state

@@ -11,6 +11,7 @@ from PIL import Image
 
 from actor.engine import Engine, EngineRequest
 from actor.media_store import MediaStore
+from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
 from common.errors import Draining, EngineDead, InvalidRequest, MediaMissing, QueueFull, TooLarge, WeightsPending
@@ -48,13 +49,20 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     """See proto/rollout/v1/rollout.proto. `info` holds the limits; its policy version is filled in when asked for."""
 
     def __init__(
-        self, engine: Engine, policy: PolicyState, info: ServerInfo, vocab_size: int, store: MediaStore
+        self,
+        engine: Engine,
+        policy: PolicyState,
+        info: ServerInfo,
+        vocab_size: int,
+        store: MediaStore,
+        metrics: ActorMetrics,
     ) -> None:
         self._engine = engine
         self._policy = policy
         self._info = info
         self._vocab_size = vocab_size
         self._store = store
+        self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
         self._uploading: dict[_Upload, None] = {}
         self.idle = asyncio.Event()
@@ -69,14 +77,23 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         """Sample one group."""
-        self._refuse_unless_serving(request.min_policy_version)
-        rollout = request_from_proto(request)
-        check_request(rollout, self._info.limits, self._vocab_size)
-        with self._accepted(rollout.sampling.n):
-            engine_request = await self._prepare(rollout)
-            async with aclosing(self._events(engine_request)) as events:
-                async for event in events:
-                    yield response_to_proto(event)
+        outcome = "refused"
+        try:
+            self._refuse_unless_serving(request.min_policy_version)
+            rollout = request_from_proto(request)
+            check_request(rollout, self._info.limits, self._vocab_size)
+            with self._accepted(rollout.sampling.n):
+                engine_request = await self._prepare(rollout)
+                outcome = "failed"
+                async with aclosing(self._events(engine_request)) as events:
+                    async for event in events:
+                        yield response_to_proto(event)
+            outcome = "finished"
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
+        finally:
+            self._metrics.groups.labels(outcome).inc()
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
@@ -87,6 +104,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 if isinstance(event, PromptInfo):
                     yield event
                     continue
+                self._metrics.finished(event)
                 for part in _split(event):
                     yield part
 
@@ -140,6 +158,9 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     def _contents(self, media: tuple[MediaItem, ...]) -> list[bytes]:
         contents = [item.encoded if item.encoded is not None else self._store.get(item.sha256) for item in media]
+        for item, data in zip(media, contents, strict=True):
+            source = "sent" if item.encoded is not None else "stored" if data is not None else "missing"
+            self._metrics.media.labels(source).inc()
         missing = dict.fromkeys(item.sha256 for item, data in zip(media, contents, strict=True) if data is None)
         if missing:
             raise MediaMissing(tuple(missing))

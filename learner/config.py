@@ -19,7 +19,10 @@ class ModelConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Parameters of dtype float32 are gathered and multiplied in bfloat16 (mixed precision).
     compute_bfloat16: bool = False
+    # Parts that do not train; a run that freezes nothing by it, or everything, is refused.
     freeze_vision_tower: bool = False
+    freeze_projector: bool = False
+    freeze_language_model: bool = False
     enable_gradient_checkpointing: bool = False
 
 
@@ -35,7 +38,8 @@ class RewardConfig(Config):
 class RolloutConfig(Config):
     """How groups are sampled, and by whom."""
 
-    # "host:port" of each actor. The single-machine launcher fills it in.
+    # Where the actors are: "host:port" of each, or "dns:///name:port" for one at each address of the name, which is
+    # looked up again and again. The single-machine launcher fills it in.
     actors: tuple[str, ...] = ()
     # Completions of one prompt. Advantages compare them with each other, so there are at least two.
     n: int = Field(8, ge=2)
@@ -43,6 +47,8 @@ class RolloutConfig(Config):
     max_tokens: int = Field(256, ge=1)
     # Restrict sampling to these ids; empty: all.
     allowed_token_ids: tuple[int, ...] = ()
+    # Sample another group in place of one whose rewards are all equal (dynamic sampling).
+    drop_uniform_groups: bool = False
     # Seed of the sampling; None leaves it to the actors.
     seed: int | None = None
     # A group that takes longer on one actor is sent to another.
@@ -124,4 +130,6 @@ class LearnerConfig(Config):
     def _no_setting_without_effect(self) -> Self:
         if self.algorithm.kl_coef > 0:
             raise ValueError("algorithm.kl_coef needs a reference model, which this version does not have; set it to 0")
+        if self.algorithm.overlong_buffer > self.rollout.max_tokens:
+            raise ValueError("algorithm.overlong_buffer is longer than rollout.max_tokens")
         return self

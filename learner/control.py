@@ -89,6 +89,7 @@ class Control:
             sampling=sampling_params(config),
             run_id=self.run_id,
             sampling_seed=config.rollout.seed,
+            drop_uniform_groups=config.rollout.drop_uniform_groups,
         )
         self._publisher: Publisher | None = None
         self._loop = uvloop.new_event_loop()
@@ -206,7 +207,7 @@ class Control:
             self._publisher = Publisher(
                 self._fleet,
                 run_id=self.run_id,
-                host=self._config.weights.host or _own_address(self._config.rollout.actors[0]),
+                host=self._config.weights.host or _own_address(self._fleet.live()[0].address),
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
                 notify=self._on_actor_event,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from learner.checkpoint import export_model, latest_checkpoint, load_checkpoint,
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
-from learner.model.load import load_policy
+from learner.model.load import Part, load_policy
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
@@ -29,7 +29,7 @@ class Policy:
         self.model, self.freeze_report = load_policy(
             settings.path,
             dtype=getattr(torch, settings.dtype),
-            freeze_vision_tower=settings.freeze_vision_tower,
+            frozen=[part for part in get_args(Part) if getattr(settings, f"freeze_{part}")],
             gradient_checkpointing=settings.enable_gradient_checkpointing,
         )
         self.model.to(ranks.device)

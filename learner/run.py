@@ -20,6 +20,7 @@ from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Progress, Reporter
+from learner.rollouts.discovery import SCHEME
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
 from learner.trainer import RankZero, Trainer
 
@@ -55,7 +56,8 @@ def check(config: LearnerConfig) -> None:
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
     if not config.rollout.actors:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
-    if config.rollout.min_actors > len(config.rollout.actors):
+    has_names = any(target.startswith(SCHEME) for target in config.rollout.actors)
+    if not has_names and config.rollout.min_actors > len(config.rollout.actors):
         raise ConfigError(
             f"rollout.min_actors is {config.rollout.min_actors}, but there are {len(config.rollout.actors)} actors"
         )

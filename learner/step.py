@@ -40,7 +40,9 @@ class StepStats:
     entropy: float
     """Nats."""
     clip_fraction: float
-    """Share of tokens that the clip took out of the gradient."""
+    """Share of tokens that the clip took out of the gradient (with `cispo`: whose weight it bounded)."""
+    masked_fraction: float
+    """Share of tokens that `importance_mask` took out of the gradient."""
     ratio_mean: float
     """Learner probability / old policy's probability."""
     kl: float
@@ -158,6 +160,7 @@ class _Meter:
         "loss",
         "entropy",
         "clipped",
+        "masked",
         "ratio",
         "actor_kl",
         "reference_kl",
@@ -180,6 +183,7 @@ class _Meter:
             terms.loss.detach(),
             entropy.sum(),
             terms.clipped.sum(),
+            terms.masked.sum(),
             terms.ratio.sum(),
             terms.actor_kl.sum(),
             terms.reference_kl.sum(),
@@ -204,6 +208,7 @@ class _Meter:
             skipped=skipped,
             entropy=sums["entropy"] / tokens,
             clip_fraction=sums["clipped"] / tokens,
+            masked_fraction=sums["masked"] / tokens,
             ratio_mean=sums["ratio"] / tokens,
             kl=sums["actor_kl"] / tokens,
             reference_kl=sums["reference_kl"] / tokens,

@@ -18,10 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.log import get_logger
-from learner.algorithms.advantages import group_advantages
+from common.types import FloatArray
+from learner.algorithms.advantages import advantages
+from learner.algorithms.shaping import overlong_penalty
 from learner.batch.packing import pack_batch
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
@@ -111,13 +114,21 @@ class Trainer:
                 )
         packs = pack_batch(
             groups,
-            [group_advantages(group.rewards, self._config.algorithm.advantage) for group in groups],
+            advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage),
             num_ranks=self._ranks.num_ranks,
             max_tokens=self._config.trainer.max_tokens_per_micro_batch,
             filler=self._zero.control.processor.filler,
             hidden_size=self._policy.hidden_size,
         )
         return [encode_packs(of_rank) for of_rank in packs]
+
+    def _shaped_rewards(self, group: Group) -> FloatArray:
+        settings = self._config.algorithm
+        if not settings.overlong_buffer:
+            return group.rewards
+        lengths = np.array([len(completion.token_ids) for completion in group.completions])
+        punishment = overlong_penalty(lengths, self._config.rollout.max_tokens, settings.overlong_buffer)
+        return group.rewards + np.float32(settings.overlong_penalty) * punishment
 
     def _stop_if_wrong(self, stats: StepStats) -> None:
         step = self._policy.version - 1

@@ -1,9 +1,11 @@
-"""Group-relative advantages: the rewards of one prompt's completions against each other; no value network.
+"""Advantages from rewards alone: completions against each other; no value network.
 
-A new estimator is one function of the rewards of a group and one entry in `ESTIMATORS`.
+An estimator looks at the rewards of one group, and may be followed by a normalisation over the whole batch. A new one
+is a function and an entry in `ESTIMATORS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,48 +18,80 @@ Rewards = npt.NDArray[np.float64]
 _EPSILON = 1e-6
 
 
-def group_advantages(rewards: FloatArray, estimator: AdvantageEstimator) -> FloatArray:
-    """Advantages of one group.
+def advantages(rewards: Sequence[FloatArray], estimator: AdvantageEstimator) -> list[FloatArray]:
+    """Advantages of every completion of a batch.
 
     Args:
-        rewards: `[n]`, n >= 2, finite.
+        rewards: of each group, `[n]`, n >= 2, finite.
         estimator: a key of `ESTIMATORS`.
 
     Returns:
-        float32 `[n]`; they sum to 0, and are exactly 0 where all rewards are equal.
+        float32 `[n]` for each group. Those that compare within the group sum to 0 there, and are exactly 0 where all
+        rewards of the group are equal.
 
     Raises:
-        ValueError: fewer than two rewards, or one that is not finite.
+        ValueError: fewer than two rewards in a group, or one that is not finite.
 
-    Example: rewards [1, 0, 0, 0] give [0.75, -0.25, -0.25, -0.25] with `dr_grpo`, [1, -1/3, -1/3, -1/3] with `rloo`
-    and [1.5, -0.5, -0.5, -0.5] with `grpo`.
+    Example: a group with rewards [1, 0, 0, 0] gets [0.75, -0.25, -0.25, -0.25] with `dr_grpo`,
+    [1, -1/3, -1/3, -1/3] with `rloo` and [1.5, -0.5, -0.5, -0.5] with `grpo`.
     """
+    chosen = ESTIMATORS[estimator]
+    values = [chosen.within_group(_checked(group)) for group in rewards]
+    if chosen.normalise_batch and values:
+        everything = np.concatenate(values)
+        mean, std = everything.mean(), everything.std()
+        values = [(group - mean) / (std + _EPSILON) for group in values]
+    return [group.astype(np.float32) for group in values]
+
+
+def _checked(rewards: FloatArray) -> Rewards:
     if rewards.ndim != 1 or len(rewards) < 2:
         raise ValueError(f"a group needs at least two rewards to compare, got shape {rewards.shape}")
     values = rewards.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"rewards must be finite numbers, got {rewards.tolist()}")
-    if values.min() == values.max():
-        return np.zeros(len(values), np.float32)  # the mean of equal numbers may differ from them by rounding
-    return ESTIMATORS[estimator](values).astype(np.float32)
+    return values
 
 
 def grpo(rewards: Rewards) -> Rewards:
     """(r - mean) / (std + 1e-6), std with n - 1. DeepSeekMath, arXiv 2402.03300, section 4.1.2."""
+    if rewards.min() == rewards.max():
+        return np.zeros_like(rewards)
     advantages: Rewards = (rewards - rewards.mean()) / (rewards.std(ddof=1) + _EPSILON)
     return advantages
 
 
 def dr_grpo(rewards: Rewards) -> Rewards:
     """r - mean: without the division, which favours prompts that are nearly solved or hopeless. arXiv 2503.20783."""
+    if rewards.min() == rewards.max():
+        return np.zeros_like(rewards)  # the mean of equal numbers may differ from them by rounding
     advantages: Rewards = rewards - rewards.mean()
     return advantages
 
 
 def rloo(rewards: Rewards) -> Rewards:
     """r minus the mean of the others = n / (n - 1) * (r - mean). REINFORCE leave-one-out, arXiv 2402.14740."""
-    advantages: Rewards = (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
-    return advantages
+    return dr_grpo(rewards) * (len(rewards) / (len(rewards) - 1))
 
 
-ESTIMATORS: Mapping[str, Callable[[Rewards], Rewards]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+def plain(rewards: Rewards) -> Rewards:
+    """r as it is."""
+    return rewards
+
+
+@dataclass(frozen=True, slots=True)
+class Estimator:
+    """How rewards of one group are compared, and whether the outcome is brought to mean 0 and std 1 over the batch."""
+
+    within_group: Callable[[Rewards], Rewards]
+    normalise_batch: bool = False
+
+
+ESTIMATORS: Mapping[AdvantageEstimator, Estimator] = {
+    "grpo": Estimator(grpo),
+    "dr_grpo": Estimator(dr_grpo),
+    "rloo": Estimator(rloo),
+    # REINFORCE++, arXiv 2501.03262: equation 8, and its variant with the group's mean as the baseline, equation 10.
+    "reinforce_plus_plus": Estimator(plain, normalise_batch=True),
+    "reinforce_plus_plus_baseline": Estimator(dr_grpo, normalise_batch=True),
+}

@@ -6,23 +6,25 @@ import pydantic
 
 from common.config import Config
 
-AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo"]
+AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+PolicyLoss = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 class LossConfig(Config):
-    """How rewards become a gradient.
-
-    The published recipes: GRPO is `advantage: grpo, aggregation: seq-mean-token-mean`; Dr. GRPO is `advantage: dr_grpo,
-    aggregation: seq-mean-token-sum-norm`; DAPO's loss is `advantage: grpo, aggregation: token-mean, clip_high: 0.28`.
-    """
+    """How rewards become a gradient. `docs/algorithms.md` has the published recipes in these settings."""
 
     advantage: AdvantageEstimator = "grpo"
     aggregation: Aggregation = "token-mean"
     max_completion_tokens: int | None = pydantic.Field(default=None, ge=1)
     """The constant that `seq-mean-token-sum-norm` divides by; needed there, and only there."""
+    policy_loss: PolicyLoss = "ppo"
+    """`ppo`: clipped token ratios; `gspo`: clipped ratios of whole completions; `cispo`: clipped weights, so that no
+    token loses its gradient."""
     clip_low: float = pydantic.Field(default=0.2, ge=0, le=1)
     clip_high: float = pydantic.Field(default=0.2, ge=0)
+    clip_dual: float | None = pydantic.Field(default=None, gt=1)
+    """Bounds the loss of tokens with a negative advantage at this many advantages. Only with `ppo`."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     kl_coef: float = pydantic.Field(default=0.0, ge=0)
@@ -35,6 +37,13 @@ class LossConfig(Config):
     importance_cap: float | None = pydantic.Field(default=None, gt=0)
     """Truncated importance sampling: each token's loss is weighted by min(learner / actor probability, cap). Only with
     `old_policy: learner`; with `actor` the ratio holds that factor already. Off if unset."""
+    importance_mask: tuple[float, float] | None = None
+    """Masked importance sampling: tokens whose learner / actor probability lies outside [low, high] are left out of
+    the gradient, and counted. Off if unset."""
+    overlong_buffer: int = pydantic.Field(default=0, ge=0)
+    """Soft punishment of long answers: over the last so many tokens before `rollout.max_tokens`, a reward falls by up
+    to `overlong_penalty`. 0: off."""
+    overlong_penalty: float = pydantic.Field(default=1.0, gt=0)
 
     @pydantic.model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
@@ -42,6 +51,12 @@ class LossConfig(Config):
             raise ValueError(
                 "importance_cap needs old_policy: learner (with actor the ratio is the correction already)"
             )
+        if self.clip_dual is not None and self.policy_loss != "ppo":
+            raise ValueError("clip_dual belongs to policy_loss: ppo")
+        if self.policy_loss == "gspo" and self.aggregation != "seq-mean-token-mean":
+            raise ValueError("policy_loss: gspo weighs completions; it needs aggregation: seq-mean-token-mean")
+        if self.importance_mask is not None and not 0 <= self.importance_mask[0] <= 1 <= self.importance_mask[1]:
+            raise ValueError("importance_mask must be [low, high] with 0 <= low <= 1 <= high")
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.max_completion_tokens is not None):
             raise ValueError(
                 "max_completion_tokens and aggregation: seq-mean-token-sum-norm go together; set both or none"

@@ -3,13 +3,20 @@
 With A the advantage of a token's completion, p the policy, r = p / old p and m the reference policy, the loss of a
 token is
 
-    - w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)      PPO's clipped objective (arXiv 1707.06347)
-    - entropy_coef * entropy
-    + kl_coef * (m/p - log(m/p) - 1)                                 the "k3" estimate of KL(p || m)
+    - w * objective - entropy_coef * entropy + kl_coef * (m/p - log(m/p) - 1)     the "k3" estimate of KL(p || m)
 
-where w = 1, or the truncated importance weight min(p / actor, cap) for rollouts of an engine that differs numerically
-from the trainer. A batch is the weighted sum of its tokens; `token_weights` has the denominators. They are those of the
-whole batch over all ranks and micro-batches, so that packs may simply be summed.
+with c = clip(r, 1 - clip_low, 1 + clip_high), |x| = x without gradient, and as the objective one of
+
+    ppo     min(r * A, c * A)                                  arXiv 1707.06347, equation 7
+            max(that, clip_dual * A) where A < 0               arXiv 1912.09729, equation 5
+    gspo    as ppo with r = |s| * p / |p|, s the geometric mean of the ratios of its completion's tokens
+                                                               arXiv 2507.18071, equations 7 and 14
+    cispo   |c| * A * log p                                    arXiv 2506.13585, equations 4 and 5
+
+where w = 1, or for rollouts of an engine that differs numerically from the trainer the truncated importance weight
+min(p / actor, cap), or 0 for p / actor outside a range (masked importance sampling). A batch is the weighted sum of its
+tokens; `token_weights` has the denominators. They are those of the whole batch over all ranks and micro-batches, so
+that packs may simply be summed.
 
 Nothing here hides a value that is not finite: it reaches the gradient norm, and the step is skipped (learner.step).
 Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.
@@ -47,6 +54,8 @@ class LossTerms:
     """k3 estimate of KL(actor || learner)."""
     reference_kl: Tensor
     """k3 estimate of KL(learner || reference); zeros without a reference."""
+    masked: Tensor
+    """1 where the token was left out because learner and actor disagree too much about it."""
 
 
 def policy_loss(
@@ -78,10 +87,24 @@ def policy_loss(
     token_advantages = advantages[sequence_ids]
     old = actor_logprobs if config.old_policy == "actor" else logprobs.detach()
     ratio = _ratio(logprobs - old)
+    if config.policy_loss == "gspo":
+        ratio = sequence_ratio(logprobs, old, sequence_ids, len(advantages))
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio * token_advantages, clipped_ratio * token_advantages)
+    if config.policy_loss == "cispo":
+        objective = clipped_ratio.detach() * token_advantages * logprobs
+    else:
+        objective = torch.minimum(ratio * token_advantages, clipped_ratio * token_advantages)
+    if config.clip_dual is not None:
+        floor = config.clip_dual * token_advantages
+        objective = torch.where(token_advantages < 0, torch.maximum(objective, floor), objective)
+    correction = _ratio(logprobs.detach() - actor_logprobs)
     if config.importance_cap is not None:
-        objective = objective * _ratio(logprobs.detach() - actor_logprobs).clamp(max=config.importance_cap)
+        objective = objective * correction.clamp(max=config.importance_cap)
+    masked = torch.zeros_like(correction)
+    if config.importance_mask is not None:
+        low, high = config.importance_mask
+        masked = ((correction < low) | (correction > high)).float()
+        objective = torch.where(masked.bool(), 0.0, objective)
     token_loss = -objective - config.entropy_coef * entropy
     reference_kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
@@ -93,7 +116,20 @@ def policy_loss(
     with torch.no_grad():
         clipped = (clipped_ratio * token_advantages < ratio * token_advantages).float()
         actor_kl = k3(logprobs - actor_logprobs)
-    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), actor_kl, reference_kl.detach())
+        if config.policy_loss == "cispo":
+            clipped = (clipped_ratio != ratio).float()
+    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), actor_kl, reference_kl.detach(), masked)
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """float32 `[N]`: for each token the geometric mean of the ratios of its completion, with the token's own gradient.
+
+    The completion's ratio is the exponential of the mean of `logprobs - old_logprobs` over its tokens.
+    """
+    lengths = torch.bincount(sequence_ids, minlength=num_sequences).clamp(min=1)
+    sums = torch.zeros(num_sequences, dtype=logprobs.dtype, device=logprobs.device)
+    means = sums.index_add(0, sequence_ids, logprobs.detach() - old_logprobs) / lengths
+    return _ratio(means[sequence_ids] + logprobs - logprobs.detach())
 
 
 def token_weights(sequence_ids: Tensor, num_sequences: int, totals: BatchTotals, config: LossConfig) -> Tensor:

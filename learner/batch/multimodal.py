@@ -94,3 +94,54 @@ def _pad_right(values: list[Tensor]) -> list[Tensor]:
         pads = [number for gap in reversed(missing) for number in (0, gap)]
         padded.append(torch.nn.functional.pad(value, pads))
     return padded
+
+
+Shapes = list[dict[str, tuple[int, ...]]]
+
+
+def multi_modal_shapes(batch_data: Sequence[Mapping[str, Any] | None], indices: Sequence[int] | None = None) -> Shapes:
+    """What each sample contributes to `extract_multi_modal_inputs` of the same arguments, so that it can be undone.
+
+    Returns:
+        For each chosen sample its names and the shapes of their tensors; `()` for a value that is no tensor.
+    """
+    return [
+        {
+            key: tuple(value.shape) if isinstance(value, Tensor) else ()
+            for key, value in (row or {}).items()
+            if value is not None
+        }
+        for row in _select(batch_data, indices)
+    ]
+
+
+def split_multi_modal_inputs(joined: Mapping[str, Tensor | list[Any]], shapes: Shapes) -> list[dict[str, Any]]:
+    """The samples again, from what `extract_multi_modal_inputs` joined; padding of ragged names is cut off.
+
+    Args:
+        joined: names to joined tensors, or to lists.
+        shapes: of `multi_modal_shapes`.
+
+    Returns:
+        One mapping for each sample, `{}` for a text-only one. Tensors are views.
+
+    Raises:
+        ValueError: the shapes do not add up to what was joined; the message has the name and both sizes.
+    """
+    taken = dict.fromkeys(joined, 0)
+    samples = []
+    for shape in shapes:
+        sample: dict[str, Any] = {}
+        for key, size in shape.items():
+            value, start = joined[key], taken[key]
+            if isinstance(value, Tensor):
+                taken[key] += size[0]
+                sample[key] = value[start : start + size[0]][(slice(None), *(slice(length) for length in size[1:]))]
+            else:
+                taken[key] += 1
+                sample[key] = value[start] if start < len(value) else None
+        samples.append(sample)
+    for key, value in joined.items():
+        if taken[key] != len(value):
+            raise ValueError(f"{key}: the samples take {taken[key]} rows, but {len(value)} were joined")
+    return samples

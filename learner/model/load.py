@@ -1,9 +1,9 @@
 """Loads the policy: a Hugging Face vision-language checkpoint, ready to train on packed batches."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,8 +11,14 @@ from torch import nn
 from common import torchvision_ops
 from learner.model import attention
 
-# Where the vision tower is, by the names that models of transformers give it.
-_VISION_MODULES = ("visual", "vision_tower", "vision_model", "vision_encoder")
+Part = Literal["vision_tower", "projector", "language_model"]
+
+# Where the parts of a model are, by the names that transformers gives them. A projector may be inside its tower.
+_MODULES: Mapping[Part, tuple[str, ...]] = {
+    "vision_tower": ("visual", "vision_tower", "vision_model", "vision_encoder"),
+    "projector": ("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner"),
+    "language_model": ("language_model", "lm_head"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ def load_policy(
     model_dir: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    freeze_vision_tower: bool = False,
+    frozen: Sequence[Part] = (),
     gradient_checkpointing: bool = False,
 ) -> tuple[Any, FreezeReport]:
     """Load a checkpoint directory for training.
@@ -36,14 +42,14 @@ def load_policy(
     Args:
         model_dir: config and safetensors of a model that `AutoModelForImageTextToText` knows.
         dtype: of the parameters. Rotary frequencies stay float32 in any case.
-        freeze_vision_tower: its parameters get no gradient.
+        frozen: parts whose parameters get no gradient.
         gradient_checkpointing: recompute layers in the backward pass.
 
     Returns:
         (model in train mode with the packed attention in its text model, what was frozen).
 
     Raises:
-        ValueError: no checkpoint there, or no vision tower to freeze.
+        ValueError: no checkpoint there, or nothing to freeze.
     """
     path = Path(model_dir)
     if not (path / "config.json").is_file():
@@ -59,43 +65,46 @@ def load_policy(
         use_safetensors=True,
         attn_implementation="sdpa",
     )
-    return model, prepare_policy(
-        model, freeze_vision_tower=freeze_vision_tower, gradient_checkpointing=gradient_checkpointing
-    )
+    return model, prepare_policy(model, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
 
 
-def prepare_policy(
-    model: Any, *, freeze_vision_tower: bool = False, gradient_checkpointing: bool = False
-) -> FreezeReport:
+def prepare_policy(model: Any, *, frozen: Sequence[Part] = (), gradient_checkpointing: bool = False) -> FreezeReport:
     """Set up a model of transformers, in place, as `load_policy` does."""
     # Only the text model: the vision tower's attention knows its own windows.
     model.config.get_text_config()._attn_implementation = attention.register()  # noqa: SLF001 - no public setter for one
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return freeze(model, vision_modules(model) if freeze_vision_tower else None)
+    return freeze(model, frozen)
 
 
-def vision_modules(model: nn.Module) -> list[str]:
-    """Full names of the vision towers of a model."""
-    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _VISION_MODULES]
+def find_modules(model: nn.Module, part: Part) -> list[str]:
+    """Full names of the modules that are a part of a model; the outermost ones."""
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in _MODULES[part] and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
-def freeze(model: nn.Module, modules: Iterable[str] | None) -> FreezeReport:
-    """Take the gradient from the named modules; `None` freezes nothing.
+def freeze(model: nn.Module, parts: Sequence[Part]) -> FreezeReport:
+    """Take the gradient from parts of a model.
 
-    Raises ValueError if modules were to be frozen and there is no parameter in them.
+    Raises ValueError if there is no parameter in one of them, or none outside.
     """
-    frozen = tuple(modules) if modules is not None else ()
-    for name in frozen:
-        model.get_submodule(name).requires_grad_(False)
+    frozen: list[str] = []
+    for part in parts:
+        modules = find_modules(model, part)
+        if not any(True for name in modules for _ in model.get_submodule(name).parameters()):
+            raise ValueError(
+                f"freeze_{part} found nothing to freeze in {type(model).__name__}: no module is named "
+                f"{', '.join(_MODULES[part])}; set it to false"
+            )
+        for name in modules:
+            model.get_submodule(name).requires_grad_(False)
+        frozen += modules
     num_frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if modules is not None and num_frozen == 0:
-        raise ValueError(
-            f"freeze_vision_tower found nothing to freeze in {type(model).__name__}: no module is named "
-            f"{', '.join(_VISION_MODULES)}; set it to false"
-        )
     if num_trainable == 0:
         raise ValueError(f"nothing is left to train in {type(model).__name__}: every parameter is frozen")
-    return FreezeReport(num_trainable, num_frozen, frozen)
+    return FreezeReport(num_trainable, num_frozen, tuple(frozen))

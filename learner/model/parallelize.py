@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from learner.model.load import vision_modules
+from learner.model.load import find_modules
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None) -> None:
@@ -35,7 +35,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtyp
 
 def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated layers: the members of each module list right below the text model or a vision tower."""
-    parents = [model.get_submodule(name) for name in vision_modules(model)]
+    parents = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
     text = getattr(getattr(model, "model", model), "language_model", None)
     if text is None:
         raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")

@@ -32,6 +32,8 @@ from learner.types import Group, ProcessedPrompt, PromptSample
 
 log = get_logger("learner.rollouts.dispatcher")
 
+_MAX_UNIFORM_BATCHES = 8
+
 
 class Dataset(Protocol):
     """Rows by number."""
@@ -83,6 +85,7 @@ class Dispatcher:
         sampling_seed: makes sampling reproducible, as far as the engine is; None leaves it to the actors.
         num_threads: for reading and processing rows.
         max_consecutive_drops: groups dropped with none finished between them that end the run.
+        drop_uniform_groups: sample another group in place of one whose rewards are all equal.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Dispatcher:
         sampling_seed: int | None = None,
         num_threads: int = 2,
         max_consecutive_drops: int = 64,
+        drop_uniform_groups: bool = False,
     ) -> None:
         self._dataset = dataset
         self._ledger = ledger
@@ -114,6 +118,8 @@ class Dispatcher:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="process")
         self._max_consecutive_drops = max_consecutive_drops
         self._consecutive_drops = 0
+        self._drop_uniform_groups = drop_uniform_groups
+        self._uniform_groups = 0  # in a row
         self._dropped: collections.Counter[str] = collections.Counter()
         self._num_groups = self._num_completions = self._num_tokens = 0
         self._changed = asyncio.Event()
@@ -165,10 +171,13 @@ class Dispatcher:
             group = await self._make_group(sequence, trained_at)
         except (GroupFailed, RewardError) as error:
             self._drop(sequence, error)
+            return
+        self._consecutive_drops = 0
+        if self._is_refused(group):
+            self._count_drop(sequence, "NO_SIGNAL")
         else:
             self._credits.accept()
             self._buffer.put(group)
-            self._consecutive_drops = 0
             self._num_groups += 1
             self._num_completions += len(group.completions)
             self._num_tokens += sum(len(completion.token_ids) for completion in group.completions)
@@ -199,13 +208,28 @@ class Dispatcher:
 
     def _drop(self, sequence: int, error: GroupFailed | RewardError) -> None:
         log.warning("group dropped", sequence=sequence, reason=error.reason, error=str(error))
-        self._ledger.mark_dropped(sequence, error.reason)
-        self._dropped[error.reason] += 1
-        self._credits.drop()
-        self._changed.set()
+        self._count_drop(sequence, error.reason)
         self._consecutive_drops += 1
         if self._consecutive_drops >= self._max_consecutive_drops:
             raise TooManyDrops(f"{self._consecutive_drops} groups in a row were dropped; the last: {error}") from error
+
+    def _count_drop(self, sequence: int, reason: str) -> None:
+        self._ledger.mark_dropped(sequence, reason)
+        self._dropped[reason] += 1
+        self._credits.drop()
+        self._changed.set()
+
+    def _is_refused(self, group: Group) -> bool:
+        """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): whether equal rewards make the group worthless.
+
+        After `_MAX_UNIFORM_BATCHES` batches of them without another kind they are taken all the same: the task is
+        solved, or hopeless, and the run must not sample for ever.
+        """
+        if not self._drop_uniform_groups or group.rewards.min() != group.rewards.max():
+            self._uniform_groups = 0
+            return False
+        self._uniform_groups += 1
+        return self._uniform_groups <= _MAX_UNIFORM_BATCHES * self._credits.batch
 
     # ----------------------------------------------------------------------------------------------- other threads
 

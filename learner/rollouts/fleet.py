@@ -1,12 +1,13 @@
 """The fleet: which actors there are, what each can do now, and who gets the next group.
 
-    addresses --poll GetStatus--> members --slot(min_version)--> sampler
+    discovery -> addresses --poll GetStatus--> members --slot(min_version)--> sampler
                                      |  ^
                               events v  | mark_committed
                             display, publisher
 
-One `Member` is one incarnation of an actor process. A process that comes back under the same address is another
-member: what was known of the old one (weights, stored media, running groups) is void.
+An address that comes up in DNS is polled from then on; one that is gone from there, and does not answer any more, is
+forgotten. One `Member` is one incarnation of an actor process. A process that comes back under the same address is
+another member: what was known of the old one (weights, stored media, running groups) is void.
 
 | state of a member | takes groups |
 |---|---|
@@ -26,6 +27,7 @@ from common.errors import DeadlineExceeded, Draining, OutriderError, QueueFull
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.client import GrpcClient, RolloutClient
+from learner.rollouts.discovery import Discovery, Resolve
 from learner.rollouts.members import FleetEvent, Member
 
 log = get_logger("learner.rollouts.fleet")
@@ -45,6 +47,7 @@ class _Place:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     late_polls: int = 0
     reported: bool = False
+    poll: "asyncio.Task[None] | None" = None
 
 
 @dataclass(eq=False, slots=True)
@@ -55,10 +58,10 @@ class _Waiter:
 
 
 class Fleet:
-    """A fixed list of addresses and the actors behind them. Belongs to one event loop, except where noted.
+    """Addresses and the actors behind them. Belongs to one event loop, except where noted.
 
     Args:
-        addresses: "host:port" of each actor.
+        targets: where actors may be, see `learner.rollouts.discovery`.
         run_id: this learner's. Only what `mark_committed` reports counts as a served version then, so that an actor
             with the weights of another run gets nothing. None: the version that an actor reports is believed, for
             standalone actors.
@@ -66,30 +69,32 @@ class Fleet:
         slots_per_actor: groups that one actor works on at once.
         poll_s: pause between two GetStatus calls to one actor.
         status_timeout_s: deadline of one such call.
+        discover_s: pause between two look-ups of names.
+        resolve: look-up of a name.
     """
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        targets: Sequence[str],
         *,
         run_id: str | None,
         connect: Callable[[str], RolloutClient] = GrpcClient,
         slots_per_actor: int = 64,
         poll_s: float = 0.5,
         status_timeout_s: float = 5.0,
+        discover_s: float = 2.0,
+        resolve: Resolve | None = None,
     ) -> None:
-        if not addresses:
-            raise ConfigError("no actor addresses; give at least one host:port")
-        if len(set(addresses)) != len(addresses):
-            raise ConfigError(f"an actor address is given twice: {', '.join(addresses)}")
-        self._addresses = tuple(addresses)
+        self._targets = tuple(targets)
+        self._discovery = Discovery(targets, resolve)
+        self._discover_s = discover_s
         self._run_id = run_id
         self._connect = connect
         self._slots = slots_per_actor
         self._poll_s = poll_s
         self._status_timeout_s = status_timeout_s
         self._places: dict[str, _Place] = {}
-        self._polls: list[asyncio.Task[None]] = []
+        self._discovering: asyncio.Task[None] | None = None
         self._waiters: collections.deque[_Waiter] = collections.deque()
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
@@ -101,14 +106,16 @@ class Fleet:
         Raises `ConfigError`, one line that names the silent addresses, if too few answer in time.
         """
         self._min_actors = min_actors
-        for address in self._addresses:
-            self._places[address] = _Place(Member(address, self._connect(address), self._slots))
-        self._polls = [asyncio.create_task(self._poll(place)) for place in self._places.values()]
+        for address in self._discovery.fixed:
+            self._add(address)
+        if self._discovery.changes:
+            self._discovering = asyncio.create_task(self._discover())
         try:
             async with asyncio.timeout(startup_timeout_s):
                 await self._enough.wait()
         except TimeoutError:
             silent = ", ".join(f"{m.address} ({m.reason})" for m in self.members() if not m.reachable)
+            silent = silent or ", ".join(self._targets)
             raise ConfigError(
                 f"no answer within {startup_timeout_s:g} s from {silent}; start `python -m actor --listen ADDRESS "
                 "--model DIR` there, or correct the list of actor addresses"
@@ -116,16 +123,18 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop polling and close every connection."""
-        for poll in self._polls:
-            poll.cancel()
-        await asyncio.gather(*self._polls, return_exceptions=True)
+        polls = [place.poll for place in self._places.values() if place.poll is not None]
+        tasks = [*polls, self._discovering] if self._discovering is not None else polls
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for waiter in self._waiters:
             waiter.future.cancel()
         await asyncio.gather(*(place.member.client.close() for place in self._places.values()))
 
     def members(self) -> tuple[Member, ...]:
-        """One for each address, in the order given, reachable or not. May be called from any thread."""
-        return tuple(place.member for place in self._places.values())
+        """One for each address, reachable or not. May be called from any thread."""
+        return tuple(place.member for place in self._places.copy().values())
 
     def live(self) -> tuple[Member, ...]:
         """Those that answer, in whatever state. May be called from any thread."""
@@ -139,9 +148,10 @@ class Fleet:
 
     def mark_committed(self, address: str, actor_id: str, version: int) -> None:
         """The publisher: this incarnation now serves `version`. Unknown incarnations are ignored: they are gone."""
-        member = self._places[address].member
-        if member.actor_id != actor_id or not member.reachable:
+        place = self._places.get(address)
+        if place is None or place.member.actor_id != actor_id or not place.member.reachable:
             return
+        member = place.member
         member.version = version
         member.marks += 1
         if member.state in (ActorState.LOADING, ActorState.PENDING_WEIGHTS):
@@ -222,6 +232,34 @@ class Fleet:
             else:
                 passed_over.append(waiter)
         self._waiters.extendleft(reversed(passed_over))
+
+    # -------------------------------------------------------------------------------------------------- discovery
+
+    def _add(self, address: str) -> None:
+        place = self._places[address] = _Place(Member(address, self._connect(address), self._slots))
+        place.poll = asyncio.create_task(self._poll(place))
+
+    async def _discover(self) -> None:
+        while True:
+            addresses = await self._discovery.addresses()
+            for address in addresses:
+                if address not in self._places:
+                    self._add(address)
+            for address in [*self._places]:
+                # Who answers is an actor, whatever DNS says of it.
+                if address not in addresses and not self._places[address].member.reachable:
+                    await self._forget(address)
+            await asyncio.sleep(self._discover_s)
+
+    async def _forget(self, address: str) -> None:
+        place = self._places.pop(address)
+        assert place.poll is not None
+        place.poll.cancel()
+        await asyncio.gather(place.poll, return_exceptions=True)
+        if place.member.reachable:  # it came back in this very moment
+            self._leave(place, "its address is gone from DNS")
+        await place.member.client.close()
+        log.info("address forgotten", address=address)
 
     # ------------------------------------------------------------------------------------------------------ polls
 

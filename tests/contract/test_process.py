@@ -1,7 +1,6 @@
 """`python -m actor` as a user starts it, with the fake engine."""
 
 import asyncio
-import os
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1 import weights_pb2
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
+from tests.launched import as_in_a_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +51,7 @@ async def launch() -> AsyncIterator[Launch]:
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            preexec_fn=as_in_a_terminal,
         )
         processes.append(process)
         if not wait_ready:
@@ -204,9 +205,3 @@ async def test_help_is_instant_and_complete(launch: Launch) -> None:
     assert actor.process.returncode == 0
     for flag in ("--model", "--listen", "--engine", "--standalone", "--config", "key=value"):
         assert flag in stdout.decode()
-
-
-def test_environment_is_clean() -> None:
-    """The tests above measure signals; a parent that ignores SIGINT would make them lie."""
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    assert os.name == "posix"

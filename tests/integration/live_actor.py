@@ -30,7 +30,7 @@ from common.types import (
     SamplingParams,
 )
 from learner.batch.processing import PromptProcessor
-from learner.model.load import vision_modules
+from learner.model.load import find_modules
 from learner.rollouts.client import RolloutClient, SampledGroup
 from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
@@ -166,7 +166,7 @@ class WeightSource:
 
 def snapshot(model: Any, version: int, says_vision: bool | None = None) -> Snapshot:
     """A snapshot of a model of this process, in several buckets."""
-    taken = Snapshotter(model, vision_modules(model), is_sender=True, bucket_bytes=2**19).take(version)
+    taken = Snapshotter(model, find_modules(model, "vision_tower"), is_sender=True, bucket_bytes=2**19).take(version)
     assert taken is not None
     return taken if says_vision is None else replace(taken, trains_vision=says_vision)
 

@@ -110,6 +110,27 @@ async def test_the_version_that_a_later_step_needs_is_waited_for() -> None:
         assert actor.requests[1].min_policy_version == 1
 
 
+async def test_a_group_of_equal_rewards_makes_room_for_another() -> None:
+    def reward(*, ground_truth: str, token_ids: list[int], **_: Any) -> float:
+        return float(token_ids[0]) if int(ground_truth) % 2 else 1.0
+
+    async with dispatching(batch=2, reward=reward, drop_uniform_groups=True) as setup:
+        taken = await setup.take(2)
+        rows = [setup.ledger.row(sequence) for sequence in taken]
+        assert all(row % 2 for row in rows)
+        uniform = [sequence for sequence in range(max(taken)) if setup.ledger.row(sequence) % 2 == 0]
+        assert {reason: sorted(sequences) for reason, sequences in setup.ledger.dropped.items()} == {
+            "NO_SIGNAL": uniform
+        }
+        assert setup.dispatcher.stats().dropped == {"NO_SIGNAL": len(uniform)}
+
+
+async def test_a_solved_task_does_not_sample_for_ever() -> None:
+    async with dispatching(batch=2, drop_uniform_groups=True) as setup:
+        await setup.take(2)
+        assert setup.dispatcher.stats().dropped == {"NO_SIGNAL": 8 * 2}
+
+
 async def test_too_stale_groups_are_sampled_again() -> None:
     actor = FakeActor("one", version=0)
     async with dispatching(batch=2, max_staleness=1, actor=actor) as setup:

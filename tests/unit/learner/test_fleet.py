@@ -1,6 +1,7 @@
 """The fleet: who may get a group, and what it says about comings and goings."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ import pytest
 from common.config import ConfigError
 from common.errors import EngineDead, QueueFull, Unreachable
 from common.types import ActorState
+from learner.rollouts.discovery import Discovery
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
 from tests.fakes import FakeActor, until
@@ -230,3 +232,97 @@ def test_bad_address_lists() -> None:
         Fleet([], run_id=None)
     with pytest.raises(ConfigError, match="twice"):
         Fleet(["a:1", "a:1"], run_id=None)
+
+
+class Names:
+    """A resolver whose answer can be changed."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.answer: list[str] | OSError = list(addresses)
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        assert (host, port) == ("actors", 7)
+        if isinstance(self.answer, OSError):
+            raise self.answer
+        return self.answer
+
+
+@asynccontextmanager
+async def discovering(names: Names, *actors: FakeActor, fixed: tuple[str, ...] = ()) -> AsyncIterator[Fleet]:
+    by_address = {actor.address: actor for actor in actors}
+    fleet = Fleet(
+        [*fixed, "dns:///actors:7"],
+        run_id=None,
+        connect=lambda address: by_address[address].connect(),
+        poll_s=0.001,
+        discover_s=0.001,
+        resolve=names,
+    )
+    await fleet.start(startup_timeout_s=10)
+    try:
+        yield fleet
+    finally:
+        await fleet.close()
+
+
+def addresses(fleet: Fleet) -> list[str]:
+    return [member.address for member in fleet.members()]
+
+
+async def test_actors_come_and_go_with_their_name() -> None:
+    one, two, three = (FakeActor(f"10.0.0.{i}:7") for i in (1, 2, 3))
+    names = Names("10.0.0.1")
+    async with discovering(names, one, two, three) as fleet:
+        assert addresses(fleet) == ["10.0.0.1:7"]
+        names.answer = ["10.0.0.3", "10.0.0.1", "10.0.0.2"]
+        await until(lambda: len(fleet.live()) == 3)
+        # Gone from DNS, but it answers: it finishes what it has.
+        names.answer = ["10.0.0.2", "10.0.0.3"]
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert "10.0.0.1:7" in addresses(fleet)
+        one.kill()
+        await until(lambda: addresses(fleet) == ["10.0.0.2:7", "10.0.0.3:7"])
+        one.restart(ActorState.SERVING)
+        names.answer = ["10.0.0.1"]
+        two.kill()
+        three.kill()
+        await until(lambda: addresses(fleet) == ["10.0.0.1:7"] and fleet.live())
+        async with fleet.slot(any_version) as member:
+            assert member.actor_id == "10.0.0.1:7#2"
+
+
+async def test_fixed_addresses_stay() -> None:
+    fixed, found = FakeActor("fixed:1"), FakeActor("10.0.0.1:7")
+    names = Names("10.0.0.1")
+    async with discovering(names, fixed, found, fixed=("fixed:1",)) as fleet:
+        await until(lambda: len(fleet.live()) == 2)
+        names.answer = []
+        found.kill()
+        fixed.kill()
+        await until(lambda: addresses(fleet) == ["fixed:1"])
+
+
+@pytest.mark.parametrize("error", [socket.gaierror(socket.EAI_AGAIN, "try again"), OSError("no route")])
+async def test_a_resolver_that_fails_forgets_nobody(error: OSError) -> None:
+    actor = FakeActor("10.0.0.1:7")
+    names = Names("10.0.0.1")
+    async with discovering(names, actor) as fleet:
+        names.answer = error
+        actor.kill()
+        await until(lambda: not fleet.live())
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert addresses(fleet) == ["10.0.0.1:7"]
+        names.answer = socket.gaierror(socket.EAI_NONAME, "no such name")  # no pod is there
+        await until(lambda: not addresses(fleet))
+        names.answer = ["10.0.0.1"]
+        actor.restart(ActorState.SERVING)
+        await until(fleet.live)
+
+
+async def test_the_systems_own_resolver() -> None:
+    assert "127.0.0.1:80" in await Discovery(["dns:///localhost:80"]).addresses()
+    assert await Discovery(["dns:///does-not-exist.invalid:80", "a:1"]).addresses() == ("a:1",)
+    with pytest.raises(ConfigError, match="is not an address"):
+        Discovery(["dns:///actors"])

@@ -1,5 +1,6 @@
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.algorithms.advantages import group_advantages
+from common.types import FloatArray
+from learner.algorithms.advantages import ESTIMATORS, advantages
 from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, k3, policy_loss
+from learner.algorithms.shaping import overlong_penalty
+
+
+def group_advantages(rewards: FloatArray, estimator: Any) -> FloatArray:
+    """Of a batch of one group."""
+    (values,) = advantages([rewards], estimator)
+    return values
+
 
 REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12)
 
@@ -27,7 +37,7 @@ def test_advantages_are_those_of_a_naive_loop(rewards: list[float]) -> None:
         "rloo": [r - statistics.fmean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)],
     }
     for estimator, values in expected.items():
-        actual = group_advantages(np.array(rewards, np.float32), estimator)  # type: ignore[arg-type]
+        actual = group_advantages(np.array(rewards, np.float32), estimator)
         assert actual.dtype == np.float32
         np.testing.assert_allclose(actual, [0.0] * n if equal else values, atol=1e-4, rtol=1e-4)
 
@@ -39,15 +49,51 @@ def test_advantages_by_hand() -> None:
     np.testing.assert_allclose(group_advantages(rewards, "rloo"), [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS.keys() - {"reinforce_plus_plus"}))
 def test_equal_rewards_teach_exactly_nothing(estimator: Any) -> None:
     assert group_advantages(np.full(7, 0.1, np.float32), estimator).tolist() == [0.0] * 7
+
+
+@given(batch=st.lists(REWARDS, min_size=1, max_size=4))
+def test_advantages_over_the_batch_are_those_of_a_naive_loop(batch: list[list[float]]) -> None:
+    for estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        centred = batch
+        if estimator == "reinforce_plus_plus_baseline":
+            centred = [[r - statistics.fmean(group) for r in group] for group in batch]
+        flat = [r for group in centred for r in group]
+        mean, std = statistics.fmean(flat), statistics.pstdev(flat)
+        actual = advantages([np.array(group, np.float32) for group in batch], estimator)  # type: ignore[arg-type]
+        assert [len(group) for group in actual] == [len(group) for group in batch]
+        if std > 1e-3:  # else rounding decides
+            expected = [(r - mean) / (std + 1e-6) for r in flat]
+            np.testing.assert_allclose(np.concatenate(actual), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_overlong_answers_by_hand() -> None:
+    lengths = np.array([1, 6, 7, 9, 10], np.int32)
+    assert overlong_penalty(lengths, max_tokens=10, buffer=4).tolist() == [0, 0, -0.25, -0.75, -1]
 
 
 @pytest.mark.parametrize("rewards", [[1.0], [], [1.0, math.nan], [math.inf, 0.0]])
 def test_rewards_that_cannot_be_compared_are_errors(rewards: list[float]) -> None:
     with pytest.raises(ValueError, match="rewards"):
         group_advantages(np.array(rewards, np.float32), "grpo")
+
+
+def naive_ratio(token: dict[str, float], sequence: list[dict[str, float]], config: LossConfig) -> float:
+    def log_ratio(t: dict[str, float]) -> float:
+        return t["logprob"] - t["actor"] if config.old_policy == "actor" else 0.0
+
+    if config.policy_loss == "gspo":
+        return math.exp(statistics.fmean(log_ratio(t) for t in sequence))
+    return math.exp(log_ratio(token))
+
+
+def is_masked(token: dict[str, float], config: LossConfig) -> bool:
+    if config.importance_mask is None:
+        return False
+    low, high = config.importance_mask
+    return not low <= math.exp(token["logprob"] - token["actor"]) <= high
 
 
 def naive_loss(
@@ -62,11 +108,17 @@ def naive_loss(
     for sequence, advantage in zip(tokens, advantages, strict=True):
         for token in sequence:
             p, actor = token["logprob"], token["actor"]
-            ratio = math.exp(p - (actor if config.old_policy == "actor" else p))
+            ratio = naive_ratio(token, sequence, config)
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
             value = -min(ratio * advantage, clipped * advantage)
+            if config.policy_loss == "cispo":
+                value = -clipped * advantage * p
+            if config.clip_dual is not None and advantage < 0:
+                value = min(value, -config.clip_dual * advantage)
             if config.importance_cap is not None:
                 value *= min(math.exp(p - actor), config.importance_cap)
+            if is_masked(token, config):
+                value = 0.0
             value -= config.entropy_coef * token["entropy"]
             m = token["reference"]
             value += config.kl_coef * (math.exp(m - p) - (m - p) - 1)
@@ -87,6 +139,11 @@ CONFIGS = [
     LossConfig(aggregation="seq-mean-token-sum-norm", max_completion_tokens=9, advantage="dr_grpo"),
     LossConfig(old_policy="learner", importance_cap=1.5, entropy_coef=-0.1),
     LossConfig(old_policy="learner", aggregation="seq-mean-token-mean"),
+    LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.05, clip_high=0.1, kl_coef=0.1),
+    LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5, entropy_coef=0.01),
+    LossConfig(clip_dual=1.5),
+    LossConfig(importance_mask=(0.5, 2.0)),
+    LossConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
 ]
 
 
@@ -111,12 +168,85 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
         flat["reference"],
     )
     assert terms.loss.item() == pytest.approx(naive_loss(tokens, advantages, config, 31, 8), rel=1e-4, abs=1e-6)
-    clipped = []
+    clipped, masked = [], []
     for sequence, advantage in zip(tokens, advantages, strict=True):
         for t in sequence:
-            ratio = math.exp(t["logprob"] - t["actor"]) if config.old_policy == "actor" else 1.0
-            clipped.append(float(ratio > 1 + config.clip_high if advantage > 0 else ratio < 1 - config.clip_low))
+            ratio = naive_ratio(t, sequence, config)
+            above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low
+            one_sided = above if advantage > 0 else below
+            clipped.append(float(above or below if config.policy_loss == "cispo" else one_sided))
+            masked.append(float(is_masked(t, config)))
     assert terms.clipped.tolist() == clipped
+    assert terms.masked.tolist() == masked
+
+
+def test_the_gradient_of_gspo_is_that_of_its_sequence_level_objective() -> None:
+    """Equation 5 of the paper by autograd: no token ratios in it at all."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, advantages = [3, 1, 4], torch.tensor([1.0, -0.5, 0.25])
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    actor = -torch.rand(8, generator=generator)
+    config = LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.3, clip_high=0.02)
+    gradients = []
+    for ours in (True, False):
+        logprobs = (actor + 0.1 * torch.randn(8, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        if ours:
+            policy_loss(logprobs, torch.zeros(8), actor, advantages, ids, BatchTotals(8, 3), config).loss.backward()
+        else:
+            ratios = torch.stack([part.mean().exp() for part in (logprobs - actor).split(lengths)])
+            clipped = ratios.clamp(0.7, 1.02)
+            (-torch.minimum(ratios * advantages, clipped * advantages).mean()).backward()
+        assert logprobs.grad is not None
+        gradients.append(logprobs.grad)
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0] == 0).any()
+    assert (gradients[0] != 0).any()
+
+
+def test_no_token_loses_its_gradient_to_cispo() -> None:
+    logprobs = torch.tensor([-0.1, -1.0, -3.0], requires_grad=True)
+    config = LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5)
+    actor = torch.tensor([-3.0, -1.0, -1.0])
+    zeros, ids = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    policy_loss(logprobs, zeros, actor, torch.tensor([2.0]), ids, BatchTotals(3, 1), config).loss.backward()
+    assert logprobs.grad is not None
+    np.testing.assert_allclose(logprobs.grad.numpy(), [-2 * 1.5 / 3, -2 / 3, -2 * math.exp(-2) / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_dual": 3.0, "policy_loss": "cispo"}, "clip_dual belongs to"),
+        ({"policy_loss": "gspo"}, "needs aggregation: seq-mean-token-mean"),
+        ({"importance_mask": [1.1, 2.0]}, "0 <= low <= 1 <= high"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=message):
+        LossConfig(**settings)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "GRPO": {"advantage": "grpo", "aggregation": "seq-mean-token-mean"},
+    "Dr. GRPO": {
+        "advantage": "dr_grpo",
+        "aggregation": "seq-mean-token-sum-norm",
+        "max_completion_tokens": 1024,
+    },
+    "DAPO": {"advantage": "grpo", "aggregation": "token-mean", "clip_high": 0.28, "overlong_buffer": 256},
+    "RLOO": {"advantage": "rloo", "old_policy": "learner"},
+    "REINFORCE++": {"advantage": "reinforce_plus_plus", "aggregation": "token-mean"},
+    "GSPO": {"policy_loss": "gspo", "aggregation": "seq-mean-token-mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "CISPO": {"policy_loss": "cispo", "aggregation": "token-mean", "clip_low": 1.0, "clip_high": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipes_are_settings_and_stand_in_the_table(name: str) -> None:
+    LossConfig(**RECIPES[name])
+    (line,) = [line for line in Path("docs/algorithms.md").read_text().splitlines() if line.startswith(f"| {name} |")]
+    for key, value in RECIPES[name].items():
+        assert f"{key}: {value}" in line
 
 
 def test_the_gradient_of_old_policy_learner_is_reinforce() -> None:

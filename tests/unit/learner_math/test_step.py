@@ -11,9 +11,11 @@ from learner.algorithms.config import LossConfig
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.config import OptimizerConfig, learning_rate
-from learner.model.load import freeze, load_policy, prepare_policy, vision_modules
+from learner.model.load import freeze, load_policy, prepare_policy
+from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.step import StepStats, clip_gradients, train_step
+from learner.weights.snapshot import Snapshotter
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
 
 LOSS = LossConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean", clip_high=1000.0, clip_low=1.0)
@@ -101,24 +103,51 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     assert model.bias.grad.tolist() == [pytest.approx(0.8, rel=1e-5)]
 
 
-def test_a_frozen_vision_tower_stays_as_it_is(model_dir: Any, processor: PromptProcessor) -> None:
-    policy, report = load_policy(model_dir, freeze_vision_tower=True)
-    vision = {name: value.clone() for name, value in policy.named_parameters() if ".visual." in name}
-    assert report.frozen == ("model.visual",)
-    assert report.num_frozen == sum(value.numel() for value in vision.values())
+@pytest.mark.parametrize(
+    ("frozen", "modules"),
+    [
+        (["vision_tower"], ("model.visual",)),
+        (["projector"], ("model.visual.merger",)),
+        (["language_model"], ("model.language_model", "lm_head")),
+        (["vision_tower", "projector"], ("model.visual", "model.visual.merger")),
+    ],
+)
+def test_frozen_parts_stay_as_they_are(
+    model_dir: Any, processor: PromptProcessor, frozen: Any, modules: tuple[str, ...]
+) -> None:
+    """For 20 steps of AdamW, whose state and weight decay would move them too."""
+    policy, report = load_policy(model_dir, frozen=frozen)
+    before = {name: value.detach().clone() for name, value in policy.named_parameters()}
+    still = {name for name in before if any(name.startswith(f"{module}.") for module in modules)}
+    assert report.frozen == modules
+    assert report.num_frozen == sum(before[name].numel() for name in still)
     assert report.num_trainable + report.num_frozen == sum(p.numel() for p in policy.parameters())
-    stats = step(policy, packs(processor), suppressed_token_ids=SUPPRESSED, learning_rate=5e-3)
-    assert stats.learning_rate == 5e-3
-    after = dict(policy.named_parameters())
-    assert all(torch.equal(value, after[name]) for name, value in vision.items())
-    assert not torch.equal(after["lm_head.weight"], load_policy(model_dir)[0].lm_head.weight)
+    optimizer = build_optimizer(policy, OPTIMIZER)
+    batches = packs(processor)
+    for _ in range(20):
+        train_step(policy, optimizer, batches, LOSS, policy_version=0, suppressed_token_ids=SUPPRESSED)
+    for name, value in policy.named_parameters():
+        assert torch.equal(value, before[name]) == (name in still), name
+        assert (name in still) == (value not in optimizer.state), name
+    # What an update sends: all that trains, and nothing else.
+    snapshot = Snapshotter(policy, [], is_sender=True, bucket_bytes=2**20).take(1)
+    assert snapshot is not None
+    assert {parameter.name for parameter in snapshot.update(full=False)[0].parameters} == before.keys() - still
 
 
-def test_freezing_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="found nothing to freeze in Sequential"):
-        freeze(nn.Sequential(nn.Linear(2, 2)), vision_modules(nn.Sequential(nn.Linear(2, 2))))
+def test_a_frozen_part_gets_no_gradient(model_dir: Any, processor: PromptProcessor) -> None:
+    policy, _ = load_policy(model_dir, frozen=["vision_tower"])
+    (batch,) = packs(processor)
+    logprobs, _ = completion_logprobs(policy, batch)
+    logprobs.sum().backward()
+    assert all((value.grad is None) == name.startswith("model.visual.") for name, value in policy.named_parameters())
+
+
+def test_freezing_nothing_or_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match="freeze_vision_tower found nothing to freeze in Sequential"):
+        freeze(nn.Sequential(nn.Linear(2, 2)), ["vision_tower"])
     with pytest.raises(ValueError, match="nothing is left to train"):
-        freeze(nn.ModuleDict({"visual": nn.Linear(2, 2)}), ["visual"])
+        freeze(nn.ModuleDict({"visual": nn.Linear(2, 2)}), ["vision_tower"])
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Any) -> None:

@@ -1,0 +1,84 @@
+"""What an actor tells Prometheus, on an HTTP port of its own.
+
+| metric | type | what |
+|---|---|---|
+| `outrider_actor_state` | gauge by `state` | 1 for the state that it is in |
+| `outrider_actor_policy_version` | gauge | version that it serves |
+| `outrider_actor_running_completions`, `..._waiting_completions` | gauge | in the engine, and in its queue |
+| `outrider_actor_groups_total` | counter by `outcome` | groups `finished`, `refused`, `cancelled`, `failed` |
+| `outrider_actor_completions_total` | counter by `finish_reason` | finished completions |
+| `outrider_actor_tokens_total` | counter | their tokens |
+| `outrider_actor_first_token_seconds`, `outrider_actor_completion_seconds` | histogram | from the request's arrival |
+| `outrider_actor_media_total` | counter by `source` | media items `sent` with a request, `stored` here, `missing` |
+| `outrider_actor_pause_seconds` | histogram | how long a weight update stopped generation |
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from actor.engine import Engine
+from actor.weights import PolicyState
+from common.config import ConfigError
+from common.rpc.server import split_address
+from common.types import ActorState, Completion
+
+_PREFIX = "outrider_actor_"
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class ActorMetrics:
+    """Counts in the event loop; gauges are read when somebody asks, from the thread that answers."""
+
+    def __init__(self, policy: PolicyState, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.groups = self._counter("groups", "Calls of Generate.", "outcome")
+        self.media = self._counter("media", "Media items of requests.", "source")
+        self.pauses = self._histogram("pause_seconds", "Pause of generation for a weight update.")
+        self._completions = self._counter("completions", "Finished completions.", "finish_reason")
+        self._tokens = self._counter("tokens", "Tokens of finished completions.")
+        self._first_token_s = self._histogram("first_token_seconds", "Time to the first token of a completion.")
+        self._finished_s = self._histogram("completion_seconds", "Time to the end of a completion.")
+        self._gauge("policy_version", "Policy version that is served.", lambda: policy.policy_version)
+        self._gauge("running_completions", "Completions in the engine.", lambda: engine.load().num_running)
+        self._gauge("waiting_completions", "Completions in its queue.", lambda: engine.load().num_waiting)
+        states = Gauge(f"{_PREFIX}state", "1 for the state that it is in.", ["state"], registry=self.registry)
+        for state in ActorState:
+            states.labels(state.value).set_function(functools.partial(_is_in, policy, state))
+
+    def finished(self, completions: Sequence[Completion]) -> None:
+        """Count completions that are about to be sent."""
+        for completion in completions:
+            self._completions.labels(completion.finish_reason.value).inc()
+            self._tokens.inc(len(completion.token_ids))
+            self._first_token_s.observe(completion.first_token_s)
+            self._finished_s.observe(completion.finished_s)
+
+    def serve(self, listen: str) -> tuple[int, Callable[[], None]]:
+        """Answer HTTP at `host:port`; the port, and what stops it. Raises ConfigError if it is taken."""
+        host, port = split_address(listen)
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise ConfigError(f"metrics_listen: {listen}: {error.strerror or error}") from None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return server.server_port, stop
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", text, buckets=_SECONDS, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"{_PREFIX}{name}", text, registry=self.registry).set_function(value)
+
+
+def _is_in(policy: PolicyState, state: ActorState) -> float:
+    return float(policy.state is state)
