@@ -158,7 +158,8 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if cores is not None:
             os.environ[CORES_VARIABLE] = cores
-            os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
+        num_cores = len(parse_cores(cores) if cores is not None else os.sched_getaffinity(0))
+        os.environ["OMP_NUM_THREADS"] = str(num_cores)  # or vLLM takes one
         return "uni"
 
     async def _warm_up(self) -> None:
