@@ -10,12 +10,13 @@ examples:
   python -m actor --model runs/digits/export --standalone
   python -m actor --model /models/Qwen2.5-VL-3B-Instruct --listen 127.0.0.1:50051 vllm.dtype=bfloat16
   python -m actor --engine fake --standalone fake.token_s=0.01
+  python -m actor ask --image digit.png "Which digit?"          ask a running actor; see `ask --help`
 
 Every key of the configuration can be given as key.path=value; actor/config.py lists them.
 """
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m actor",
@@ -34,6 +35,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; the exit code is 2 for a mistake of the user, 1 for a dead engine."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ask"]:
+        from actor import ask
+
+        return ask.main(arguments[1:])
     options = parse(arguments)
 
     from common.config import ConfigError

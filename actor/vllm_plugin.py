@@ -16,13 +16,13 @@ CORES_VARIABLE = "OUTRIDER_CPU_CORES"
 def register() -> None:
     """Add Outrider's way of receiving weights to vLLM's registry; importing this package has repaired torchvision."""
     actor_pid = os.environ.get(ACTOR_VARIABLE)
-    if actor_pid is not None and actor_pid != str(os.getpid()):
+    if actor_pid is not None:  # else it is somebody else's vLLM
+        _keep_media_of_cached_prompts()
+    if actor_pid not in (None, str(os.getpid())):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
         if CORES_VARIABLE in os.environ:
             os.sched_setaffinity(0, parse_cores(os.environ[CORES_VARIABLE]))
-
-    _keep_media_of_cached_prompts()
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 

@@ -127,7 +127,7 @@ class _OurSide:
     """The learner's own client."""
 
     def __init__(self, address: str, runner: asyncio.Runner) -> None:
-        from learner.rollouts.client import GrpcClient
+        from common.client import GrpcClient
 
         async def connect() -> GrpcClient:
             return GrpcClient(address)

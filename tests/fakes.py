@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from common.client import SampledGroup
 from common.errors import Draining, OutriderError, Unreachable, WeightsPending
 from common.media import content_hash
 from common.types import (
@@ -30,7 +31,6 @@ from common.types import (
     TextPart,
     VersionSpan,
 )
-from learner.rollouts.client import SampledGroup
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, ProcessedPrompt, PromptSample
 

@@ -22,11 +22,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from common.client import GrpcClient, RolloutClient
 from common.config import ConfigError
 from common.errors import DeadlineExceeded, Draining, OutriderError, QueueFull
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
-from learner.rollouts.client import GrpcClient, RolloutClient
 from learner.rollouts.discovery import Discovery, Resolve
 from learner.rollouts.members import FleetEvent, Member
 

@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.client import RolloutClient
 from common.types import ActorState, ActorStatus
-from learner.rollouts.client import RolloutClient
 
 
 @dataclass(eq=False, slots=True)

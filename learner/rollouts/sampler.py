@@ -10,6 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+from common.client import SampledGroup
 from common.errors import (
     Draining,
     InvalidRequest,
@@ -23,7 +24,6 @@ from common.errors import (
 from common.log import get_logger
 from common.media import content_hash
 from common.types import ChatPrompt, MediaItem, RolloutRequest, SamplingParams
-from learner.rollouts.client import SampledGroup
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
 from learner.rollouts.tripwire import ImageMismatch, check_images

@@ -20,6 +20,7 @@ from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1 import weights_pb2
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
+from tests.contract.conftest import png
 from tests.launched import as_in_a_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,3 +206,33 @@ async def test_help_is_instant_and_complete(launch: Launch) -> None:
     assert actor.process.returncode == 0
     for flag in ("--model", "--listen", "--engine", "--standalone", "--config", "key=value"):
         assert flag in stdout.decode()
+
+
+async def test_ask_prints_the_answers(launch: Launch, tmp_path: Path) -> None:
+    actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0")
+    image = tmp_path / "image.png"
+    image.write_bytes(png())
+    question = ("--address", actor.address, "--image", str(image), "--n", "3", "What is this?")
+    asked = await launch("ask", *question, wait_ready=False)
+    stdout, stderr = await asked.process.communicate()
+    assert (asked.process.returncode, stderr) == (0, b"")
+    assert len(stdout.decode().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line", "code"),
+    [
+        (("--image", "no.png", "What?"), "ask: no.png: No such file or directory", 2),
+        (("--address", "127.0.0.1:1", "What?"), "ask: 127.0.0.1:1: UNAVAILABLE", 1),
+        (("--n", "100000", "What?"), "sampling.n: must be 1 to", 1),
+    ],
+)
+async def test_ask_says_what_is_wrong_in_one_line(
+    launch: Launch, arguments: tuple[str, ...], line: str, code: int
+) -> None:
+    actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0")
+    asked = await launch("ask", "--address", actor.address, *arguments, wait_ready=False)
+    _, stderr = await asked.process.communicate()
+    assert asked.process.returncode == code
+    assert line in stderr.decode()
+    assert len(stderr.decode().splitlines()) == 1

@@ -17,6 +17,7 @@ from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineRequest
 from actor.engine_vllm import VllmEngine
 from actor.weights import PolicyState
+from common.client import RolloutClient, SampledGroup
 from common.media import content_hash, decode_image
 from common.types import (
     ActorState,
@@ -31,7 +32,6 @@ from common.types import (
 )
 from learner.batch.processing import PromptProcessor
 from learner.model.load import find_modules
-from learner.rollouts.client import RolloutClient, SampledGroup
 from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
 from learner.weights.epoch import Epoch, open_epoch

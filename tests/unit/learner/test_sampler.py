@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from common.client import SampledGroup
 from common.errors import DeadlineExceeded, EngineDead, InvalidRequest, OutriderError, QueueFull
 from common.types import ActorState, ChatPrompt, SamplingParams
-from learner.rollouts.client import SampledGroup
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch

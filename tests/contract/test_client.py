@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common import wire
+from common.client import GrpcClient
 from common.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -33,7 +34,6 @@ from common.types import (
     SamplingParams,
     TextPart,
 )
-from learner.rollouts.client import GrpcClient
 from learner.rollouts.sampler import build_request
 from learner.types import PromptSample
 from tests.contract.conftest import StartActor, png

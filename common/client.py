@@ -1,4 +1,4 @@
-"""One actor as the learner sees it: typed calls with deadlines, domain types in and out.
+"""One actor as its clients see it: typed calls with deadlines, domain types in and out.
 
 Every method raises `common.errors.OutriderError`, whatever went wrong on the way.
 """
