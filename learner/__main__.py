@@ -13,13 +13,14 @@ EPILOG = """\
 examples:
   torchrun --standalone --nproc-per-node 2 -m learner --config run.yaml rollout.actors='["127.0.0.1:50051"]'
   python -m learner --config run.yaml optimizer.lr=1e-5 trainer.total_steps=100
+  python -m learner fleet 127.0.0.1:50051                    what the actors say of themselves
 
 `outrider` starts actors and learner together on one machine.
 Every key of the configuration can be given as key.path=value; learner/config.py lists them.
 """
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m learner",
@@ -34,6 +35,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point; the exit code is 2 for a mistake of the user, 1 for a run that failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["fleet"]:
+        from learner import fleet_view
+
+        sys.exit(fleet_view.main(arguments[1:]))
     options = parse(arguments)
 
     from common.lifecycle import end_process

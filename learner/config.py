@@ -24,6 +24,8 @@ class ModelConfig(Config):
     freeze_projector: bool = False
     freeze_language_model: bool = False
     enable_gradient_checkpointing: bool = False
+    # Logprobs straight from hidden states: logits of all tokens never exist at once.
+    use_fused_kernels: bool = False
 
 
 class RewardConfig(Config):
@@ -128,8 +130,6 @@ class LearnerConfig(Config):
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
-        if self.algorithm.kl_coef > 0:
-            raise ValueError("algorithm.kl_coef needs a reference model, which this version does not have; set it to 0")
         if self.algorithm.overlong_buffer > self.rollout.max_tokens:
             raise ValueError("algorithm.overlong_buffer is longer than rollout.max_tokens")
         return self

@@ -1,5 +1,6 @@
 """Model and optimizer of one rank, with everything that is a collective over the ranks."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -7,12 +8,14 @@ from typing import Any, get_args
 import torch
 
 from common.placeholders import placeholder_ids
+from learner.batch.packing import PackedBatch
 from learner.batch.transport import decode_packs
 from learner.checkpoint import export_model, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
 from learner.model.load import Part, load_policy
+from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
@@ -40,7 +43,15 @@ class Policy:
         self._suppressed_token_ids = suppressed_token_ids(
             self.placeholder_ids, config.rollout.allowed_token_ids, text_config.vocab_size
         )
-        parallelize(self.model, ranks.mesh, compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None)
+        if settings.use_fused_kernels:
+            check_fused(self.model)
+        compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
+        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype)
+        self._reference: Any = None
+        if config.algorithm.kl_coef:
+            self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
+            self._reference.to(ranks.device).requires_grad_(False)
+            parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._snapshotter = Snapshotter(
             self.model,
@@ -56,16 +67,31 @@ class Policy:
         stats = train_step(
             self.model,
             self._optimizer,
-            decode_packs(self._ranks.scatter(parts)),
+            [self._with_reference(pack) for pack in decode_packs(self._ranks.scatter(parts))],
             self._config.algorithm,
             policy_version=self.version,
             temperature=self._config.rollout.temperature,
             suppressed_token_ids=self._suppressed_token_ids,
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
+            fused_logprobs=self._config.model.use_fused_kernels,
         )
         self.version += 1
         return stats
+
+    @torch.no_grad()
+    def _with_reference(self, pack: PackedBatch) -> PackedBatch:
+        """The pack with what the reference policy makes of it; a collective of its own."""
+        if self._reference is None:
+            return pack
+        logprobs, _ = completion_logprobs(
+            self._reference,
+            pack.to(self._ranks.device),
+            temperature=self._config.rollout.temperature,
+            suppressed_token_ids=self._suppressed_token_ids,
+            fused=self._config.model.use_fused_kernels,
+        )
+        return dataclasses.replace(pack, reference_logprobs=logprobs)
 
     def snapshot(self) -> Snapshot | None:
         """A copy for the actors, on rank 0."""

@@ -71,6 +71,7 @@ def train_step(
     suppressed_token_ids: Sequence[int] = (),
     max_grad_norm: float = 1.0,
     learning_rate: float | None = None,
+    fused_logprobs: bool = False,
 ) -> StepStats:
     """Accumulate the gradient of a batch and update the policy.
 
@@ -84,6 +85,7 @@ def train_step(
         suppressed_token_ids: ids that the actor could not sample.
         max_grad_norm: gradients are scaled down to it.
         learning_rate: of this step; None leaves the optimizer's.
+        fused_logprobs: see `completion_logprobs`.
 
     Raises:
         ValueError: no rank has a token to train on.
@@ -93,7 +95,7 @@ def train_step(
     totals = _totals(micro_batches, device)
     for pack in (batch.to(device) for batch in micro_batches):
         logprobs, entropy = completion_logprobs(
-            model, pack, temperature=temperature, suppressed_token_ids=suppressed_token_ids
+            model, pack, temperature=temperature, suppressed_token_ids=suppressed_token_ids, fused=fused_logprobs
         )
         terms = policy_loss(
             logprobs,

@@ -28,7 +28,7 @@ class LossConfig(Config):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     kl_coef: float = pydantic.Field(default=0.0, ge=0)
-    """Weight of the KL to the reference policy."""
+    """Weight of the KL to the reference policy: a frozen copy of `model.path`, which takes as much memory again."""
     old_policy: Literal["actor", "learner"] = "actor"
     """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that
     clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the

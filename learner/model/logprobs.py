@@ -1,6 +1,7 @@
 """Log-probabilities of the trained completion tokens of a pack under the current policy."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,18 @@ from learner.model.attention import packed_layout
 
 # Float32 logits that exist at once, in elements; more are computed piece by piece and again in the backward pass.
 _MAX_LOGIT_ELEMENTS = 2**26
+_MAX_FUSED_LOGIT_ELEMENTS = 2**24
+# What some models do with the output layer's logits, by the names of the settings; `fused` does not do it.
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def completion_logprobs(
-    model: nn.Module, pack: PackedBatch, *, temperature: float = 1.0, suppressed_token_ids: Sequence[int] = ()
+    model: nn.Module,
+    pack: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    suppressed_token_ids: Sequence[int] = (),
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the policy over a pack.
 
@@ -27,12 +36,58 @@ def completion_logprobs(
         pack: on the model's device.
         temperature: of the sampling; 0 (greedy) counts as 1, as on the actor.
         suppressed_token_ids: ids that the actor could not sample (image placeholders).
+        fused: apply the output layer piece by piece too, and again in the backward pass, so that `[N, V]` logits never
+            exist. `check_fused` says whether the model allows it.
 
     Returns:
         (logprobs float32 `[N]`, entropy float32 `[N]` in nats), both with gradient.
     """
-    logits = model(**forward_inputs(pack), logits_to_keep=pack.predict_from).logits[0]
-    return token_logprobs(logits, pack.targets, temperature or 1.0, suppressed_token_ids)
+    inputs = {**forward_inputs(pack), "logits_to_keep": pack.predict_from}
+    if not fused:
+        return token_logprobs(model(**inputs).logits[0], pack.targets, temperature or 1.0, suppressed_token_ids)
+    with _without_output_layer(model) as output_layer:
+        hidden = model(**inputs).logits[0]
+    return _fused_logprobs(output_layer, hidden, pack.targets, temperature or 1.0, suppressed_token_ids)
+
+
+def check_fused(model: nn.Module) -> None:
+    """Raise ValueError for a model whose logits are more than its output layer applied to the last hidden states."""
+    config: Any = model.config
+    settings = [name for name in _LOGIT_SETTINGS if getattr(config.get_text_config(), name, None) is not None]
+    if settings or not isinstance(getattr(model, "lm_head", None), nn.Linear):
+        reason = f"it has {settings[0]}" if settings else "it has no linear lm_head"
+        raise ValueError(f"use_fused_kernels does not fit {type(model).__name__}: {reason}; set it to false")
+
+
+@contextlib.contextmanager
+def _without_output_layer(model: Any) -> Iterator[nn.Module]:
+    """The model's forward returns hidden states in place of logits.
+
+    Its output layer is given out; under FSDP2 it belongs to the root, whose parameters stay whole until the backward
+    pass has used them.
+    """
+    output_layer = model.lm_head
+    model.lm_head = nn.Identity()
+    try:
+        yield output_layer
+    finally:
+        model.lm_head = output_layer
+
+
+def _fused_logprobs(
+    output_layer: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, suppressed_token_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    def piece_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _token_logprobs(output_layer(hidden), targets, temperature, suppressed)
+
+    suppressed = torch.tensor(suppressed_token_ids, dtype=torch.int64, device=hidden.device)
+    vocab_size: Any = output_layer.out_features
+    rows = max(1, _MAX_FUSED_LOGIT_ELEMENTS // int(vocab_size))
+    pieces = [
+        checkpoint(piece_logprobs, *piece, use_reentrant=False)
+        for piece in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
 def forward_inputs(pack: PackedBatch) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Discovery:
     """The addresses that `targets` stand for now.
 
     Args:
-        targets: as above. Raises `ConfigError` for none, for one given twice, and for a malformed one.
+        targets: as above. Raises `ConfigError` for none, for one given twice, and for a malformed name.
         resolve: host and port to IP addresses; raises `OSError`. The system's resolver by default.
     """
 

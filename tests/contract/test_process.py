@@ -224,7 +224,7 @@ async def test_ask_prints_the_answers(launch: Launch, tmp_path: Path) -> None:
     [
         (("--image", "no.png", "What?"), "ask: no.png: No such file or directory", 2),
         (("--address", "127.0.0.1:1", "What?"), "ask: 127.0.0.1:1: UNAVAILABLE", 1),
-        (("--n", "100000", "What?"), "sampling.n: must be 1 to", 1),
+        (("--n", "100000", "What?"), "sampling.n: is 100000; must be 1 to 256", 1),
     ],
 )
 async def test_ask_says_what_is_wrong_in_one_line(
@@ -236,3 +236,18 @@ async def test_ask_says_what_is_wrong_in_one_line(
     assert asked.process.returncode == code
     assert line in stderr.decode()
     assert len(stderr.decode().splitlines()) == 1
+
+
+async def test_fleet_shows_what_actors_say_of_themselves(launch: Launch) -> None:
+    actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0")
+    shown = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "learner", "fleet", f"dns:///{actor.address}", "127.0.0.1:1"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    stdout, _ = await shown.communicate()
+    header, silent, row = stdout.decode().splitlines()
+    assert header.split() == ["address", "actor", "state", "version", "staged", "run", "epoch", "running", "waiting"]
+    assert silent.split(maxsplit=2) == ["127.0.0.1:1", "-", "no answer: UNREACHABLE"]
+    assert row.split()[::2] == [actor.address, "serving", "-", "-", "0"]
+    assert shown.returncode == 1

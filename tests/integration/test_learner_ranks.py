@@ -63,6 +63,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor
     two_ranks = {
         "sgd-2": pack(groups, 2),
         "sgd-2-accumulated": pack(groups, 2, max_tokens=45),
+        "sgd-2-accumulated-fused": pack(groups, 2, max_tokens=45),
         "adamw-modalities": by_modality,
         "frozen-modalities": by_modality,
         "adamw-idle": pack([image], 2),
@@ -122,7 +123,8 @@ def without_fsdp(model_dir: Path, processor: PromptProcessor) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_micro_batches"), [("sgd-1", [1]), ("sgd-2", [1, 1]), ("sgd-2-accumulated", [3, 3])]
+    ("name", "num_micro_batches"),
+    [("sgd-1", [1]), ("sgd-2", [1, 1]), ("sgd-2-accumulated", [3, 3]), ("sgd-2-accumulated-fused", [3, 3])],
 )
 def test_ranks_and_micro_batches_do_not_change_the_steps(
     results: dict[str, Result], without_fsdp: Result, name: str, num_micro_batches: list[int]

@@ -2,7 +2,7 @@
 
 For each case, a directory, it reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and
 writes its statistics; rank 0 writes the full parameters too. The name of the directory says what is special: `sgd...`,
-`adamw...` or `frozen...` (vision tower, with AdamW).
+`adamw...` or `frozen...` (vision tower, with AdamW), and `...fused` (logprobs from hidden states).
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,10 +50,8 @@ def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
     if not case.name.startswith("sgd"):
         optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.01))
     batches = decode_packs(load_file(case / f"{rank}.safetensors")["packs"])
-    stats = [
-        asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, max_grad_norm=0.05))
-        for _ in range(NUM_STEPS)
-    ]
+    options: dict[str, Any] = {"max_grad_norm": 0.05, "fused_logprobs": case.name.endswith("fused")}
+    stats = [asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, **options)) for _ in range(NUM_STEPS)]
     (case / f"{rank}.json").write_text(json.dumps(stats))
     full = {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
     if rank == 0:

@@ -11,7 +11,7 @@ from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model import logprobs as logprobs_module
 from learner.model.attention import NAME
-from learner.model.logprobs import completion_logprobs, token_logprobs
+from learner.model.logprobs import check_fused, completion_logprobs, token_logprobs
 from learner.types import Group
 from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits, reference_logprobs
 
@@ -135,6 +135,36 @@ def test_logits_in_pieces_give_the_same_values_and_gradients(monkeypatch: pytest
         results.append((logprobs, entropy, leaf.grad))
     for whole, pieces in zip(*results, strict=True):
         assert torch.equal(whole, pieces)
+
+
+def test_fused_logprobs_are_the_plain_ones(
+    make_policy: Callable[[], Any], processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs_module, "_MAX_FUSED_LOGIT_ELEMENTS", 3 * 320)  # several pieces
+    pack = one_pack(processor, mixed_groups(processor), True)
+    results: list[Any] = []
+    for fused in (False, True):
+        policy = make_policy()
+        check_fused(policy)
+        logprobs, entropy = completion_logprobs(policy, pack, temperature=0.7, suppressed_token_ids=(5,), fused=fused)
+        (logprobs.sum() + 0.1 * entropy.sum()).backward()
+        assert isinstance(policy.lm_head, torch.nn.Linear)
+        results.append((logprobs, entropy, {name: value.grad for name, value in policy.named_parameters()}))
+    (plain, plain_entropy, gradients), (fused, fused_entropy, fused_gradients) = results
+    torch.testing.assert_close((fused, fused_entropy), (plain, plain_entropy), atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_model_that_does_more_with_its_logits_is_not_fused(make_policy: Callable[[], Any]) -> None:
+    policy = make_policy()
+    policy.config.get_text_config().final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="it has final_logit_softcapping; set it to false"):
+        check_fused(policy)
+    policy.config.get_text_config().final_logit_softcapping = None
+    policy.lm_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="it has no linear lm_head"):
+        check_fused(policy)
 
 
 def test_filler_image_gives_the_vision_tower_a_gradient_of_exactly_zero(
