@@ -198,6 +198,8 @@ class VllmEngine:
         """See `Engine.stop`."""
         engine, self._engine = self._engine, None
         if engine is not None:
+            if engine.output_handler is not None:  # it would take the end of its engine for a failure
+                engine.output_handler.cancel()
             await asyncio.to_thread(engine.shutdown, self._config.shutdown_timeout_s)
 
     # ------------------------------------------------------------------------------------------------ generation
