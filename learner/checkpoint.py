@@ -1,6 +1,6 @@
 """Checkpoints: one directory per version that is either whole or not there.
 
-    checkpoints/step-000040/  sharded model and optimizer (torch.distributed.checkpoint)  +  state.json
+    checkpoints/step-000040/  what trains and its optimizer, sharded (torch.distributed.checkpoint)  +  state.json
 
 Everything is written into a temporary directory, which is renamed last: a kill or a full disk at any moment leaves the
 previous checkpoint valid. `export_model` writes the same policy for everybody else, in Hugging Face format.
@@ -24,8 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from common.config import ConfigError
+from learner.model.lora import merged_state, save_adapter
 
 _STATE = "state.json"
+# What is frozen is in `model.path`, as it was.
+_WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
 # Of a checkpoint directory of transformers: what `save_pretrained` of the model writes anew.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
@@ -44,7 +47,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
     if _is_main():
         (partial / _STATE).write_text(json.dumps({"version": version, **state}))
@@ -76,23 +79,28 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore parameters and optimizer in place; a collective, on any number of ranks."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    set_state_dict(
+        model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_WHAT_TRAINS
+    )
 
 
 def export_model(model: Any, source: Path, target: Path) -> Path:
     """Write the policy as a checkpoint directory that `transformers` and vLLM load; a collective.
 
-    `source` is the directory that training started from: tokenizer, processor and templates are copied from it.
+    A LoRA adapter is merged into it, and lies in its folder `adapter` too, as PEFT writes it. `source` is the directory
+    that training started from: tokenizer, processor and templates are copied from it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     if _is_main():
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"))
-        model.save_pretrained(partial, state_dict=state)
+        model.save_pretrained(partial, state_dict=merged_state(model, state))
+        if hasattr(model, "peft_config"):
+            save_adapter(model, state, source, partial / "adapter")
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
     _barrier()

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from common.config import Config
 from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
-from learner.model.config import OptimizerConfig
+from learner.model.config import Adapter, OptimizerConfig
 
 
 class ModelConfig(Config):
@@ -26,6 +26,33 @@ class ModelConfig(Config):
     enable_gradient_checkpointing: bool = False
     # Logprobs straight from hidden states: logits of all tokens never exist at once.
     use_fused_kernels: bool = False
+    # LoRA: train an adapter of this rank and nothing else. 0: off.
+    lora_rank: int = Field(0, ge=0)
+    lora_alpha: int = Field(16, gt=0)
+    # "all-linear", ends of module names, or one regular expression.
+    target_modules: str | tuple[str, ...] = "all-linear"
+    # Ends of module names.
+    exclude_modules: tuple[str, ...] = ()
+    # Go on with this adapter, a directory that PEFT wrote; rank, alpha and modules are then its own.
+    lora_adapter_path: Path | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The LoRA adapter that trains."""
+        if not self.lora_rank and self.lora_adapter_path is None:
+            return None
+        return Adapter(
+            self.lora_rank, self.lora_alpha, self.target_modules, self.exclude_modules, self.lora_adapter_path
+        )
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        given = self.model_fields_set & {"lora_alpha", "target_modules", "exclude_modules"}
+        if given and not self.lora_rank:
+            raise ValueError(f"{min(given)} needs lora_rank")
+        if self.lora_rank and self.lora_adapter_path is not None:
+            raise ValueError("lora_adapter_path brings its own lora_rank; set one of them")
+        return self
 
 
 class RewardConfig(Config):
@@ -66,8 +93,12 @@ class TrainerConfig(Config):
     """The loop."""
 
     total_steps: int = Field(ge=1)
-    # Groups of one optimizer step.
+    # Groups of one step of the run: what is sampled, trained and published together.
     batch_prompts: int = Field(ge=1)
+    # Groups of one optimizer step; a part of batch_prompts. None: all of them.
+    mini_batch_prompts: int | None = Field(None, ge=1)
+    # How often the optimizer goes over a batch.
+    epochs: int = Field(1, ge=1)
     # Policy versions that generation may run behind training. 0: strictly on-policy, synchronous.
     max_staleness: int = Field(0, ge=0)
     # Tokens of one micro-batch on one rank.
@@ -81,6 +112,20 @@ class TrainerConfig(Config):
     max_parity_diff: float | None = Field(None, gt=0)
     # None: CUDA if there is one.
     device: Literal["cpu", "cuda"] | None = None
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer steps of one epoch of a batch."""
+        return self.batch_prompts // (self.mini_batch_prompts or self.batch_prompts)
+
+    @model_validator(mode="after")
+    def _whole_mini_batches(self) -> Self:
+        if self.batch_prompts % (self.mini_batch_prompts or 1):
+            raise ValueError(
+                f"batch_prompts ({self.batch_prompts}) must be a multiple of mini_batch_prompts "
+                f"({self.mini_batch_prompts})"
+            )
+        return self
 
 
 class WeightsConfig(Config):

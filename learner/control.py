@@ -119,16 +119,17 @@ class Control:
             self._raise_failure()
             raise
 
-    def finish_step(self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: bool) -> None:
+    def finish_step(
+        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group]
+    ) -> None:
         """These groups gave `version`: no resumed run trains them again, and generation may go on.
 
-        `skipped`: their gradient was not finite and nothing was learned from them; they are counted as dropped.
+        `skipped`: those whose gradient was not finite. Nothing was learned from them, and they are counted as dropped.
         """
-        if skipped:
-            for group in groups:
-                self._ledger.mark_dropped(group.sequence, "STEP_SKIPPED")
-        else:
-            self._ledger.mark_trained([group.sequence for group in groups])
+        dropped = {group.sequence for group in skipped}
+        for sequence in dropped:
+            self._ledger.mark_dropped(sequence, "STEP_SKIPPED")
+        self._ledger.mark_trained([group.sequence for group in groups if group.sequence not in dropped])
         self._dispatcher.set_version(version)
         self.publish(snapshot)
 

@@ -16,6 +16,7 @@ from learner.distributed import Ranks
 from learner.model.config import learning_rate
 from learner.model.load import Part, load_policy
 from learner.model.logprobs import check_fused, completion_logprobs
+from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
@@ -33,6 +34,7 @@ class Policy:
             settings.path,
             dtype=getattr(torch, settings.dtype),
             frozen=[part for part in get_args(Part) if getattr(settings, f"freeze_{part}")],
+            adapter=settings.adapter,
             gradient_checkpointing=settings.enable_gradient_checkpointing,
         )
         self.model.to(ranks.device)
@@ -48,7 +50,7 @@ class Policy:
         compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
         parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype)
         self._reference: Any = None
-        if config.algorithm.kl_coef:
+        if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
             self._reference.to(ranks.device).requires_grad_(False)
             parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
@@ -59,39 +61,67 @@ class Policy:
             is_sender=ranks.is_main,
             bucket_bytes=config.weights.bucket_mib * 2**20,
         )
+        trainer = config.trainer
+        self._needs_old_logprobs = (
+            config.algorithm.old_policy == "learner" and trainer.num_mini_batches * trainer.epochs > 1
+        )
         self._config = config
         self._ranks = ranks
 
-    def step(self, parts: Sequence[torch.Tensor] | None) -> StepStats:
-        """Take one optimizer step; `parts` are rank 0's encoded packs for each rank, None elsewhere."""
-        stats = train_step(
+    def step(self, parts: Sequence[Sequence[torch.Tensor]] | None) -> list[list[StepStats]]:
+        """Train one batch, which gives the next version.
+
+        `parts` are, for each mini-batch, rank 0's encoded packs for each rank; None on the other ranks. Returns the
+        statistics of each update: for each mini-batch those of its epochs.
+        """
+        trainer = self._config.trainer
+        mini_batches = [
+            [self._annotated(pack) for pack in decode_packs(self._ranks.scatter(parts[i] if parts else None))]
+            for i in range(trainer.num_mini_batches)
+        ]
+        updates: list[list[StepStats]] = [[] for _ in mini_batches]
+        for epoch in range(trainer.epochs):
+            for i, packs in enumerate(mini_batches):
+                updates[i].append(self._update(packs, untouched=epoch == i == 0))
+        self.version += 1
+        return updates
+
+    def _update(self, packs: Sequence[PackedBatch], *, untouched: bool) -> StepStats:
+        """One optimizer step. `untouched`: the parameters are still those of `version`."""
+        return train_step(
             self.model,
             self._optimizer,
-            [self._with_reference(pack) for pack in decode_packs(self._ranks.scatter(parts))],
+            packs,
             self._config.algorithm,
-            policy_version=self.version,
+            policy_version=self.version if untouched else None,
             temperature=self._config.rollout.temperature,
             suppressed_token_ids=self._suppressed_token_ids,
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
             fused_logprobs=self._config.model.use_fused_kernels,
         )
-        self.version += 1
-        return stats
+
+    def _annotated(self, pack: PackedBatch) -> PackedBatch:
+        """The pack with what other policies than the current one make of it; a collective of its own."""
+        if self._reference is not None:
+            pack = dataclasses.replace(pack, reference_logprobs=self._logprobs(self._reference, pack))
+        elif self._config.algorithm.kl_coef:
+            with without_adapter(self.model):
+                pack = dataclasses.replace(pack, reference_logprobs=self._logprobs(self.model, pack))
+        if self._needs_old_logprobs:
+            pack = dataclasses.replace(pack, old_logprobs=self._logprobs(self.model, pack))
+        return pack
 
     @torch.no_grad()
-    def _with_reference(self, pack: PackedBatch) -> PackedBatch:
-        """The pack with what the reference policy makes of it; a collective of its own."""
-        if self._reference is None:
-            return pack
+    def _logprobs(self, model: Any, pack: PackedBatch) -> torch.Tensor:
         logprobs, _ = completion_logprobs(
-            self._reference,
+            model,
             pack.to(self._ranks.device),
             temperature=self._config.rollout.temperature,
             suppressed_token_ids=self._suppressed_token_ids,
             fused=self._config.model.use_fused_kernels,
         )
-        return dataclasses.replace(pack, reference_logprobs=logprobs)
+        return logprobs
 
     def snapshot(self) -> Snapshot | None:
         """A copy for the actors, on rank 0."""

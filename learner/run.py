@@ -112,7 +112,8 @@ def _resume_state(config: LearnerConfig, train: PromptDataset, state: dict[str, 
 def _describe(policy: Policy) -> str:
     report = policy.freeze_report
     frozen = f", {report.num_frozen:,} frozen ({', '.join(report.frozen)})" if report.num_frozen else ""
-    return f"{type(policy.model).__name__}: {report.num_trainable:,} parameters train{frozen}"
+    adapted = f" (LoRA in {report.num_adapted} layers)" if report.num_adapted else ""
+    return f"{type(policy.model).__name__}: {report.num_trainable:,} parameters train{adapted}{frozen}"
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

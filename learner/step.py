@@ -1,4 +1,4 @@
-"""One optimizer step: packs in, a better policy and its statistics out.
+"""One optimizer step, an *update*: packs in, a better policy and its statistics out.
 
     for each micro-batch: forward -> loss (this pack's share of the batch) -> backward (FSDP2 reduces the gradients)
     then: global gradient norm -> clip -> AdamW
@@ -6,14 +6,17 @@
 All ranks call `train_step` together, with equally many micro-batches. The loss is divided by counts of the whole batch,
 so neither the number of micro-batches nor that of ranks changes the result.
 
-A gradient that is not finite skips the update on all ranks alike (the norm is global): parameters, optimizer state and
-policy stay as they were, an error is logged and `StepStats.skipped` is set. Nothing is replaced by zero.
+A loss or a gradient that is not finite skips the update on all ranks alike (both are global): parameters, optimizer
+state and policy stay as they were, an error is logged and `StepStats.skipped` is set. Nothing is replaced by zero. The
+loss counts too because autograd can lose a NaN: the gradient of `clamp` at NaN is 0.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import structlog
 import torch
 import torch.distributed as dist
@@ -36,7 +39,7 @@ class StepStats:
     grad_norm: float
     """Before clipping."""
     skipped: bool
-    """The gradient was not finite and nothing was updated."""
+    """Loss or gradient was not finite and nothing was updated."""
     entropy: float
     """Nats."""
     clip_fraction: float
@@ -60,13 +63,38 @@ class StepStats:
     learning_rate: float
 
 
+_MEANS = ("loss", "grad_norm", "entropy", "clip_fraction", "masked_fraction", "ratio_mean", "kl", "reference_kl")
+
+
+def merge_stats(updates: Sequence[StepStats]) -> StepStats:
+    """The updates of one batch as one: sums of counts, extremes of extremes, means weighted by tokens."""
+    tokens = sum(stats.num_tokens for stats in updates)
+    parity_tokens = sum(stats.parity_tokens for stats in updates)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(stats, name) * stats.num_tokens for stats in updates)) / tokens
+
+    return StepStats(
+        **{name: mean(name) for name in _MEANS},
+        skipped=all(stats.skipped for stats in updates),
+        parity_max_abs_diff=float(np.max([stats.parity_max_abs_diff for stats in updates])),  # NaN stays NaN
+        parity_mean_abs_diff=sum(stats.parity_mean_abs_diff * stats.parity_tokens for stats in updates)
+        / max(1, parity_tokens),
+        parity_tokens=parity_tokens,
+        num_tokens=tokens,
+        num_sequences=sum(stats.num_sequences for stats in updates),
+        num_input_tokens=sum(stats.num_input_tokens for stats in updates),
+        learning_rate=updates[-1].learning_rate,
+    )
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[PackedBatch],
     loss: LossConfig,
     *,
-    policy_version: int,
+    policy_version: int | None,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
     max_grad_norm: float = 1.0,
@@ -80,7 +108,8 @@ def train_step(
         optimizer: over the model's parameters.
         micro_batches: this rank's, as `pack_batch` makes them.
         loss: coefficients.
-        policy_version: of the parameters now; tokens of this version count for parity.
+        policy_version: of the parameters now; tokens of this version count for parity. None between two versions,
+            when no actor has sampled from these parameters.
         temperature: of the sampling.
         suppressed_token_ids: ids that the actor could not sample.
         max_grad_norm: gradients are scaled down to it.
@@ -105,15 +134,22 @@ def train_step(
             pack.sequence_ids,
             totals,
             loss,
-            pack.reference_logprobs,
+            reference_logprobs=pack.reference_logprobs,
+            old_logprobs=pack.old_logprobs,
         )
         # FSDP2 averages gradients over the ranks; the loss wants their sum.
         (terms.loss * _num_ranks()).backward()
         meter.add(pack, terms, logprobs.detach(), entropy.detach())
     grad_norm = clip_gradients(model, max_grad_norm)
-    skipped = not bool(torch.isfinite(grad_norm))
+    meter.reduce()
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(meter.loss))
     if skipped:
-        log.error("gradient is not finite: step skipped", grad_norm=float(grad_norm), policy_version=policy_version)
+        log.error(
+            "loss or gradient is not finite: step skipped",
+            loss=meter.loss,
+            grad_norm=float(grad_norm),
+            policy_version=policy_version,
+        )
     else:
         _update(optimizer, learning_rate)
     optimizer.zero_grad(set_to_none=True)
@@ -171,7 +207,7 @@ class _Meter:
         "input_tokens",
     )
 
-    def __init__(self, policy_version: int, device: torch.device) -> None:
+    def __init__(self, policy_version: int | None, device: torch.device) -> None:
         self._policy_version = policy_version
         self._sums = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
         self._parity_max = torch.zeros((), dtype=torch.float64, device=device)
@@ -179,7 +215,9 @@ class _Meter:
     @torch.no_grad()
     def add(self, pack: PackedBatch, terms: LossTerms, logprobs: Tensor, entropy: Tensor) -> None:
         """Count one micro-batch."""
-        current = (pack.versions == self._policy_version).double()
+        current = torch.zeros_like(logprobs, dtype=torch.float64)
+        if self._policy_version is not None:
+            current = (pack.versions == self._policy_version).double()
         difference = (logprobs - pack.actor_logprobs).abs().double() * current
         values: list[Any] = [
             terms.loss.detach(),
@@ -197,11 +235,20 @@ class _Meter:
         if len(difference):
             self._parity_max = torch.maximum(self._parity_max, difference.max())
 
-    def stats(self, grad_norm: float, skipped: bool, learning_rate: float, totals: BatchTotals) -> StepStats:
-        """Reduce over the ranks."""
+    def reduce(self) -> None:
+        """Over the ranks, once all micro-batches are counted."""
         if dist.is_initialized():
             dist.all_reduce(self._sums)
             dist.all_reduce(self._parity_max, op=dist.ReduceOp.MAX)
+
+    @property
+    def loss(self) -> float:
+        """Of the batch."""
+        loss: float = self._sums[self._SUMS.index("loss")].item()
+        return loss
+
+    def stats(self, grad_norm: float, skipped: bool, learning_rate: float, totals: BatchTotals) -> StepStats:
+        """The whole step, once reduced."""
         sums = dict(zip(self._SUMS, self._sums.tolist(), strict=True))
         tokens = totals.num_tokens
         return StepStats(

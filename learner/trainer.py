@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +34,12 @@ from learner.distributed import Ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Reporter
-from learner.step import StepStats
+from learner.step import StepStats, merge_stats
 from learner.types import Group
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 # Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
@@ -94,16 +97,28 @@ class Trainer:
         started_at = time.monotonic()
         groups = self._zero.control.take_batch(self._policy.version) if self._zero is not None else []
         wait_s = time.monotonic() - started_at
-        stats = self._policy.step(self._pack(groups))
+        updates = self._policy.step(self._pack(groups))
+        stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
         snapshot = self._policy.snapshot()
         if self._zero is not None and snapshot is not None:
             control = self._zero.control
-            control.finish_step(groups, self._policy.version, snapshot, skipped=stats.skipped)
+            skipped = [
+                group
+                for mini_batch, of_mini_batch in zip(self._mini_batches(groups), updates, strict=True)
+                if all(update.skipped for update in of_mini_batch)
+                for group in mini_batch
+            ]
+            control.finish_step(groups, self._policy.version, snapshot, skipped=skipped)
             self._zero.reporter.step(self._policy.version, groups, stats, control.stats(), wait_s=wait_s)
         self._stop_if_wrong(stats)
 
-    def _pack(self, groups: Sequence[Group]) -> list[torch.Tensor] | None:
-        """Rank 0: the batch as one flat tensor for each rank."""
+    def _mini_batches(self, batch: Sequence[T]) -> list[Sequence[T]]:
+        """The batch, or what belongs to its groups, in parts of one optimizer step each."""
+        size = self._config.trainer.mini_batch_prompts or len(batch)
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def _pack(self, groups: Sequence[Group]) -> list[list[torch.Tensor]] | None:
+        """Rank 0: each mini-batch as one flat tensor for each rank."""
         if self._zero is None:
             return None
         for group in groups:
@@ -112,15 +127,19 @@ class Trainer:
                     f"the actor masks the placeholder ids {group.prompt.suppressed_token_ids}, the learner "
                     f"{self._policy.placeholder_ids}: they run different models"
                 )
-        packs = pack_batch(
-            groups,
-            advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage),
-            num_ranks=self._ranks.num_ranks,
-            max_tokens=self._config.trainer.max_tokens_per_micro_batch,
-            filler=self._zero.control.processor.filler,
-            hidden_size=self._policy.hidden_size,
-        )
-        return [encode_packs(of_rank) for of_rank in packs]
+        values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
+        encoded: list[list[torch.Tensor]] = []
+        for mini_batch, of_mini_batch in zip(self._mini_batches(groups), self._mini_batches(values), strict=True):
+            packs = pack_batch(
+                mini_batch,
+                of_mini_batch,
+                num_ranks=self._ranks.num_ranks,
+                max_tokens=self._config.trainer.max_tokens_per_micro_batch,
+                filler=self._zero.control.processor.filler,
+                hidden_size=self._policy.hidden_size,
+            )
+            encoded.append([encode_packs(of_rank) for of_rank in packs])
+        return encoded
 
     def _shaped_rewards(self, group: Group) -> FloatArray:
         settings = self._config.algorithm
@@ -141,8 +160,8 @@ class Trainer:
         self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
         if self._num_skipped == _MAX_SKIPPED_STEPS:
             raise RuntimeError(
-                f"step {step}: the gradient of {self._num_skipped} steps in a row was not finite; lower optimizer.lr, "
-                "or look at rewards and data"
+                f"step {step}: loss or gradient of {self._num_skipped} steps in a row was not finite; lower "
+                "optimizer.lr, or look at rewards and data"
             )
 
     def _evaluate(self) -> None:

@@ -28,12 +28,13 @@ class LossConfig(Config):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     kl_coef: float = pydantic.Field(default=0.0, ge=0)
-    """Weight of the KL to the reference policy: a frozen copy of `model.path`, which takes as much memory again."""
+    """Weight of the KL to the reference policy, which is `model.path` as it was: a frozen copy, which takes as much
+    memory again, or with LoRA the model without its adapter, which takes none."""
     old_policy: Literal["actor", "learner"] = "actor"
     """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that
     clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the
-    update. With one optimizer step for each batch that ratio is 1, clipping never acts, and the difference to the
-    actor is left to `importance_cap`."""
+    batch (one more forward pass where a batch has several optimizer steps; with one step that ratio is 1 and clipping
+    never acts), and the difference to the actor is left to `importance_cap`."""
     importance_cap: float | None = pydantic.Field(default=None, gt=0)
     """Truncated importance sampling: each token's loss is weighted by min(learner / actor probability, cap). Only with
     `old_policy: learner`; with `actor` the ratio holds that factor already. Off if unset."""

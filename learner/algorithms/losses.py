@@ -14,11 +14,12 @@ with c = clip(r, 1 - clip_low, 1 + clip_high), |x| = x without gradient, and as 
     cispo   |c| * A * log p                                    arXiv 2506.13585, equations 4 and 5
 
 where w = 1, or for rollouts of an engine that differs numerically from the trainer the truncated importance weight
-min(p / actor, cap), or 0 for p / actor outside a range (masked importance sampling). A batch is the weighted sum of its
+min(q / actor, cap), or 0 for q / actor outside a range (masked importance sampling), with q the old policy if that is
+the learner's and else p. A batch is the weighted sum of its
 tokens; `token_weights` has the denominators. They are those of the whole batch over all ranks and micro-batches, so
 that packs may simply be summed.
 
-Nothing here hides a value that is not finite: it reaches the gradient norm, and the step is skipped (learner.step).
+Nothing here hides a value that is not finite: it reaches the loss, and the step is skipped (learner.step).
 Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.
 """
 
@@ -66,7 +67,9 @@ def policy_loss(
     sequence_ids: Tensor,
     totals: BatchTotals,
     config: LossConfig,
+    *,
     reference_logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
 ) -> LossTerms:
     """This pack's share of the loss.
 
@@ -79,13 +82,17 @@ def policy_loss(
         totals: denominators.
         config: coefficients.
         reference_logprobs: float32 `[N]`; needed if `config.kl_coef` is not 0.
+        old_logprobs: float32 `[N]`, of the learner before the batch, for `config.old_policy: learner`; None
+            where that is the current policy, at a batch's only optimizer step.
 
     Raises:
         ValueError: a KL term without reference log-probabilities.
     """
     weights = token_weights(sequence_ids, len(advantages), totals, config)
     token_advantages = advantages[sequence_ids]
-    old = actor_logprobs if config.old_policy == "actor" else logprobs.detach()
+    old = actor_logprobs
+    if config.old_policy == "learner":
+        old = old_logprobs if old_logprobs is not None else logprobs.detach()
     ratio = _ratio(logprobs - old)
     if config.policy_loss == "gspo":
         ratio = sequence_ratio(logprobs, old, sequence_ids, len(advantages))
@@ -97,7 +104,7 @@ def policy_loss(
     if config.clip_dual is not None:
         floor = config.clip_dual * token_advantages
         objective = torch.where(token_advantages < 0, torch.maximum(objective, floor), objective)
-    correction = _ratio(logprobs.detach() - actor_logprobs)
+    correction = _ratio((logprobs.detach() if config.old_policy == "actor" else old) - actor_logprobs)
     if config.importance_cap is not None:
         objective = objective * correction.clamp(max=config.importance_cap)
     masked = torch.zeros_like(correction)

@@ -53,6 +53,8 @@ class PackedBatch:
     """The model's media inputs, in the order of the rows."""
     reference_logprobs: Tensor | None = None
     """float32 [N] under the reference policy, where a KL term needs them."""
+    old_logprobs: Tensor | None = None
+    """float32 [N] under the learner's policy before the batch, where the loss compares with them."""
 
     @property
     def num_sequences(self) -> int:

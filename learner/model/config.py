@@ -1,6 +1,8 @@
-"""Settings of the optimizer. Imports no torch."""
+"""Settings of the optimizer and of the adapter. Imports no torch."""
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -23,6 +25,20 @@ class OptimizerConfig(Config):
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps of linear rise; the first has lr / (warmup_steps + 1)."""
     min_lr_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Where the adapter goes, and how large it is. Names and meaning are those of PEFT's `LoraConfig`."""
+
+    rank: int = 8
+    alpha: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear`: every linear layer but the output layer. Ends of module names, or one regular expression."""
+    exclude_modules: tuple[str, ...] = ()
+    """Ends of module names."""
+    path: Path | None = None
+    """Begin with this adapter, a directory as PEFT writes it; everything else here is then read from it."""
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -1,7 +1,7 @@
 """Loads the policy: a Hugging Face vision-language checkpoint, ready to train on packed batches."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from common import torchvision_ops
 from learner.model import attention
+from learner.model.config import Adapter
+from learner.model.lora import add_adapter
 
 Part = Literal["vision_tower", "projector", "language_model"]
 
@@ -28,6 +30,8 @@ class FreezeReport:
     num_trainable: int
     num_frozen: int
     frozen: tuple[str, ...] = ()
+    num_adapted: int = 0
+    """Layers with a LoRA adapter."""
 
 
 def load_policy(
@@ -35,6 +39,7 @@ def load_policy(
     *,
     dtype: torch.dtype = torch.float32,
     frozen: Sequence[Part] = (),
+    adapter: Adapter | None = None,
     gradient_checkpointing: bool = False,
 ) -> tuple[Any, FreezeReport]:
     """Load a checkpoint directory for training.
@@ -43,13 +48,14 @@ def load_policy(
         model_dir: config and safetensors of a model that `AutoModelForImageTextToText` knows.
         dtype: of the parameters. Rotary frequencies stay float32 in any case.
         frozen: parts whose parameters get no gradient.
+        adapter: train this LoRA adapter, in the parts that are not frozen, and nothing else.
         gradient_checkpointing: recompute layers in the backward pass.
 
     Returns:
         (model in train mode with the packed attention in its text model, what was frozen).
 
     Raises:
-        ValueError: no checkpoint there, or nothing to freeze.
+        ValueError: no checkpoint there, nothing to freeze, or nothing that the adapter fits.
     """
     path = Path(model_dir)
     if not (path / "config.json").is_file():
@@ -65,17 +71,24 @@ def load_policy(
         use_safetensors=True,
         attn_implementation="sdpa",
     )
-    return model, prepare_policy(model, frozen=frozen, gradient_checkpointing=gradient_checkpointing)
+    return model, prepare_policy(model, frozen=frozen, adapter=adapter, gradient_checkpointing=gradient_checkpointing)
 
 
-def prepare_policy(model: Any, *, frozen: Sequence[Part] = (), gradient_checkpointing: bool = False) -> FreezeReport:
+def prepare_policy(
+    model: Any, *, frozen: Sequence[Part] = (), adapter: Adapter | None = None, gradient_checkpointing: bool = False
+) -> FreezeReport:
     """Set up a model of transformers, in place, as `load_policy` does."""
     # Only the text model: the vision tower's attention knows its own windows.
     model.config.get_text_config()._attn_implementation = attention.register()  # noqa: SLF001 - no public setter for one
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return freeze(model, frozen)
+    num_adapted = 0
+    if adapter is not None:
+        num_adapted = add_adapter(
+            model, adapter, frozen=[name for part in frozen for name in find_modules(model, part)]
+        )
+    return replace(freeze(model, frozen), num_adapted=num_adapted)
 
 
 def find_modules(model: nn.Module, part: Part) -> list[str]:

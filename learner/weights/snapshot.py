@@ -14,6 +14,7 @@ from torch import nn
 
 from common.dtypes import DTYPE_NAMES
 from common.types import Manifest, ManifestBucket, ManifestParameter
+from learner.model.lora import adapted_weight, merge, own_name
 
 _ALIGNMENT = 16
 
@@ -76,7 +77,11 @@ class Snapshotter:
         self._model = model
         self._is_sender = is_sender
         self._bucket_bytes = bucket_bytes
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trained = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad or adapted_weight(model, name) is not None
+        ]
         self._trained = frozenset(trained)
         self._trains_vision = any(name.startswith(f"{module}.") for name in trained for module in vision_modules)
         self._frozen = self._gather(trained=False)
@@ -96,10 +101,21 @@ class Snapshotter:
         return builder.finish() if self._is_sender else None
 
     def _full_tensors(self, trained: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """By their names in the model without adapter, which is merged."""
         for name, parameter in self._model.named_parameters():
-            if (name in self._trained) is trained:
-                full_tensor = getattr(parameter, "full_tensor", None)  # a DTensor under FSDP2
-                yield name, (full_tensor() if full_tensor is not None else parameter).detach()
+            own = own_name(name)
+            if own is None or (name in self._trained) is not trained:
+                continue
+            tensor = _full(parameter)
+            if (adapted := adapted_weight(self._model, name)) is not None:
+                a, b, scaling = adapted
+                tensor = merge(tensor, _full(a), _full(b), scaling)
+            yield own, tensor
+
+
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    full_tensor = getattr(parameter, "full_tensor", None)  # a DTensor under FSDP2
+    return (full_tensor() if full_tensor is not None else parameter).detach()
 
 
 class _BucketBuilder:

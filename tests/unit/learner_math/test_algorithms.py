@@ -165,7 +165,7 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
         sequence_ids,
         BatchTotals(num_tokens=31, num_sequences=8),
         config,
-        flat["reference"],
+        reference_logprobs=flat["reference"],
     )
     assert terms.loss.item() == pytest.approx(naive_loss(tokens, advantages, config, 31, 8), rel=1e-4, abs=1e-6)
     clipped, masked = [], []

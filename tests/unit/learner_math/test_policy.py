@@ -1,19 +1,29 @@
 """The policy as a whole, on one rank."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from common.types import FloatArray
 from learner.algorithms.losses import k3
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.distributed import join_ranks
+from learner.ledger import Ledger
 from learner.model.logprobs import completion_logprobs
 from learner.policy import Policy
+from learner.step import merge_stats
+from learner.trainer import RankZero, Trainer
+from learner.types import Group
 from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits
 
 
@@ -35,9 +45,9 @@ def test_the_kl_term_is_that_to_the_checkpoint_that_the_run_began_with(
     packs = pack_batch(groups, centred(groups), max_tokens=10_000, filler=processor.filler)
     with join_ranks("cpu") as ranks:
         policy = Policy(config, ranks)
-        first = policy.step([encode_packs(packs[0])])
+        ((first,),) = policy.step([[encode_packs(packs[0])]])
         assert first.reference_kl == pytest.approx(0.0, abs=1e-9)
-        policy.step([encode_packs(packs[0])])
+        policy.step([[encode_packs(packs[0])]])
         (pack,) = packs[0]
         with torch.no_grad():
             now, _ = completion_logprobs(policy.model, pack, suppressed_token_ids=policy.placeholder_ids)
@@ -49,6 +59,102 @@ def test_the_kl_term_is_that_to_the_checkpoint_that_the_run_began_with(
                     chosen = torch.from_numpy(completion.token_ids).long()[:, None]
                     rows.append(torch.log_softmax(logits, -1).gather(1, chosen).squeeze(1))
             began = torch.cat(rows)
-        third = policy.step([encode_packs(packs[0])])
+        ((third,),) = policy.step([[encode_packs(packs[0])]])
         assert third.reference_kl == pytest.approx(float(k3(began - now).mean()), rel=1e-3)
         assert third.reference_kl > 1e-4
+
+
+def parts_of(groups: list[Group], advantages: list[FloatArray], processor: PromptProcessor) -> list[Tensor]:
+    return [encode_packs(packs) for packs in pack_batch(groups, advantages, filler=processor.filler)]
+
+
+@pytest.mark.parametrize("old_policy", ["learner", "actor"])
+def test_mini_batches_and_epochs_are_those_of_a_naive_loop(
+    tmp_path: Path, reference_model: Any, hf_processor: Any, processor: PromptProcessor, old_policy: str
+) -> None:
+    reference_model.save_pretrained(tmp_path)
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": tmp_path},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 10, "batch_prompts": 4, "mini_batch_prompts": 2, "epochs": 2},
+            "optimizer": {"lr": 1e-3, "max_grad_norm": 1e6},
+            "algorithm": {"old_policy": old_policy, "clip_low": 0.05, "clip_high": 0.1},
+        }
+    )
+    groups = mixed_groups(processor)
+    advantages = centred(groups)
+    mini_batches = [(groups[i : i + 2], advantages[i : i + 2]) for i in (0, 2)]
+    with join_ranks("cpu") as ranks:
+        policy = Policy(config, ranks)
+        placeholders = list(policy.placeholder_ids)
+        updates = policy.step([parts_of(*mini_batch, processor) for mini_batch in mini_batches])
+        assert policy.version == 1
+
+    model = copy.deepcopy(reference_model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def logprobs(group: Group) -> list[Tensor]:
+        rows = []
+        for completion in group.completions:
+            logits = reference_logits(model, hf_processor, group, completion)
+            logits = logits.index_fill(1, torch.tensor(placeholders), -torch.inf)
+            chosen = torch.from_numpy(completion.token_ids).long()[:, None]
+            rows.append(torch.log_softmax(logits, -1).gather(1, chosen).squeeze(1))
+        return rows
+
+    with torch.no_grad():
+        began = {group.group_id: logprobs(group) for group in groups}
+    expected = []
+    for _ in range(2):
+        for of_groups, of_advantages in mini_batches:
+            losses = []
+            for group, values in zip(of_groups, of_advantages, strict=True):
+                for i, now in enumerate(logprobs(group)):
+                    actor = torch.from_numpy(group.completions[i].logprobs)
+                    old = began[group.group_id][i] if old_policy == "learner" else actor
+                    for token in range(len(now)):
+                        ratio, value = (now[token] - old[token]).exp(), float(values[i])
+                        losses.append(-torch.min(ratio * value, ratio.clamp(0.95, 1.1) * value))
+            loss = torch.stack(losses).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(loss.item())
+    in_order = [updates[0][0], updates[1][0], updates[0][1], updates[1][1]]
+    assert [update.loss for update in in_order] == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    assert [update.parity_tokens > 0 for update in in_order] == [True, False, False, False]
+    if old_policy == "learner":
+        assert in_order[0].ratio_mean == pytest.approx(1.0, abs=1e-6)
+        assert in_order[2].clip_fraction > 0
+    merged = merge_stats(in_order)
+    assert merged.num_tokens == 2 * 31
+    assert merged.loss == pytest.approx(
+        sum(update.loss * update.num_tokens for update in in_order) / (2 * 31), rel=1e-6
+    )
+
+
+def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor
+) -> None:
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 1, "batch_prompts": 4, "mini_batch_prompts": 1},
+        }
+    )
+    groups = [
+        dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, suppressed_token_ids=(262, 263)))
+        for group in mixed_groups(processor)
+    ]
+    groups[2].completions[0].logprobs[0] = np.nan
+    control = MagicMock(processor=processor)
+    control.take_batch.return_value = groups
+    control.evaluate.return_value = None
+    with join_ranks("cpu") as ranks:
+        zero = RankZero(control, Ledger(0, 4), MagicMock(**{"state.return_value": {}}))
+        Trainer(config, ranks, Policy(config, ranks), tmp_path, zero).run()
+    (call,) = control.finish_step.call_args_list
+    assert call.args[0] == groups
+    assert call.kwargs["skipped"] == [groups[2]]

@@ -73,23 +73,24 @@ def test_parity_counts_tokens_of_the_current_version_only(
     assert stats.parity_mean_abs_diff == pytest.approx(0.25 / 20, abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_loud(
-    make_policy: Callable[[], Any], processor: PromptProcessor
+@pytest.mark.parametrize("field", ["advantages", "actor_logprobs"])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_loud(
+    make_policy: Callable[[], Any], processor: PromptProcessor, field: str
 ) -> None:
     policy, [pack] = make_policy(), packs(processor)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    pack.advantages[0] = math.nan
+    getattr(pack, field)[0] = math.nan
     optimizer = build_optimizer(policy, OPTIMIZER)
     with structlog.testing.capture_logs() as logs:
         stats = train_step(policy, optimizer, [pack], LOSS, policy_version=0)
     assert stats.skipped
-    assert math.isnan(stats.grad_norm)
+    assert math.isnan(stats.loss)
     assert [(entry["log_level"], entry["event"]) for entry in logs] == [
-        ("error", "gradient is not finite: step skipped")
+        ("error", "loss or gradient is not finite: step skipped")
     ]
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert not optimizer.state
-    pack.advantages[0] = 1.0
+    getattr(pack, field)[0] = 1.0
     assert not train_step(policy, optimizer, [pack], LOSS, policy_version=0).skipped
 
 

@@ -1,0 +1,157 @@
+"""LoRA through PEFT: adapters inside the model's own linear layers.
+
+    h = W x + scaling * B (A x)        arXiv 2106.09685, section 4.1; scaling = lora_alpha / lora_rank
+
+W is frozen, A and B train. Nothing outside this module knows: module names stay the model's own, actors and exported
+checkpoints get W + scaling * B A under the name of W, and without the adapter the model is the one that training began
+with.
+
+Imports PEFT, and with it transformers, only when used (see `learner.model.attention`).
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.model.config import Adapter
+
+_NAME = "default"
+_BASE = ".base_layer."
+_WEIGHTS_FILE = "adapter_model.safetensors"
+# What PEFT puts before the names of the model's own modules in its files.
+_FILE_PREFIX = "base_model.model."
+
+
+def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> int:
+    """Put the adapter into a model of transformers, in place, and freeze everything else.
+
+    A fresh adapter changes nothing (B = 0); A comes from torch's generator, so equal seeds give equal ranks.
+
+    Args:
+        model: not sharded yet.
+        adapter: what to add.
+        frozen: modules without adapter.
+
+    Returns:
+        The number of adapted layers.
+
+    Raises:
+        ValueError: no module fits, or the directory holds no adapter for this model.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    excluded = [rf"(?:.*\.)?{re.escape(name)}" for name in adapter.exclude_modules]
+    excluded += [rf"{re.escape(name)}(?:\..*)?" for name in frozen]
+    if adapter.path is not None:
+        config: Any = LoraConfig.from_pretrained(str(adapter.path))
+        config.inference_mode = False  # it would not train
+    else:
+        targets: Any = adapter.target_modules
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules="|".join(excluded) or None,
+        )
+    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    if adapter.path is not None:
+        _load(model, adapter.path / _WEIGHTS_FILE)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # small updates are lost in bfloat16
+    return sum(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def own_name(name: str) -> str | None:
+    """The name of a parameter or buffer in the model without adapter; None for what belongs to the adapter."""
+    if ".lora_" in name:
+        return None
+    return name.replace(_BASE, ".")
+
+
+def adapted_weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scaling) if `name` is a weight with an adapter."""
+    layer_name, base, rest = name.rpartition(_BASE)
+    if not base or rest != "weight":
+        return None
+    layer: Any = model.get_submodule(layer_name)
+    return layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight, layer.scaling[_NAME]
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A, computed in float32, in the dtype of W."""
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+
+
+def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict of `model` as that of a model without adapter."""
+    merged: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        own = own_name(name)
+        if own is None:
+            continue
+        merged[own] = tensor
+        if (adapted := adapted_weight(model, name)) is not None:
+            layer_name = name.rpartition(_BASE)[0]
+            a, b = (state[f"{layer_name}.lora_{which}.{_NAME}.weight"] for which in "AB")
+            merged[own] = merge(tensor, a, b, adapted[2])
+    return merged
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model that training began with, for a forward without gradient.
+
+    By the scale: PEFT's own way also switches `requires_grad`, under the feet of FSDP2.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.set_scale(_NAME, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_NAME, 1.0)
+
+
+def save_adapter(model: Any, state: Mapping[str, Tensor], base: Path, directory: Path) -> None:
+    """Write the adapter as PEFT does, from a whole state dict of `model`. `base` is the model that it belongs to."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    config = model.peft_config[_NAME]
+    config.base_model_name_or_path = str(base)
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    weights = {
+        _FILE_PREFIX + name.replace(f".{_NAME}.", "."): tensor.contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
+    save_file(weights, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    own = {_FILE_PREFIX + name.replace(f".{_NAME}.", "."): parameters[name] for name in parameters if ".lora_" in name}
+    weights = load_file(file)
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())
+        raise ValueError(f"{file} is not an adapter of this {type(model).__name__}: {odd[0]} is in one of them only")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != weights[name].shape:
+                raise ValueError(
+                    f"{file}: {name} has shape {list(weights[name].shape)}, the model wants {list(parameter.shape)}"
+                )
+            parameter.copy_(weights[name])

@@ -1,0 +1,229 @@
+"""LoRA: what trains, what the actors get, and that PEFT and transformers read what is written."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.batch.packing import PackedBatch, pack_batch
+from learner.batch.processing import PromptProcessor
+from learner.batch.transport import encode_packs
+from learner.config import LearnerConfig
+from learner.distributed import Ranks, join_ranks
+from learner.model.config import Adapter
+from learner.model.load import load_policy
+from learner.model.logprobs import completion_logprobs
+from learner.model.lora import add_adapter, without_adapter
+from learner.policy import Policy
+from learner.weights.snapshot import Snapshotter
+from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    with join_ranks("cpu") as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def large_model_dir(tmp_path: Path, reference_model: Any, hf_processor: Any) -> Path:
+    """Weights that are large enough for mistakes to show, with the processor beside them."""
+    reference_model.save_pretrained(tmp_path / "model")
+    hf_processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pack(processor: PromptProcessor) -> PackedBatch:
+    groups = mixed_groups(processor)
+    [[pack]] = pack_batch(groups, centred(groups), filler=processor.filler)
+    return pack
+
+
+def make_config(model_dir: Path, algorithm: dict[str, Any] | None = None, **model: Any) -> LearnerConfig:
+    return LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir, **model},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 10, "batch_prompts": 4},
+            "optimizer": {"lr": 1e-2},
+            "algorithm": algorithm or {},
+        }
+    )
+
+
+@torch.no_grad()
+def logprobs(model: Any, pack: PackedBatch) -> Tensor:
+    return completion_logprobs(model, pack, suppressed_token_ids=SUPPRESSED)[0]
+
+
+def trained(policy: Policy, pack: PackedBatch, steps: int = 3) -> Policy:
+    for _ in range(steps):
+        policy.step([[encode_packs([pack])]])
+    return policy
+
+
+def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
+    large_model_dir: Path, tmp_path: Path, pack: PackedBatch, ranks: Ranks
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    policy = Policy(make_config(large_model_dir, lora_rank=4, lora_alpha=8, freeze_vision_tower=True), ranks)
+    began = load_policy(large_model_dir)[0]
+    torch.testing.assert_close(logprobs(policy.model, pack), logprobs(began, pack), atol=0, rtol=0)
+    names = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert names
+    assert all(".lora_" in name and ".visual." not in name for name in names)
+    assert policy.freeze_report.num_trainable == sum(4 * sum(layer) for layer in linear_layers(began))
+    assert policy.freeze_report.num_adapted == len(linear_layers(began))
+
+    frozen = {name: full(value).clone() for name, value in policy.model.named_parameters() if name not in names}
+    trained(policy, pack)
+    for name, value in policy.model.named_parameters():
+        if name not in names:
+            assert torch.equal(full(value), frozen[name]), name
+            assert value.grad is None
+    now = logprobs(policy.model, pack)
+    assert float((now - logprobs(began, pack)).abs().max()) > 1e-2
+
+    snapshot = policy.snapshot()
+    assert snapshot is not None
+    own = dict(began.named_parameters())
+    sent = {parameter.name for parameter in snapshot.trained.parameters}
+    assert sent == {f"{name}.weight" for name, module in began.named_modules() if is_adapted(name, module)}
+    assert sent | {parameter.name for parameter in snapshot.frozen.parameters} == own.keys()
+    assert not snapshot.trains_vision
+
+    export = policy.export(tmp_path / "export")
+    merged = load_policy(export)[0]
+    torch.testing.assert_close(logprobs(merged, pack), now, atol=2e-5, rtol=1e-4)
+    for parameter in snapshot.trained.parameters:
+        size = torch.Size(parameter.shape).numel() * 4
+        sent_bytes = snapshot.trained.buffers[parameter.bucket][parameter.offset : parameter.offset + size]
+        tensor = sent_bytes.view(torch.float32).view(parameter.shape)
+        assert torch.equal(tensor, merged.get_parameter(parameter.name)), parameter.name
+
+    read = AutoModelForImageTextToText.from_pretrained(large_model_dir)
+    by_peft = PeftModel.from_pretrained(read, str(export / "adapter")).merge_and_unload()
+    for name, value in by_peft.named_parameters():
+        torch.testing.assert_close(value, merged.get_parameter(name), atol=1e-6, rtol=1e-5)
+
+
+def test_a_written_adapter_is_where_training_goes_on(
+    large_model_dir: Path, tmp_path: Path, pack: PackedBatch, ranks: Ranks
+) -> None:
+    first = trained(Policy(make_config(large_model_dir, lora_rank=2, target_modules=["q_proj", "v_proj"]), ranks), pack)
+    adapter = first.export(tmp_path / "export") / "adapter"
+    second = Policy(make_config(large_model_dir, lora_adapter_path=adapter), ranks)
+    assert second.freeze_report.num_adapted == first.freeze_report.num_adapted
+    torch.testing.assert_close(logprobs(second.model, pack), logprobs(first.model, pack), atol=0, rtol=0)
+
+
+def test_a_checkpoint_holds_the_adapter_and_resumes(
+    large_model_dir: Path, tmp_path: Path, pack: PackedBatch, ranks: Ranks
+) -> None:
+    config = make_config(large_model_dir, lora_rank=2)
+    once = trained(Policy(config, ranks), pack, steps=2)
+    path = once.save(tmp_path, {})
+    assert sum(file.stat().st_size for file in path.rglob("*")) < 4 * 635_328 / 2  # half of the parameters alone
+    again = Policy(config, ranks)
+    assert again.restore(tmp_path) is not None
+    assert again.version == 2
+    trained(once, pack, steps=1)
+    trained(again, pack, steps=1)
+    for (name, a), b in zip(once.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(full(a), full(b)), name
+
+
+def test_without_its_adapter_the_policy_is_the_reference_of_the_kl_term(
+    large_model_dir: Path, pack: PackedBatch, ranks: Ranks
+) -> None:
+    policy = Policy(make_config(large_model_dir, {"kl_coef": 0.1}, lora_rank=4), ranks)
+    began = logprobs(load_policy(large_model_dir)[0], pack)
+    ((first,),) = policy.step([[encode_packs([pack])]])
+    assert first.reference_kl == pytest.approx(0.0, abs=1e-9)
+    ((second,),) = policy.step([[encode_packs([pack])]])
+    assert second.reference_kl > 1e-5
+    with without_adapter(policy.model):
+        assert torch.equal(logprobs(policy.model, pack), began)
+    assert not torch.equal(logprobs(policy.model, pack), began)
+
+
+def test_gradients_are_those_of_the_product(large_model_dir: Path, pack: PackedBatch) -> None:
+    """dL/dA and dL/dB against dL/dW of the merged model: scaling * B^T dW and scaling * dW A^T."""
+    adapted, _ = load_policy(large_model_dir, adapter=Adapter(rank=3, alpha=6, target_modules=("o_proj",)))
+    torch.manual_seed(1)
+    plain = load_policy(large_model_dir)[0]
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+            delta = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            plain.get_parameter(f"{name}.weight").add_(delta)
+    for model in (adapted, plain):
+        completion_logprobs(model, pack, suppressed_token_ids=SUPPRESSED)[0].sum().backward()
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        gradient = plain.get_parameter(f"{name}.weight").grad
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(a.grad, 2.0 * b.T @ gradient, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(b.grad, 2.0 * gradient @ a.T, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_and_modules_are_left_out(model_dir: Path) -> None:
+    model = load_policy(model_dir)[0]
+    adapter = Adapter(rank=2, exclude_modules=("mlp.up_proj",))
+    with_vision = add_adapter(copy.deepcopy(model), adapter)
+    assert add_adapter(model, adapter, frozen=["model.visual"]) < with_vision
+    names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    assert any("gate_proj" in name for name in names)
+    assert not any("up_proj" in name or "visual" in name or "lm_head" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"target_modules": ["no_such_layer"], "lora_rank": 2}, "no_such_layer"),
+        ({"lora_alpha": 3}, "lora_alpha needs lora_rank"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules needs lora_rank"),
+        ({"lora_rank": 2, "lora_adapter_path": "x"}, "set one of them"),
+    ],
+)
+def test_mistakes_are_named(model_dir: Path, settings: dict[str, Any], match: str, ranks: Ranks) -> None:
+    with pytest.raises(ValueError, match=match):
+        Policy(make_config(model_dir, **settings), ranks)
+
+
+def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path, ranks: Ranks) -> None:
+    Policy(make_config(model_dir, lora_rank=2), ranks).export(tmp_path / "export")
+    file = tmp_path / "export" / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 2', '"r": 4'))
+    with pytest.raises(ValueError, match=r"has shape \[2, .*the model wants \[4, "):
+        Policy(make_config(model_dir, lora_adapter_path=file.parent), ranks)
+
+
+def test_a_snapshot_without_adapter_is_the_plain_one(model_dir: Path) -> None:
+    model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
+    plain = load_policy(model_dir)[0]
+    taken = Snapshotter(model, [], is_sender=True, bucket_bytes=2**20).take(0)
+    assert taken is not None
+    sent = {parameter.name for part in (taken.trained, taken.frozen) for parameter in part.parameters}
+    assert sent == dict(plain.named_parameters()).keys()
+
+
+def full(parameter: Any) -> Tensor:
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach()
+
+
+def is_adapted(name: str, module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) and "visual" not in name and name != "lm_head"
+
+
+def linear_layers(model: Any) -> list[tuple[int, int]]:
+    return [(m.in_features, m.out_features) for name, m in model.named_modules() if is_adapted(name, m)]
