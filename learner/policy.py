@@ -22,6 +22,9 @@ from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
 from learner.weights.snapshot import Snapshot, Snapshotter
 
+# What the families call their text model; all else in a model comes before it.
+_TEXT_MODELS = ("language_model", "text_model")
+
 
 class Policy:
     """What trains. `version` is the number of optimizer steps that it has taken."""
@@ -57,7 +60,7 @@ class Policy:
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._snapshotter = Snapshotter(
             self.model,
-            [f"model.{name}" for name, _ in self.model.model.named_children() if name != "language_model"],
+            [f"model.{name}" for name, _ in self.model.model.named_children() if name not in _TEXT_MODELS],
             is_sender=ranks.is_main,
             bucket_bytes=config.weights.bucket_mib * 2**20,
         )

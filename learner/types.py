@@ -44,7 +44,8 @@ class ProcessedPrompt:
     """A prompt after the model's own processor: what the learner trains with and holds the actor's answer against.
 
     `media` maps the processor's tensor names to tensors (`pixel_values`, `image_grid_thw`, ...); empty for text.
-    `media_sha256[i]` is the hash of image i, `placeholder_lengths[i]` the tokens that it fills in `input_ids`.
+    `media_sha256[i]` is the hash of image i, `num_image_tokens[i]` the tokens in `input_ids` that stand for it, one
+    for each embedding.
     """
 
     input_ids: IntArray
@@ -55,7 +56,7 @@ class ProcessedPrompt:
     """Position of the first completion token."""
     media: dict[str, torch.Tensor]
     media_sha256: tuple[bytes, ...]
-    placeholder_lengths: tuple[int, ...]
+    num_image_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def process(sample: PromptSample) -> ProcessedPrompt:
         next_position=len(ids),
         media={},
         media_sha256=tuple(content_hash(image) for image in sample.images),
-        placeholder_lengths=(IMAGE_TOKENS,) * len(sample.images),
+        num_image_tokens=(IMAGE_TOKENS,) * len(sample.images),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from common import torchvision_ops
 from common.chat import template_messages
 from common.media import content_hash, decode_image
+from common.placeholders import image_token_id
 from common.types import ChatMessage, MediaPart, ServerLimits
 from learner.batch.positions import PositionIndexer
 from learner.types import ProcessedPrompt, PromptSample
@@ -51,6 +52,7 @@ class PromptProcessor:
         self._has_images = getattr(self._processor, "image_processor", None) is not None
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         self._positions = PositionIndexer(config)
+        self._image_token_id = image_token_id(config)
         self._cache: OrderedDict[bytes, ProcessedPrompt] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._max_pixels = max_pixels
@@ -112,25 +114,38 @@ class PromptProcessor:
             next_position=next_position,
             media=media,
             media_sha256=sha256,
-            placeholder_lengths=self._placeholder_lengths(input_ids, output, len(images)),
+            num_image_tokens=self._num_image_tokens(input_ids, output, images),
         )
 
-    def _placeholder_lengths(self, input_ids: Tensor, output: Mapping[str, Any], num_images: int) -> tuple[int, ...]:
-        """Tokens that each image fills; their sum is checked against the ids."""
-        if num_images == 0:
+    def _num_image_tokens(
+        self, input_ids: Tensor, output: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> tuple[int, ...]:
+        """Image tokens of each image; their sum is checked against the ids."""
+        if not images:
             return ()
-        is_image = input_ids == self._processor.image_token_id
+        in_prompt = input_ids.tolist().count(self._image_token_id)
         if "image_grid_thw" in output:
             merge = self._processor.image_processor.merge_size**2
             lengths = tuple(int(grid) // merge for grid in output["image_grid_thw"].prod(-1))
+        elif len(images) == 1:
+            lengths = (in_prompt,)
         else:
-            lengths = _runs(is_image)
-        if len(lengths) != num_images or sum(lengths) != int(is_image.sum()):
+            lengths = self._count_apart(images)
+        if len(lengths) != len(images) or sum(lengths) != in_prompt:
             raise ValueError(
-                f"the processor expanded {num_images} images to placeholders of {lengths} tokens, but the prompt holds "
-                f"{int(is_image.sum())} image tokens"
+                f"the processor expanded {len(images)} images to {lengths} tokens, but the prompt holds {in_prompt} "
+                "image tokens"
             )
         return lengths
+
+    def _count_apart(self, images: Sequence[Image.Image]) -> tuple[int, ...]:
+        """Image tokens of each of several images, which may stand side by side or in parts: with a token in between."""
+        tokenizer = self._processor.tokenizer
+        text = f"{self._processor.image_token}{tokenizer.eos_token}" * len(images)
+        input_ids = self._processor(text=[text], images=list(images), return_tensors="pt")["input_ids"][0]
+        image_number = (input_ids == tokenizer.eos_token_id).cumsum(0)
+        counts = torch.bincount(image_number[input_ids == self._image_token_id], minlength=len(images))
+        return tuple(counts.tolist())
 
     def _filler(self) -> ProcessedPrompt:
         image_processor = self._processor.image_processor
@@ -143,13 +158,6 @@ class PromptProcessor:
         while self._cached_bytes > self._cache_bytes and self._cache:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= _num_bytes(oldest)
-
-
-def _runs(is_image: Tensor) -> tuple[int, ...]:
-    """Lengths of the runs of True."""
-    padded = torch.nn.functional.pad(is_image.int(), (1, 1))
-    edges = padded.diff()
-    return tuple((torch.nonzero(edges == -1) - torch.nonzero(edges == 1)).flatten().tolist())
 
 
 def _num_bytes(processed: ProcessedPrompt) -> int:

@@ -5,12 +5,16 @@ The model runs on one long sequence [1, T]. Only here do rows matter: rows of si
 `scaled_dot_product_attention`. Where every row has the same length that is a view, otherwise a gather. The vision tower
 keeps its own attention, and a forward without a layout is plain causal attention.
 
+A query sees a key of its row that comes no later and is of the prompt or of the query's own branch. Two things that
+some models add: layers with a sliding window see only the last so many tokens (counted along prompt and branch), and
+the tokens of one image see each other in both directions, inside of the window or not.
+
 Imports transformers only when used: its models import torchvision, which may have to be repaired first
 (`common.torchvision_ops`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +22,9 @@ from torch import Tensor, nn
 
 NAME = "outrider_packed"
 """What `config._attn_implementation` of the text model says."""
+
+# What the attention of some models has beside; unknown to `packed_attention`, so refused.
+_UNKNOWN = ("softcap", "s_aux", "head_mask", "position_bias")
 
 # Rows share a block while the shortest is at least this part of the longest: fewer, larger calls against padding.
 _MIN_FILL = 0.7
@@ -29,8 +36,19 @@ class Block:
 
     num_rows: int
     length: int
-    mask: Tensor
-    """bool [rows, 1, length, length]: query may see key. A padding place sees itself only, so that nothing is NaN."""
+    branches: Tensor
+    """int64 [rows, length], -1 in padding."""
+    orders: Tensor
+    """int64 [rows, length]: place of the token in its own sequence, prompt and branch."""
+    spans: Tensor
+    """int64 [rows, length]: number of the image that sees itself in both directions, 0 elsewhere."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """bool [rows, 1, length, length]: query may see key. A padding place sees itself only, so nothing is NaN."""
+        if window not in self._masks:
+            self._masks[window] = _mask(self.branches, self.orders, self.spans, window)
+        return self._masks[window]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,16 +73,19 @@ def register() -> str:
     return NAME
 
 
-def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor) -> PackedLayout:
+def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor, seen_whole: Tensor | None = None) -> PackedLayout:
     """Group the rows of a pack into blocks.
 
     Args:
         row_lengths: tokens of each row, in the order of the pack; sums to T.
         branch_ids: int64 `[T]`, on the device where attention will run.
+        seen_whole: bool `[T]`, the tokens of images that see themselves in both directions; an image is a run of them.
     """
     if sum(row_lengths) != len(branch_ids):
         raise ValueError(f"rows hold {sum(row_lengths)} tokens, the pack {len(branch_ids)}")
     device = branch_ids.device
+    orders = _orders(row_lengths, branch_ids)
+    spans = torch.zeros_like(branch_ids) if seen_whole is None else _number_runs(seen_whole)
     starts = torch.tensor([0, *row_lengths]).cumsum(0)
     groups = _similar(row_lengths)
     gathers: list[Tensor] = []
@@ -72,7 +93,7 @@ def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor) -> PackedLayou
         steps = torch.arange(row_lengths[rows[0]])
         lengths = torch.tensor([row_lengths[row] for row in rows])
         gathers.append(torch.where(steps < lengths[:, None], starts[rows][:, None] + steps, -1))
-    blocks = tuple(Block(len(gather), gather.shape[1], _mask(branch_ids, gather.to(device))) for gather in gathers)
+    blocks = tuple(_block(gather.to(device), branch_ids, orders, spans) for gather in gathers)
     joined = torch.cat([gather.flatten() for gather in gathers])
     if torch.equal(joined, torch.arange(len(branch_ids))):
         return PackedLayout(blocks, None, None)
@@ -90,10 +111,18 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     packed_layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: `[1, heads, T, d]` in, (`[1, T, heads, d]`, None) out."""
+    """Attention in the form that transformers calls: `[1, heads, T, d]` in, (`[1, T, heads, d]`, None) out.
+
+    Raises:
+        ValueError: the model wants something of its attention that is not done here.
+    """
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"the attention of {type(module).__name__} has {name}, which packed attention does not do")
     if packed_layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -116,7 +145,7 @@ def packed_attention(
         if groups > 1:
             keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
         attended = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=block.mask, dropout_p=dropout, scale=scaling
+            queries, keys, values, attn_mask=block.mask(sliding_window), dropout_p=dropout, scale=scaling
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -146,13 +175,38 @@ def _similar(row_lengths: Sequence[int]) -> list[list[int]]:
     return blocks
 
 
-def _mask(branch_ids: Tensor, gather: Tensor) -> Tensor:
-    """bool `[rows, 1, L, L]` for the tokens `gather` `[rows, L]`, -1 in padding."""
-    branches = torch.where(gather >= 0, branch_ids[gather.clamp(min=0)], -1)
-    steps = torch.arange(gather.shape[1], device=gather.device)
+def _orders(row_lengths: Sequence[int], branch_ids: Tensor) -> Tensor:
+    """int64 `[T]`: place of each token in its own sequence: in the prompt, or behind it in its branch."""
+    orders = []
+    for branches in branch_ids.cpu().split(list(row_lengths)):
+        steps = torch.arange(len(branches))
+        lengths = torch.bincount(branches)
+        firsts = lengths.cumsum(0) - lengths  # branches are contiguous and ascending
+        orders.append(torch.where(branches > 0, steps - firsts[branches] + lengths[0], steps))
+    return torch.cat(orders).to(branch_ids.device)
+
+
+def _number_runs(flags: Tensor) -> Tensor:
+    """int64 `[T]`: 1 in the first run of True, 2 in the second, and so on; 0 elsewhere."""
+    starts = flags & ~torch.nn.functional.pad(flags[:-1], (1, 0))
+    return starts.long().cumsum(0) * flags
+
+
+def _block(gather: Tensor, branch_ids: Tensor, orders: Tensor, spans: Tensor) -> Block:
+    """The tokens `gather` `[rows, L]`, -1 in padding."""
+    places = gather.clamp(min=0)
+    branches = torch.where(gather >= 0, branch_ids[places], -1)
+    return Block(len(gather), gather.shape[1], branches, orders[places], torch.where(gather >= 0, spans[places], 0))
+
+
+def _mask(branches: Tensor, orders: Tensor, spans: Tensor, window: int | None) -> Tensor:
+    steps = torch.arange(branches.shape[1], device=branches.device)
     query, key = branches[:, :, None], branches[:, None, :]
-    visible = (steps[:, None] >= steps) & ((key == 0) | (key == query)) & (query >= 0)
-    return (visible | (steps[:, None] == steps)).unsqueeze(1)
+    visible = (steps[:, None] >= steps) & ((key == 0) | (key == query))
+    visible |= (spans[:, :, None] == spans[:, None, :]) & (spans[:, :, None] > 0)
+    if window is not None:
+        visible &= orders[:, :, None] - orders[:, None, :] < window
+    return (visible & (query >= 0) | (steps[:, None] == steps)).unsqueeze(1)
 
 
 class _Pad(torch.autograd.Function):

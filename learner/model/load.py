@@ -19,7 +19,7 @@ Part = Literal["vision_tower", "projector", "language_model"]
 _MODULES: Mapping[Part, tuple[str, ...]] = {
     "vision_tower": ("visual", "vision_tower", "vision_model", "vision_encoder"),
     "projector": ("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner"),
-    "language_model": ("language_model", "lm_head"),
+    "language_model": ("language_model", "text_model", "lm_head"),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.placeholders import image_token_id
 from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
 
@@ -17,9 +18,12 @@ _MAX_FUSED_LOGIT_ELEMENTS = 2**24
 # What some models do with the output layer's logits, by the names of the settings; `fused` does not do it.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
+# Families whose text model lets the tokens of an image see each other in both directions.
+_IMAGES_SEEN_WHOLE = frozenset({"gemma3"})
+
 
 def completion_logprobs(
-    model: nn.Module,
+    model: Any,
     pack: PackedBatch,
     *,
     temperature: float = 1.0,
@@ -42,7 +46,7 @@ def completion_logprobs(
     Returns:
         (logprobs float32 `[N]`, entropy float32 `[N]` in nats), both with gradient.
     """
-    inputs = {**forward_inputs(pack), "logits_to_keep": pack.predict_from}
+    inputs = {**forward_inputs(pack, model.config), "logits_to_keep": pack.predict_from}
     if not fused:
         return token_logprobs(model(**inputs).logits[0], pack.targets, temperature or 1.0, suppressed_token_ids)
     with _without_output_layer(model) as output_layer:
@@ -90,13 +94,16 @@ def _fused_logprobs(
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
-def forward_inputs(pack: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for a pack."""
+def forward_inputs(pack: PackedBatch, config: Any) -> dict[str, Any]:
+    """Keyword arguments of the forward of the model with this Hugging Face `config`, for a pack."""
     positions = pack.position_ids
+    seen_whole = None
+    if config.model_type in _IMAGES_SEEN_WHOLE:
+        seen_whole = torch.eq(pack.input_ids, image_token_id(config) or 0)
     return {
         "input_ids": pack.input_ids.unsqueeze(0),
         "position_ids": positions.unsqueeze(1) if len(positions) > 1 else positions,
-        "packed_layout": packed_layout(pack.row_lengths.tolist(), pack.branch_ids),
+        "packed_layout": packed_layout(pack.row_lengths.tolist(), pack.branch_ids, seen_whole),
         "use_cache": False,
         **pack.media,
     }

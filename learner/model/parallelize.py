@@ -34,12 +34,19 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtyp
 
 
 def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers: the members of each module list right below the text model or a vision tower."""
+    """The repeated layers: the members of each outermost module list in the text model and in the vision towers."""
     parents = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
-    text = getattr(getattr(model, "model", model), "language_model", None)
+    inner = getattr(model, "model", model)
+    text = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
     if text is None:
         raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")
     for parent in (*parents, text):
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList):
-                yield from child
+        yield from _layers(parent)
+
+
+def _layers(parent: nn.Module) -> Iterator[nn.Module]:
+    for child in parent.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)

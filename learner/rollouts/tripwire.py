@@ -23,26 +23,28 @@ class ImageMismatch(OutriderError):  # noqa: N818 - as its kin in common.errors
 def check_images(expected: ProcessedPrompt, prompt: PromptInfo, completions: tuple[Completion, ...]) -> None:
     """Hold an actor's answer against the learner's own processor.
 
-    Raises `ImageMismatch` where the number of images, a hash, a placeholder's length or the expanded ids differ, and
-    where a completion holds a placeholder id.
+    Raises `ImageMismatch` where the number of images, a hash, the number of an image's embeddings or the expanded ids
+    differ, and where a completion holds a placeholder id.
     """
     where = f"group {prompt.group_id} on actor {prompt.actor_id}"
     if len(prompt.media) != len(expected.media_sha256):
         raise ImageMismatch(
             f"{where}: {len(expected.media_sha256)} images were sent, the actor used {len(prompt.media)}"
         )
-    for i, (use, sha256, length) in enumerate(
-        zip(prompt.media, expected.media_sha256, expected.placeholder_lengths, strict=True)
+    for i, (use, sha256, num_tokens) in enumerate(
+        zip(prompt.media, expected.media_sha256, expected.num_image_tokens, strict=True)
     ):
         if use.sha256 != sha256:
             raise ImageMismatch(f"{where}: media[{i}] was sent as {sha256.hex()}, the actor used {use.sha256.hex()}")
-        if use.placeholder.length != length:
+        if use.num_tokens != num_tokens:
             raise ImageMismatch(
-                f"{where}: media[{i}] fills {use.placeholder.length} tokens on the actor, "
-                f"{length} by the learner's own processor"
+                f"{where}: media[{i}] has {use.num_tokens} embeddings on the actor, {num_tokens} by the learner's own "
+                "processor"
             )
-        if not 0 < use.num_tokens <= length:
-            raise ImageMismatch(f"{where}: media[{i}] has {use.num_tokens} embeddings for {length} placeholder tokens")
+        if not 0 < use.num_tokens <= use.placeholder.length:
+            raise ImageMismatch(
+                f"{where}: media[{i}] has {use.num_tokens} embeddings in {use.placeholder.length} tokens"
+            )
     if not np.array_equal(prompt.expanded_ids, expected.input_ids):
         raise ImageMismatch(f"{where}: {_first_difference(expected.input_ids, prompt.expanded_ids)}")
     for completion in completions:

@@ -39,9 +39,12 @@ def changed_ids() -> Any:
         ({"media": USES[::-1]}, r"media\[0\] was sent as a7937b64\w+, the actor used 16367aac\w+"),
         (
             {"media": (dataclasses.replace(USES[0], placeholder=PlaceholderRange(0, 2)), USES[1])},
-            r"media\[0\] fills 2 tokens on the actor, 3 by the learner's own processor",
+            r"media\[0\] has 3 embeddings in 2 tokens",
         ),
-        ({"media": (USES[0], dataclasses.replace(USES[1], num_tokens=0))}, r"media\[1\] has 0 embeddings for 3"),
+        (
+            {"media": (USES[0], dataclasses.replace(USES[1], num_tokens=0))},
+            r"media\[1\] has 0 embeddings on the actor, 3 by the learner's own processor",
+        ),
         ({"expanded_ids": longer_ids()}, "has 12 ids on the actor, 11 by the learner"),
         ({"expanded_ids": changed_ids()}, "differ first at 7: 300 on the actor, 113 on the learner"),
     ],

@@ -86,7 +86,7 @@ def reference_logits(model: Any, processor: Any, g: Group, completion: Completio
     arguments: dict[str, Tensor] = {}
     if g.sample.images:
         images = [Image.open(io.BytesIO(data)).convert("RGB") for data in g.sample.images]
-        text = processor.apply_chat_template(_conversation(g.sample), tokenize=False, add_generation_prompt=True)
+        text = processor.apply_chat_template(conversation(g.sample), tokenize=False, add_generation_prompt=True)
         output = processor(text=[text], images=images, return_tensors="pt")
         types = torch.nn.functional.pad(output["mm_token_type_ids"], (0, len(completion_ids)))
         arguments = {
@@ -112,7 +112,8 @@ def reference_logprobs(model: Any, processor: Any, groups: Sequence[Group]) -> l
     ]
 
 
-def _conversation(prompt: PromptSample) -> list[dict[str, Any]]:
+def conversation(prompt: PromptSample) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them."""
     return [
         {
             "role": message.role,

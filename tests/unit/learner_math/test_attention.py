@@ -7,13 +7,30 @@ from torch import Tensor, nn
 from learner.model.attention import packed_attention, packed_layout
 
 
-def naive_attention(query: Tensor, key: Tensor, value: Tensor, rows: list[int], branches: list[int]) -> Tensor:
-    """Token by token: same row, not later, branch 0 or the own one. `[heads, T, d]` in, `[T, heads, d]` out."""
+def naive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: list[int],
+    branches: list[int],
+    images: list[int] | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Token by token: same row, not later, branch 0 or the own one. `[heads, T, d]` in, `[T, heads, d]` out.
+
+    Tokens of one image (not 0) see each other; of what is in front, `window` tokens are seen, the query's own included.
+    """
+    images = images or [0] * len(rows)
+    # The tokens of each token's own sequence up to itself.
+    before = [
+        [s for s in range(t + 1) if rows[s] == rows[t] and branches[s] in {0, branches[t]}] for t in range(len(rows))
+    ]
     heads, num_tokens, dim = query.shape
     group = heads // key.shape[0]
     outputs = []
     for t in range(num_tokens):
-        visible = [s for s in range(t + 1) if rows[s] == rows[t] and branches[s] in {0, branches[t]}]
+        visible = before[t] if window is None else before[t][-window:]
+        visible = visible + [s for s in range(t + 1, num_tokens) if images[t] and images[s] == images[t]]
         for h in range(heads):
             scores = torch.stack([query[h, t] @ key[h // group, s] / math.sqrt(dim) for s in visible])
             weights = scores.softmax(0)
@@ -45,6 +62,29 @@ def test_values_and_gradients_are_those_of_a_naive_loop(row_lengths: list[int], 
     (expected * weight).sum().backward()
     for state, copy in zip(states, copies, strict=True):
         torch.testing.assert_close(state.grad, copy.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 2, 4])
+def test_windows_and_images_are_those_of_a_naive_loop(window: int | None) -> None:
+    torch.manual_seed(0)
+    row_lengths, branches = [9, 5, 3], [0, 0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 0, 1, 2, 0, 0, 1]
+    images = [0, 1, 1, 0, 0, 0, 0, 0, 0, 2, 2, 2, 0, 0, 3, 3, 0]
+    rows = [row for row, length in enumerate(row_lengths) for _ in range(length)]
+    query, key, value = (torch.randn(heads, len(rows), 8) for heads in (4, 2, 2))
+    layout = packed_layout(row_lengths, torch.tensor(branches), torch.tensor(images) > 0)
+    states = (state.unsqueeze(0) for state in (query, key, value))
+    output, _ = packed_attention(
+        nn.Identity(), *states, None, scaling=8**-0.5, sliding_window=window, packed_layout=layout
+    )
+    expected = naive_attention(query, key, value, rows, branches, images, window)
+    torch.testing.assert_close(output[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_that_is_not_understood_is_refused() -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    layout = packed_layout([3], torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="has softcap"):
+        packed_attention(nn.Identity(), states, states, states, None, packed_layout=layout, softcap=30.0)
 
 
 def test_rows_of_very_different_length_do_not_share_a_block() -> None:

@@ -23,7 +23,7 @@ def test_ids_media_and_hashes_are_the_processors_own(processor: PromptProcessor,
     assert processed.input_ids.tolist() == hf_processor.tokenizer(expanded).input_ids
     assert processed.media["image_grid_thw"].tolist() == [[1, 4, 8]]
     assert tuple(processed.media["pixel_values"].shape) == (32, 3 * 2 * 14 * 14)
-    assert processed.placeholder_lengths == (8,)
+    assert processed.num_image_tokens == (8,)
     assert processed.media_sha256 == (hashlib.sha256(image).digest(),)
     assert set(processed.media) == {"pixel_values", "image_grid_thw"}
 
@@ -45,7 +45,7 @@ def test_positions_of_prompt_and_completions_are_those_of_transformers(
 def test_text_has_one_position_after_the_other(processor: PromptProcessor) -> None:
     processed = processor.process(sample(0, "words"))
     assert processed.media == {}
-    assert processed.placeholder_lengths == ()
+    assert processed.num_image_tokens == ()
     assert processed.position_ids.tolist() == [list(range(len(processed.input_ids)))] * 3
     assert processed.next_position == len(processed.input_ids)
 

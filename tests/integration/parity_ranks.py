@@ -1,0 +1,90 @@
+"""One rank of the parity suite, as a process of its own: `... RANK WORLD STORE DIRECTORY...`.
+
+Each directory is of one family: its checkpoint in `model`, this rank's packs in `packs-<rank>.safetensors`, the adapter
+in `adapter`. Every mode takes one step whose optimizer only looks at the gradients; rank 0 writes loss and gradients of
+each as `<mode>.json` and `<mode>.safetensors`.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from common.placeholders import placeholder_ids
+from learner.algorithms.config import LossConfig
+from learner.batch.transport import decode_packs
+from learner.model.config import Adapter
+from learner.model.load import load_policy
+from learner.model.parallelize import parallelize
+from learner.step import train_step
+
+LOSS = LossConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
+MODES: Mapping[str, dict[str, Any]] = {
+    "packed": {},
+    "fused": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "lora": {"adapter": True},
+}
+
+
+class Recorder(torch.optim.Optimizer):
+    """An optimizer that leaves the parameters alone and keeps their whole gradients."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.gradients: dict[str, torch.Tensor] = {}
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keep."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                self.gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def main(rank: int, world: int, store: Path, *directories: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    mesh = init_device_mesh("cpu", (world,))
+    for directory in directories:
+        for mode, settings in MODES.items():
+            run_mode(directory, mode, dict(settings), rank, mesh)
+    dist.destroy_process_group()
+
+
+def run_mode(directory: Path, mode: str, settings: dict[str, Any], rank: int, mesh: DeviceMesh) -> None:
+    if settings.pop("adapter", False):
+        settings["adapter"] = Adapter(path=directory / "adapter")
+    model, _ = load_policy(directory / "model", **settings)
+    parallelize(model, mesh)
+    recorder = Recorder(model)
+    stats = train_step(
+        model,
+        recorder,
+        decode_packs(load_file(directory / f"packs-{rank}.safetensors")["packs"]),
+        LOSS,
+        policy_version=0,
+        suppressed_token_ids=placeholder_ids(model.config),
+        max_grad_norm=1e9,
+        fused_logprobs=mode == "fused",
+    )
+    if rank == 0:
+        (directory / f"{mode}.json").write_text(json.dumps({"loss": stats.loss, "parity": stats.parity_max_abs_diff}))
+        save_file(
+            {name: value.contiguous() for name, value in recorder.gradients.items()}, directory / f"{mode}.safetensors"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:]))

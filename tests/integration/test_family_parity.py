@@ -1,0 +1,283 @@
+"""Every family, every way of computing: loss and gradients are those of transformers' plain forward.
+
+The reference is stock transformers with eager attention, one unpadded sequence at a time, the loss in a naive loop, its
+gradients by autograd. Against it stand the packed step as it is, with logprobs from hidden states, with recomputed
+layers and with a LoRA adapter, each on one rank and on two; and transformers' own padded batch.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.placeholders import placeholder_ids
+from common.types import Completion
+from learner.batch.multimodal import extract_multi_modal_inputs
+from learner.batch.packing import pack_batch
+from learner.batch.processing import PromptProcessor
+from learner.batch.transport import encode_packs
+from learner.model.config import Adapter
+from learner.model.load import load_policy
+from learner.model.lora import save_adapter
+from learner.types import Group
+from tests.families import FAMILIES, build
+from tests.integration.parity_ranks import LOSS, MODES
+from tests.unit.learner_math.groups import centred, conversation, mixed_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-5
+SCALING = 2.0  # of the adapter: alpha / rank
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reference:
+    """What a plain model makes of the batch."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """One family's batch."""
+
+    directory: Path
+    processor: Any
+    groups: list[Group]
+
+    @functools.cache  # noqa: B019 - lives as long as the module
+    def reference(self, *, adapted: bool) -> Reference:
+        """Plain transformers; `adapted`: with the adapter merged into its weights."""
+        model = plain_model(self.directory / "model")
+        if adapted:
+            adapter = load_file(self.directory / "adapter" / "adapter_model.safetensors")
+            with torch.no_grad():
+                for name, a in adapter.items():
+                    if ".lora_A." in name:
+                        b = adapter[name.replace(".lora_A.", ".lora_B.")]
+                        model.get_parameter(own_name(name, "A")).add_(SCALING * b @ a)
+        loss = 0.0
+        for group, completion, advantage in self.samples():
+            inputs = sequence(self.processor, group, completion.token_ids)
+            share = self.share(model, model(**inputs, use_cache=False).logits[0], completion, advantage)
+            share.backward()
+            loss += share.item()
+        return Reference(loss, gradients_of(model))
+
+    def padded(self) -> Reference:
+        """Plain transformers on all sequences side by side, padded on the right."""
+        model = plain_model(self.directory / "model")
+        rows = [sequence(self.processor, group, completion.token_ids) for group, completion, _ in self.samples()]
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        per_token = [name for name in rows[0] if rows[0][name].shape == rows[0]["input_ids"].shape]
+        inputs = {
+            name: torch.cat([torch.nn.functional.pad(row[name], (0, longest - row[name].shape[1])) for row in rows])
+            for name in per_token
+        }
+        media = [{name: value for name, value in row.items() if name not in per_token} for row in rows]
+        logits = model(**inputs, **extract_multi_modal_inputs(media), use_cache=False).logits
+        shares = [
+            self.share(model, logits[i, : row["input_ids"].shape[1]], completion, advantage)
+            for i, (row, (_, completion, advantage)) in enumerate(zip(rows, self.samples(), strict=True))
+        ]
+        loss = torch.stack(shares).sum()
+        loss.backward()
+        return Reference(loss.item(), gradients_of(model))
+
+    def samples(self) -> Iterator[tuple[Group, Completion, float]]:
+        """Group, completion and advantage of each sequence."""
+        for group, advantages in zip(self.groups, centred(self.groups), strict=True):
+            yield from zip(repeat(group), group.completions, advantages.tolist(), strict=False)
+
+    def share(self, model: Any, logits: Tensor, completion: Completion, advantage: float) -> Tensor:
+        """A sequence's share of the loss, from all its logits."""
+        total = sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
+        predicting = logits[-len(completion.token_ids) - 1 : -1]
+        logprobs, entropy = distribution(predicting, completion.token_ids, placeholder_ids(model.config))
+        ratios = (logprobs - torch.from_numpy(completion.logprobs)).exp()
+        objective = torch.min(ratios * advantage, ratios.clamp(1 - LOSS.clip_low, 1 + LOSS.clip_high) * advantage)
+        return (-objective - LOSS.entropy_coef * entropy).sum() / total
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_model(directory: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").train()
+
+
+def sequence(processor: Any, group: Group, completion: Any) -> dict[str, Tensor]:
+    """The model's inputs for a prompt and a completion of it, by the family's own processor."""
+    images = {"images": [Image.open(io.BytesIO(data)).convert("RGB") for data in group.sample.images]}
+    text = processor.apply_chat_template(conversation(group.sample), tokenize=False, add_generation_prompt=True)
+    output = dict(processor(text=[text], return_tensors="pt", **(images if group.sample.images else {})))
+    assert torch.equal(output["input_ids"][0], torch.from_numpy(group.processed.input_ids).long())
+    output["input_ids"] = torch.cat([output["input_ids"], torch.from_numpy(completion).long()[None]], 1)
+    output["attention_mask"] = torch.ones_like(output["input_ids"])
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in output:
+            output[name] = torch.nn.functional.pad(output[name], (0, len(completion)))
+    return output
+
+
+def distribution(logits: Tensor, chosen: Any, suppressed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Logprobs of the chosen tokens, and entropies, without the suppressed ids."""
+    kept = [i for i in range(logits.shape[1]) if i not in suppressed]
+    logprobs = torch.log_softmax(logits[:, kept].float(), -1)
+    places = torch.tensor([kept.index(token) for token in chosen.tolist()])
+    return logprobs.gather(1, places[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(1)
+
+
+def is_vision(name: str) -> bool:
+    """Whether a parameter is of a vision tower."""
+    return any(part in name.split(".") for part in ("visual", "vision_tower", "vision_model"))
+
+
+def own_name(adapter_name: str, which: str) -> str:
+    """The name in the model of the weight that an adapter's tensor belongs to."""
+    return adapter_name.removeprefix("base_model.model.").replace(f".lora_{which}.", ".")
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Family]]:
+    """Batches of all families, and the results of all modes on one rank and on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("families")
+    families = {name: make_family(name, directory / name) for name in FAMILIES}
+    runs = [start_ranks(directory, families, num_ranks) for num_ranks in (1, 2)]
+    try:
+        for run in runs:
+            for process in run:
+                _, errors = process.communicate(timeout=300)
+                assert process.returncode == 0, errors[-3000:]
+        yield families
+    finally:
+        for process in (process for run in runs for process in run):
+            process.kill()
+            process.wait()
+        torch.set_num_threads(threads)
+
+
+def make_family(name: str, directory: Path) -> Family:
+    build(name, directory / "model")
+    processor = PromptProcessor(directory / "model")
+    hf_processor = processor._processor
+    groups = with_likely_logprobs(directory / "model", hf_processor, mixed_groups(processor))
+    for num_ranks in (1, 2):
+        ranks = directory / str(num_ranks)
+        ranks.mkdir()
+        (ranks / "model").symlink_to(directory / "model")
+        packs = pack_batch(groups, centred(groups), num_ranks=num_ranks, max_tokens=400, filler=processor.filler)
+        for rank, of_rank in enumerate(packs):
+            save_file({"packs": encode_packs(of_rank)}, ranks / f"packs-{rank}.safetensors")
+    make_adapter(directory)
+    return Family(directory, hf_processor, groups)
+
+
+def with_likely_logprobs(model_dir: Path, processor: Any, groups: list[Group]) -> list[Group]:
+    """The groups as an actor might have sampled them: the model's own logprobs with some noise."""
+    model, rng = plain_model(model_dir), np.random.default_rng(0)
+
+    @torch.no_grad()
+    def logprobs(group: Group, ids: Any) -> Any:
+        logits = model(**sequence(processor, group, ids), use_cache=False).logits[0, -len(ids) - 1 : -1]
+        exact = distribution(logits, ids, placeholder_ids(model.config))[0].numpy()
+        return (exact + rng.normal(0, 0.1, len(ids))).astype(np.float32)
+
+    return [
+        dataclasses.replace(
+            group,
+            completions=tuple(
+                dataclasses.replace(completion, logprobs=logprobs(group, completion.token_ids))
+                for completion in group.completions
+            ),
+        )
+        for group in groups
+    ]
+
+
+def make_adapter(directory: Path) -> None:
+    """An adapter in every linear layer whose B is not zero, for both numbers of ranks."""
+    model, _ = load_policy(directory / "model", adapter=Adapter(rank=2, alpha=4))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(model, model.state_dict(), directory / "model", directory / "adapter")
+    for num_ranks in (1, 2):
+        (directory / str(num_ranks) / "adapter").symlink_to(directory / "adapter")
+
+
+def start_ranks(directory: Path, families: dict[str, Family], num_ranks: int) -> list[subprocess.Popen[str]]:
+    paths = [str(directory / f"store-{num_ranks}"), *(str(f.directory / str(num_ranks)) for f in families.values())]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.parity_ranks", str(rank), str(num_ranks), *paths],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_plain_forward(
+    families: dict[str, Family], family: str, mode: str, num_ranks: int
+) -> None:
+    directory = families[family].directory
+    result = json.loads((directory / str(num_ranks) / f"{mode}.json").read_text())
+    gradients = load_file(directory / str(num_ranks) / f"{mode}.safetensors")
+    expected = families[family].reference(adapted=mode == "lora")
+    assert result["loss"] == pytest.approx(expected.loss, rel=TOLERANCE, abs=1e-6)
+    if mode != "lora":
+        assert gradients.keys() == expected.gradients.keys()
+        assert any(float(gradients[name].norm()) > 1e-4 for name in gradients if is_vision(name)), "images are not seen"
+        for name, gradient in gradients.items():
+            assert_close(name, gradient, expected.gradients[name])
+        return
+    adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
+    # A layer that the model skips has no gradient: LLaVA takes its images from the last but one of its tower.
+    used = [name for name in adapter if own_name(name, "A" if ".lora_A." in name else "B") in expected.gradients]
+    assert len(gradients) == len(used) > len(adapter) / 2
+    for name, gradient in gradients.items():
+        file_name = "base_model.model." + name.replace(".default.", ".")
+        which = "A" if ".lora_A." in name else "B"
+        whole = expected.gradients[own_name(file_name, which)]
+        other = adapter[file_name.replace(f".lora_{which}.", ".lora_B." if which == "A" else ".lora_A.")]
+        assert_close(name, gradient, SCALING * (other.T @ whole if which == "A" else whole @ other.T))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_of_joined_media_is_the_same(families: dict[str, Family], family: str) -> None:
+    expected, padded = families[family].reference(adapted=False), families[family].padded()
+    assert padded.loss == pytest.approx(expected.loss, rel=TOLERANCE, abs=1e-6)
+    for name, gradient in padded.gradients.items():
+        assert_close(name, gradient, expected.gradients[name])
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Within the tolerance of the gradient's norm."""
+    difference = float((actual - expected).norm())
+    assert difference <= TOLERANCE * float(expected.norm()) + 1e-8, (name, difference, float(expected.norm()))
