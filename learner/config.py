@@ -110,6 +110,8 @@ class TrainerConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)
     # Stop the run when an on-policy logprob of actor and learner differs by more. None: only report.
     max_parity_diff: float | None = Field(None, gt=0)
+    # Ranks that share one copy of the parameters: on several nodes, the ranks of a node (hybrid sharding). None: all.
+    fsdp_size: int | None = Field(None, ge=1)
     # None: CUDA if there is one.
     device: Literal["cpu", "cuda"] | None = None
 

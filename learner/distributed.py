@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from common.config import ConfigError
+
 # Rank 0 waits for rollouts, and the others wait for rank 0; how long that takes is not the group's business.
 _TIMEOUT = timedelta(hours=12)
 
@@ -51,9 +53,27 @@ class Ranks:
         return self.scatter([packed] * self.num_ranks if packed is not None else None).numpy().tobytes()
 
 
+def make_mesh(device: str, num_ranks: int, shard_ranks: int | None) -> DeviceMesh:
+    """One dimension over all ranks; or two, copies x the ranks that share one (hybrid sharding)."""
+    if shard_ranks is None or shard_ranks == num_ranks:
+        return init_device_mesh(device, (num_ranks,))
+    if num_ranks % shard_ranks:
+        raise ConfigError(f"trainer.fsdp_size is {shard_ranks}, which does not divide the {num_ranks} ranks")
+    shape = (num_ranks // shard_ranks, shard_ranks)
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
 @contextlib.contextmanager
-def join_ranks(device: str | None) -> Iterator[Ranks]:
-    """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones."""
+def join_ranks(device: str | None, shard_ranks: int | None = None) -> Iterator[Ranks]:
+    """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones.
+
+    Args:
+        device: "cpu" or "cuda"; None: CUDA if there is one.
+        shard_ranks: ranks that share one copy of the parameters, neighbours in rank order; None: all of them.
+
+    Raises:
+        ConfigError: `shard_ranks` does not divide the number of ranks.
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
@@ -72,6 +92,6 @@ def join_ranks(device: str | None) -> Iterator[Ranks]:
     try:
         num_ranks = dist.get_world_size()
         where = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
-        yield Ranks(dist.get_rank(), num_ranks, where, init_device_mesh(kind, (num_ranks,)))
+        yield Ranks(dist.get_rank(), num_ranks, where, make_mesh(kind, num_ranks, shard_ranks))
     finally:
         dist.destroy_process_group()

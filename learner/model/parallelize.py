@@ -15,7 +15,9 @@ from learner.model.load import find_modules
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None) -> None:
-    """Shard `model` over a one-dimensional mesh, in place. Gloo on CPUs and NCCL on GPUs; one rank works too.
+    """Shard `model` over a mesh, in place. Gloo on CPUs and NCCL on GPUs; one rank works too.
+
+    Over a mesh of two dimensions parameters are sharded along the second and copied along the first.
 
     Call it before the optimizer is made: parameters become DTensors.
 

@@ -50,7 +50,7 @@ def processor(model_dir: Path) -> PromptProcessor:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor: PromptProcessor) -> dict[str, Result]:
-    """Every case, run by one process and by two: starting them is what takes the time."""
+    """Every case, by one process, by two and by four: starting them is what takes the time."""
     groups = mixed_groups(processor)
 
     def pack(groups: list[Group], num_ranks: int, max_tokens: int = 10_000) -> Packs:
@@ -68,10 +68,12 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor
         "frozen-modalities": by_modality,
         "adamw-idle": pack([image], 2),
     }
+    four_ranks = {"sgd-4-hybrid": pack(groups, 4)}
     directory = tmp_path_factory.mktemp("ranks")
     return {
         **_run(directory / "one", model_dir, one_rank, 1),
         **_run(directory / "two", model_dir, two_ranks, 2),
+        **_run(directory / "four", model_dir, four_ranks, 4),
     }
 
 
@@ -124,7 +126,13 @@ def without_fsdp(model_dir: Path, processor: PromptProcessor) -> Result:
 
 @pytest.mark.parametrize(
     ("name", "num_micro_batches"),
-    [("sgd-1", [1]), ("sgd-2", [1, 1]), ("sgd-2-accumulated", [3, 3]), ("sgd-2-accumulated-fused", [3, 3])],
+    [
+        ("sgd-1", [1]),
+        ("sgd-2", [1, 1]),
+        ("sgd-2-accumulated", [3, 3]),
+        ("sgd-2-accumulated-fused", [3, 3]),
+        ("sgd-4-hybrid", [1] * 4),
+    ],
 )
 def test_ranks_and_micro_batches_do_not_change_the_steps(
     results: dict[str, Result], without_fsdp: Result, name: str, num_micro_batches: list[int]

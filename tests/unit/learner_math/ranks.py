@@ -2,7 +2,8 @@
 
 For each case, a directory, it reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and
 writes its statistics; rank 0 writes the full parameters too. The name of the directory says what is special: `sgd...`,
-`adamw...` or `frozen...` (vision tower, with AdamW), and `...fused` (logprobs from hidden states).
+`adamw...` or `frozen...` (vision tower, with AdamW), `...fused` (logprobs from hidden states), and `...hybrid` (two ranks
+for each copy of the parameters).
 """
 
 import json
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from learner.algorithms.config import LossConfig
 from learner.batch.transport import decode_packs
+from learner.distributed import make_mesh
 from learner.model.config import OptimizerConfig
 from learner.model.load import load_policy
 from learner.model.optimizer import build_optimizer
@@ -36,9 +38,8 @@ def main(rank: int, world: int, store: Path, model_dir: Path, *cases: Path) -> N
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    mesh = init_device_mesh("cpu", (world,))
     for case in cases:
-        run_case(rank, mesh, model_dir, case)
+        run_case(rank, make_mesh("cpu", world, 2 if "hybrid" in case.name else None), model_dir, case)
     dist.destroy_process_group()
 
 
