@@ -1,7 +1,7 @@
 """Configuration of a training run. Imports no torch."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -130,6 +130,26 @@ class TrainerConfig(Config):
         return self
 
 
+class EvaluationConfig(Config):
+    """What is asked of the held-out rows beside one greedy completion each."""
+
+    # Sampled completions of each row, for pass@k. 0: none.
+    samples: int = Field(0, ge=0)
+    # pass@k: the chance that one of k sampled completions passes.
+    k: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    temperature: float = Field(1.0, gt=0)
+    # The reward at which a completion passes.
+    pass_reward: float = 1.0
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if self.samples and max(self.k) > self.samples:
+            raise ValueError(f"k goes up to {max(self.k)}, but there are {self.samples} samples")
+        if not self.samples and "k" in self.model_fields_set:
+            raise ValueError("k needs samples")
+        return self
+
+
 class WeightsConfig(Config):
     """How new weights reach the actors."""
 
@@ -166,6 +186,7 @@ class LearnerConfig(Config):
     algorithm: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     weights: WeightsConfig = WeightsConfig()
     local: LocalConfig = LocalConfig()
     # Where run folders are made; relative paths here are relative to the working directory.

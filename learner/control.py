@@ -11,6 +11,7 @@ A failure of any loop fails the trainer's next call.
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -134,16 +135,21 @@ class Control:
         self.publish(snapshot)
 
     def evaluate(self, version: int) -> Evaluation | None:
-        """Greedy accuracy of `version` on the held-out rows; None without any."""
+        """Accuracy of `version` on the held-out rows; None without any."""
         if self._held_out is None:
             return None
+        settings = self._config.evaluation
+        training = sampling_params(self._config)
+        sampled = dataclasses.replace(training, n=settings.samples, temperature=settings.temperature)
         return self._call(
             evaluate(
                 self._held_out,
                 sampler=self._sampler,
                 rewards=self._rewards,
                 processor=self.processor,
-                sampling=sampling_params(self._config, greedy=True),
+                greedy=dataclasses.replace(training, n=1, temperature=0.0),
+                sampled=sampled if settings.samples else None,
+                settings=settings,
                 group_prefix=f"{self.run_id}.held-out.{version}",
                 version=version,
             )
@@ -224,12 +230,12 @@ class Control:
             await self._fleet.close()
 
 
-def sampling_params(config: LearnerConfig, *, greedy: bool = False) -> SamplingParams:
-    """How training samples, or how evaluation does."""
+def sampling_params(config: LearnerConfig) -> SamplingParams:
+    """How training samples."""
     rollout = config.rollout
     return SamplingParams(
-        n=1 if greedy else rollout.n,
-        temperature=0.0 if greedy else rollout.temperature,
+        n=rollout.n,
+        temperature=rollout.temperature,
         max_tokens=rollout.max_tokens,
         allowed_token_ids=rollout.allowed_token_ids,
     )

@@ -1,14 +1,19 @@
 """Held-out accuracy: one greedy completion for each row, scored by the run's own reward, on the run's own actors.
 
+With sampled completions also pass@k, the chance that one of k samples passes.
+
 It goes beside the credits of training: nothing that is sampled here is trained on.
 """
 
 import asyncio
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.types import SamplingParams
+from common.types import Completion, FloatArray, SamplingParams
 from learner.batch.processing import PromptProcessor
+from learner.config import EvaluationConfig
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.sampler import Sampler, build_request
 from learner.types import ProcessedPrompt, PromptSample
@@ -32,6 +37,16 @@ class Evaluation:
     accuracy: float
     num_rows: int
     mean_tokens: float
+    pass_at_k: dict[int, float] = field(default_factory=dict)
+    """k -> mean over the rows; empty without sampled completions."""
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that one of k of the n samples, c of which passed, passed.
+
+    The unbiased estimate of arXiv 2107.03374, equation 1.
+    """
+    return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
 async def evaluate(
@@ -40,32 +55,56 @@ async def evaluate(
     sampler: Sampler,
     rewards: RewardRunner,
     processor: PromptProcessor,
-    sampling: SamplingParams,
+    greedy: SamplingParams,
+    sampled: SamplingParams | None,
+    settings: EvaluationConfig,
     group_prefix: str,
     version: int,
 ) -> Evaluation:
     """Ask for every row under a policy of at least `version`.
 
+    Args:
+        rows: the held-out rows.
+        sampler: of the run.
+        rewards: of the run.
+        processor: of the policy.
+        greedy: for the accuracy, one completion.
+        sampled: for pass@k, several; None leaves it out.
+        settings: what counts as passed, and which k.
+        group_prefix: of the groups' names.
+        version: of the policy.
+
     Raises what sampling and rewards raise: an evaluation with holes in it would be a wrong number.
     """
     room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
 
-    async def ask(row: int) -> tuple[float, int]:
+    async def ask(row: int) -> tuple[float, int, int]:
+        """(greedy reward, its tokens, sampled completions that passed)."""
         async with room:
             sample, expected = await asyncio.to_thread(_prepare, rows, row, processor)
-            sampled = await sampler.sample(
-                build_request(f"{group_prefix}.{row}", sample, sampling), min_version=lambda: version, expected=expected
-            )
-            (score,) = await rewards.score(sample, sampled.completions)
-            return float(score), len(sampled.completions[0].token_ids)
+
+            async def answers(name: str, sampling: SamplingParams) -> tuple[FloatArray, Sequence[Completion]]:
+                request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
+                group = await sampler.sample(request, min_version=lambda: version, expected=expected)
+                return await rewards.score(sample, group.completions), group.completions
+
+            scores, (completion,) = await answers("", greedy)
+            passed = 0
+            if sampled is not None:
+                sampled_scores, _ = await answers("samples.", sampled)
+                passed = int((sampled_scores >= settings.pass_reward).sum())
+            return float(scores[0]), len(completion.token_ids), passed
 
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(row)) for row in range(len(rows))]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
-    scores, lengths = zip(*(task.result() for task in tasks), strict=True)
-    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths))
+    scores, lengths, passed = zip(*(task.result() for task in tasks), strict=True)
+    rates = {}
+    if sampled is not None:
+        rates = {k: sum(pass_at_k(sampled.n, count, k) for count in passed) / len(passed) for k in settings.k}
+    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths), rates)
 
 
 def _prepare(rows: Rows, row: int, processor: PromptProcessor) -> tuple[PromptSample, ProcessedPrompt]:

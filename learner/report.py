@@ -22,6 +22,8 @@ class Progress:
 
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    pass_at_k_before: dict[str, float] = dataclasses.field(default_factory=dict)
+    pass_at_k_after: dict[str, float] = dataclasses.field(default_factory=dict)
     parity_max_abs_diff: float | None = None
     num_completions: int = 0
     steps_s: float = 0.0
@@ -104,13 +106,20 @@ class Reporter:
         if version == 0:
             self._progress.accuracy_before = result.accuracy
         self._progress.accuracy_after = result.accuracy
+        rates = {str(k): rate for k, rate in result.pass_at_k.items()}  # as JSON has them
+        if version == 0:
+            self._progress.pass_at_k_before = rates
+        self._progress.pass_at_k_after = rates
         self._display.accuracy(version, result.accuracy)
+        if rates:
+            self._display.note("  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items()))
         self._metrics.write(
             {
                 "step": version,
                 "accuracy": result.accuracy,
                 "eval_rows": result.num_rows,
                 "eval_tokens": result.mean_tokens,
+                **{f"pass@{k}": rate for k, rate in rates.items()},
             }
         )
 
@@ -122,6 +131,9 @@ class Reporter:
     def summary(self, name: str, seed: int, version: int, export: Path) -> Summary:
         """The run in numbers."""
         progress = self._progress
+        rates = {}
+        if progress.pass_at_k_after:
+            rates = {"pass_at_k_before": progress.pass_at_k_before, "pass_at_k_after": progress.pass_at_k_after}
         return Summary(
             name=name,
             steps=version,
@@ -131,5 +143,5 @@ class Reporter:
             parity_max_abs_diff=progress.parity_max_abs_diff,
             wall_s=time.monotonic() - self._started_at,
             checkpoint=str(export),
-            extra={"resumed_from": progress.resumed_from, "seed": seed},
+            extra={"resumed_from": progress.resumed_from, "seed": seed} | rates,
         )

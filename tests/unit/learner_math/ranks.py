@@ -2,7 +2,7 @@
 
 For each case, a directory, it reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and
 writes its statistics; rank 0 writes the full parameters too. The name of the directory says what is special: `sgd...`,
-`adamw...` or `frozen...` (vision tower, with AdamW), `...fused` (logprobs from hidden states), and `...hybrid` (two ranks
+`adamw...` or `frozen...` (vision tower, with AdamW), `...fused` (logprobs from hidden states), `...hybrid` (two ranks
 for each copy of the parameters).
 """
 

@@ -1,0 +1,103 @@
+"""Held-out evaluation: greedy accuracy and pass@k."""
+
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.types import Completion, FloatArray, RolloutRequest, SamplingParams
+from learner.config import EvaluationConfig
+from learner.evaluate import Evaluation, evaluate, pass_at_k
+from tests.fakes import FakeProcessor, make_completion, make_sample
+
+ROWS = 4
+
+
+class Rows:
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> Any:
+        return make_sample(row)
+
+
+class CountingSampler:
+    """Answers at once and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[RolloutRequest] = []
+
+    async def sample(self, request: RolloutRequest, *, min_version: Any, expected: Any) -> Any:
+        assert min_version() == 7
+        self.requests.append(request)
+        n = request.sampling.n
+        return SimpleNamespace(completions=[make_completion(request.group_id, i, "a") for i in range(n)])
+
+
+class RowsOftenPass:
+    """The greedy completion of row r is worth r / 4; the first r of its sampled ones pass."""
+
+    async def score(self, sample: Any, completions: Sequence[Completion]) -> FloatArray:
+        if len(completions) == 1:
+            return np.array([sample.row / ROWS], np.float32)
+        return np.array([1.0 if i < sample.row else 0.25 for i in range(len(completions))], np.float32)
+
+
+async def run(settings: EvaluationConfig) -> tuple[Evaluation, list[RolloutRequest]]:
+    sampler: Any = CountingSampler()
+    rewards: Any = RowsOftenPass()
+    processor: Any = FakeProcessor()
+    result = await evaluate(
+        Rows(),
+        sampler=sampler,
+        rewards=rewards,
+        processor=processor,
+        greedy=SamplingParams(n=1, temperature=0.0),
+        sampled=SamplingParams(n=settings.samples, temperature=0.7) if settings.samples else None,
+        settings=settings,
+        group_prefix="r.held-out.7",
+        version=7,
+    )
+    return result, sampler.requests
+
+
+async def test_greedy_accuracy_alone_asks_once_per_row() -> None:
+    result, requests = await run(EvaluationConfig())
+    assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)
+    assert (result.num_rows, result.pass_at_k) == (ROWS, {})
+    assert sorted(request.group_id for request in requests) == [f"r.held-out.7.{row}" for row in range(ROWS)]
+
+
+async def test_pass_at_k_over_the_rows() -> None:
+    result, requests = await run(EvaluationConfig(samples=4, k=(1, 2, 4)))
+    assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)
+    # By hand for n = 4 and c = 0, 1, 2, 3: pass@1 = c / 4; pass@2 = 0, 3/6, 5/6, 1; pass@4 = 0, 1, 1, 1.
+    assert result.pass_at_k == pytest.approx({1: 6 / 16, 2: (0 + 1 / 2 + 5 / 6 + 1) / 4, 4: 3 / 4})
+    assert len({request.group_id for request in requests}) == 2 * ROWS
+    assert {request.sampling.temperature for request in requests} == {0.0, 0.7}
+
+
+async def test_what_passes_is_a_setting() -> None:
+    result, _ = await run(EvaluationConfig(samples=3, k=(1,), pass_reward=0.2))
+    assert result.pass_at_k == {1: 1.0}
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_the_estimate_is_the_share_of_all_choices_with_a_pass(case: tuple[int, int, int]) -> None:
+    n, c, k = case
+    choices = list(itertools.combinations([i < c for i in range(n)], k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"samples": 4, "k": [8]}, "k goes up to 8, but there are 4"), ({"k": [2]}, "needs samples")],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        EvaluationConfig.model_validate(settings)
