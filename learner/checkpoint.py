@@ -3,9 +3,15 @@
     checkpoints/step-000040/  what trains and its optimizer, sharded (torch.distributed.checkpoint)  +  state.json
 
 Everything is written into a temporary directory, which is renamed last: a kill or a full disk at any moment leaves the
-previous checkpoint valid. `export_model` writes the same policy for everybody else, in Hugging Face format.
+previous checkpoint valid. Training goes on meanwhile:
+
+    save: copy to CPU memory, the only part that training waits for -> threads: write the shards
+          -> rank 0, when all have: state.json, everything to the disk, rename, drop old ones
+
+`export_model` writes the same policy for everybody else, in Hugging Face format.
 """
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -16,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,32 +40,78 @@ _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
-def save_checkpoint(
-    run_dir: Path, version: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
-) -> Path:
-    """Write the checkpoint of `version`; a collective. `state` (plain JSON values) is rank 0's.
+class CheckpointWriter:
+    """Writes the checkpoints of one model; every rank has one and calls it together with the others.
 
-    Raises:
-        OSError: disk full and the like; older checkpoints are as they were.
+    One checkpoint is written at a time: `save` first waits for the one before.
+
+    Args:
+        model: sharded over all ranks.
+        optimizer: over its parameters.
+        keep: checkpoints that stay.
     """
-    target = _directory(run_dir, version)
-    partial = target.with_name(f".{target.name}.partial")
-    if _is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-    if _is_main():
-        (partial / _STATE).write_text(json.dumps({"version": version, **state}))
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._keep = keep
+        self._group = dist.new_group(backend="gloo")  # its collectives run beside those of training
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def save(self, run_dir: Path, version: int, state: dict[str, Any]) -> Path:
+        """Begin to write the checkpoint of `version`; a collective. `state` (plain JSON values) is rank 0's.
+
+        Returns the directory, which is there once `wait` returns.
+
+        Raises:
+            OSError: see `wait`.
+        """
+        self.wait()
+        target = _directory(run_dir, version)
+        partial = target.with_name(f".{target.name}.partial")
+        if _is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=_WHAT_TRAINS)
+        shards: Any = dcp.async_save(
+            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, process_group=self._group
+        )
+        text = json.dumps({"version": version, **state})
+        self._writing = self._thread.submit(self._finish, shards, partial, target, text)
+        return target
+
+    def wait(self) -> None:
+        """Until what was begun is written.
+
+        Raises:
+            OSError: disk full and the like; older checkpoints are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except CheckpointException as error:
+            for rank, (cause, _) in error.failures.items():
+                if isinstance(cause, OSError):
+                    raise OSError(
+                        cause.errno, f"rank {rank} could not write its part of the checkpoint: {cause}"
+                    ) from error
+            raise
+
+    def _finish(self, shards: "concurrent.futures.Future[Any]", partial: Path, target: Path, state: str) -> None:
+        shards.result()  # on rank 0: all ranks have written theirs
+        if not _is_main():
+            return
+        (partial / _STATE).write_text(state)
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
         _sync(target.parent)
-        for old in _all(run_dir)[:-keep]:
+        for old in _all(target.parent.parent)[: -self._keep]:
             shutil.rmtree(old)
-    _barrier()
-    return target
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -103,7 +156,7 @@ def export_model(model: Any, source: Path, target: Path) -> Path:
             save_adapter(model, state, source, partial / "adapter")
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
-    _barrier()
+    dist.barrier()
     return target
 
 
@@ -127,7 +180,3 @@ def _sync(directory: Path) -> None:
 
 def _is_main() -> bool:
     return dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    dist.barrier()

@@ -10,7 +10,7 @@ import torch
 from common.placeholders import placeholder_ids
 from learner.batch.packing import PackedBatch
 from learner.batch.transport import decode_packs
-from learner.checkpoint import export_model, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
@@ -58,6 +58,7 @@ class Policy:
             self._reference.to(ranks.device).requires_grad_(False)
             parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
         self._optimizer = build_optimizer(self.model, config.optimizer)
+        self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(
             self.model,
             [f"model.{name}" for name, _ in self.model.model.named_children() if name not in _TEXT_MODELS],
@@ -131,9 +132,12 @@ class Policy:
         return self._snapshotter.take(self.version)
 
     def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
-        """Write a checkpoint; `state` is rank 0's."""
-        keep = self._config.trainer.keep_checkpoints
-        return save_checkpoint(run_dir, self.version, self.model, self._optimizer, state, keep=keep)
+        """Begin to write a checkpoint; `state` is rank 0's. Training may go on; `finish` waits for it."""
+        return self._checkpoints.save(run_dir, self.version, state)
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self._checkpoints.wait()
 
     def restore(self, run_dir: Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the run, if there is one; the `state` that was saved with it."""

@@ -91,7 +91,9 @@ class Trainer:
             finally:  # an evaluation that fails ends the run, and must not cost its steps
                 if is_last or _is_due(self._policy.version, settings.checkpoint_every):
                     self._checkpoint()
-        return self._policy.export(self._run_dir / "export")
+        export = self._policy.export(self._run_dir / "export")
+        self._policy.finish()
+        return export
 
     def _step(self) -> None:
         started_at = time.monotonic()

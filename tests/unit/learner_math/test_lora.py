@@ -130,6 +130,7 @@ def test_a_checkpoint_holds_the_adapter_and_resumes(
     config = make_config(large_model_dir, lora_rank=2)
     once = trained(Policy(config, ranks), pack, steps=2)
     path = once.save(tmp_path, {})
+    once.finish()
     assert sum(file.stat().st_size for file in path.rglob("*")) < 4 * 635_328 / 2  # half of the parameters alone
     again = Policy(config, ranks)
     assert again.restore(tmp_path) is not None
