@@ -9,7 +9,7 @@ from typing import Protocol
 
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
-from learner.rewards.runner import RewardRunner
+from learner.rewards.base import Rewards
 from learner.rollouts.sampler import Sampler, build_request
 from learner.types import ProcessedPrompt, PromptSample
 
@@ -38,7 +38,7 @@ async def evaluate(
     rows: Rows,
     *,
     sampler: Sampler,
-    rewards: RewardRunner,
+    rewards: Rewards,
     processor: PromptProcessor,
     sampling: SamplingParams,
     group_prefix: str,
