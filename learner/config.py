@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
 from learner.algorithms.config import LossConfig
@@ -58,10 +58,23 @@ class ModelConfig(Config):
 class RewardConfig(Config):
     """What a completion is worth."""
 
-    # "module:function"; see learner/rewards/.
-    function: str = "learner.rewards.exact_match:exact_match"
+    # Each is one of those that come along (docs/rewards.md), one that a package offers by a name, or "module:function".
+    # The reward of a completion is their weighted sum.
+    functions: tuple[str, ...] = Field(("exact_match",), min_length=1)
+    # One for each function; empty: 1 each.
+    weights: tuple[FiniteFloat, ...] = ()
     # Seconds that the rewards of one group may take.
     timeout_s: float = Field(30.0, gt=0)
+    # Groups scored at the same time, each in a process of its own.
+    num_processes: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_weight_for_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"there are {len(self.weights)} weights for {len(self.functions)} functions; give one for each, or none"
+            )
+        return self
 
 
 class RolloutConfig(Config):

@@ -27,7 +27,6 @@ from learner.config import LearnerConfig
 from learner.data import PromptDataset
 from learner.evaluate import Evaluation, evaluate
 from learner.ledger import Ledger
-from learner.rewards.load import load_reward
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
@@ -75,7 +74,11 @@ class Control:
         self._fleet = Fleet(config.rollout.actors, run_id=self.run_id, slots_per_actor=config.rollout.slots_per_actor)
         self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
         self._rewards = RewardRunner(
-            load_reward(config.reward.function), decode=processor.decode, timeout_s=config.reward.timeout_s
+            config.reward.functions,
+            config.reward.weights,
+            decode=processor.decode,
+            timeout_s=config.reward.timeout_s,
+            num_processes=config.reward.num_processes,
         )
         self._dispatcher = Dispatcher(
             dataset=train,
@@ -226,7 +229,7 @@ class Control:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
-            self._rewards.close()
+            await asyncio.to_thread(self._rewards.close)
             await self._fleet.close()
 
 

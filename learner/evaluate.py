@@ -14,7 +14,7 @@ from typing import Protocol
 from common.types import Completion, FloatArray, SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
-from learner.rewards.runner import RewardRunner
+from learner.rewards.base import Rewards
 from learner.rollouts.sampler import Sampler, build_request
 from learner.types import ProcessedPrompt, PromptSample
 
@@ -53,7 +53,7 @@ async def evaluate(
     rows: Rows,
     *,
     sampler: Sampler,
-    rewards: RewardRunner,
+    rewards: Rewards,
     processor: PromptProcessor,
     greedy: SamplingParams,
     sampled: SamplingParams | None,

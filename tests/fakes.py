@@ -4,10 +4,12 @@
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from common.types import (
     Completion,
     EpochSpec,
     FinishReason,
+    FloatArray,
     Manifest,
     MediaUse,
     PlaceholderRange,
@@ -31,6 +34,9 @@ from common.types import (
     TextPart,
     VersionSpan,
 )
+from learner.rewards.base import ScoringTask
+from learner.rewards.forms import as_group_reward
+from learner.rewards.scoring import score
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, ProcessedPrompt, PromptSample
 
@@ -63,6 +69,23 @@ async def sample_all(
 def make_sample(row: int, images: Sequence[bytes] = ()) -> PromptSample:
     """A prompt that says its row; the ground truth is the text that `completion_of` yields for it."""
     return PromptSample(row, (ChatMessage("user", (TextPart(f"row {row}"),)),), tuple(images), str(row))
+
+
+def make_task(*texts: str, **columns: Any) -> ScoringTask:
+    """A group as reward functions see it; completion i has token i. `columns` are fields of the sample."""
+    sample = dataclasses.replace(make_sample(4), **columns)
+    return ScoringTask(sample, texts, tuple([i] for i in range(len(texts))), ("stop",) * len(texts))
+
+
+class InlineRewards:
+    """Scores with a function that need not be importable, where it is called. The texts are empty."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._rewards = [as_group_reward(function, "a function of a test")]
+
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
+        task = ScoringTask.of(sample, completions, lambda _: "")
+        return np.array(score(task, self._rewards, [1.0]), np.float32)
 
 
 def process(sample: PromptSample) -> ProcessedPrompt:

@@ -1,4 +1,4 @@
-"""The reward of examples/digits. `learner.rewards.load` lists what a reward function may take."""
+"""The reward of examples/digits. docs/rewards.md lists what a reward function may take."""
 
 
 def exact_match(*, completion: str, ground_truth: str) -> float:

@@ -1,6 +1,6 @@
-"""Rewards: Python functions that score one completion, named by import path."""
+"""Rewards: Python functions that score completions, named in the configuration. docs/rewards.md says how."""
 
-from learner.rewards.load import RewardFunction, load_reward
-from learner.rewards.runner import RewardError, RewardRunner
+from learner.rewards.base import RewardError, Rewards
+from learner.rewards.runner import RewardRunner
 
-__all__ = ["RewardError", "RewardFunction", "RewardRunner", "load_reward"]
+__all__ = ["RewardError", "RewardRunner", "Rewards"]

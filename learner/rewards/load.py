@@ -1,45 +1,20 @@
-"""Reward functions by import path.
+"""Reward functions by name: "package.module:function", or an entry point of the group "outrider.rewards".
 
-A reward is a function with keyword arguments, called once for each completion:
+A package offers its rewards under short names in its pyproject.toml, as this one does:
 
-    def reward(*, completion: str, ground_truth: str, **_: object) -> float: ...
-
-It may take any of these by name; a `**_` takes the rest:
-
-| keyword | value |
-|---|---|
-| completion (verl: solution_str) | the text, special tokens left out |
-| ground_truth | of the dataset row |
-| images | encoded image files, tuple[bytes, ...] |
-| extra | the other columns of the row, dict (verl's extra_info: the column of that name) |
-| data_source | of the row, "" if it has none |
-| prompt | tuple[ChatMessage, ...] |
-| token_ids | ids of the completion, list[int] |
-| finish_reason | "stop" or "length" |
-
-It runs in a thread, beside others of its kind. It may raise: the group is dropped then and counted, never scored 0.
+    [project.entry-points."outrider.rewards"]
+    exact_match = "learner.rewards.exact_match:exact_match"
 """
 
 import importlib
-import inspect
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Sequence
 
 from common.config import ConfigError
+from learner.rewards.base import GroupReward
+from learner.rewards.forms import as_group_reward
 
-RewardFunction = Callable[..., float]
-
-KEYWORDS = (
-    "completion",
-    "ground_truth",
-    "images",
-    "extra",
-    "data_source",
-    "prompt",
-    "token_ids",
-    "finish_reason",
-    "solution_str",
-    "extra_info",
-)
+ENTRY_POINTS = "outrider.rewards"
 
 
 def load_object(path: str, what: str) -> object:
@@ -57,32 +32,32 @@ def load_object(path: str, what: str) -> object:
         raise ConfigError(f"{what}: module {module_name!r} has no {name!r}") from None
 
 
-def load_reward(path: str) -> RewardFunction:
-    """The function at "module:function", wrapped so that it may be called with all `KEYWORDS`.
+def load_rewards(names: Sequence[str]) -> tuple[GroupReward, ...]:
+    """The rewards of these names. Raises `ConfigError` for the first that cannot be used."""
+    return tuple(load_reward(name) for name in names)
 
-    Raises `ConfigError` if it cannot be imported or wants an argument that does not exist.
+
+def load_reward(name: str) -> GroupReward:
+    """The reward of this name.
+
+    Raises `ConfigError` if it cannot be found, is no function, or wants an argument that does not exist.
     """
-    function = load_object(path, "reward")
+    function = load_object(_import_path(name), "reward")
     if not callable(function):
-        raise ConfigError(f"reward: {path!r} is a {type(function).__name__}, not a function")
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"reward: {path!r} is a coroutine; rewards run in threads, make it a plain function")
-    parameters = inspect.signature(function).parameters.values()
-    for parameter in parameters:
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
+        raise ConfigError(f"reward: {name!r} is a {type(function).__name__}, not a function")
+    return as_group_reward(function, name)
+
+
+def _import_path(name: str) -> str:
+    if ":" in name:
+        return name
+    known = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    paths = sorted({entry.value for entry in known if entry.name == name})
+    if not paths:
+        raise ConfigError(
+            f"reward: {name!r} is neither an import path (package.module:function) "
+            f"nor one of {', '.join(sorted(known.names)) or 'the installed rewards: there are none'}"
         )
-        if parameter.kind is parameter.POSITIONAL_ONLY or (required and parameter.name not in KEYWORDS):
-            raise ConfigError(
-                f"reward: {path!r} wants an argument {parameter.name!r}; it may take, by name: {', '.join(KEYWORDS)}"
-            )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return function
-    wanted = frozenset(parameter.name for parameter in parameters)
-
-    def call(**keywords: object) -> float:
-        reward: float = function(**{name: value for name, value in keywords.items() if name in wanted})
-        return reward
-
-    return call
+    if len(paths) > 1:
+        raise ConfigError(f"reward: several packages have a {name!r}; write {' or '.join(paths)}")
+    return paths[0]

@@ -24,7 +24,7 @@ from typing import Protocol
 from common.log import get_logger
 from common.types import SamplingParams
 from learner.ledger import Ledger
-from learner.rewards.runner import RewardError, RewardRunner
+from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
@@ -95,7 +95,7 @@ class Dispatcher:
         ledger: Ledger,
         processor: Processor,
         sampler: Sampler,
-        rewards: RewardRunner,
+        rewards: Rewards,
         buffer: GroupBuffer,
         credits: Credits,  # noqa: A002 - site's builtin is no one's
         sampling: SamplingParams,

@@ -88,7 +88,7 @@ def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: La
             *slow,
         ): "no image column 'images' (it has prompt, answer)",
         (
-            "reward.function=examples.digits.reward:exact",
+            "reward.functions=[examples.digits.reward:exact]",
             *slow,
         ): "reward: module 'examples.digits.reward' has no 'exact'",
         (

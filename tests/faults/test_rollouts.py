@@ -15,7 +15,6 @@ import pytest
 
 from common.types import ActorState, Completion, SamplingParams, TextPart
 from learner.ledger import Ledger
-from learner.rewards import RewardRunner
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher
@@ -23,7 +22,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler
 from learner.types import Group
-from tests.fakes import FakeActor, FakeProcessor, Rows
+from tests.fakes import FakeActor, FakeProcessor, InlineRewards, Rows
 
 RUN_ID = "run"
 NUM_ROWS = 13
@@ -36,10 +35,6 @@ def reward(*, ground_truth: str, token_ids: list[int], **_: Any) -> float:
     if ground_truth == "5":
         raise RuntimeError("the judge has no opinion")
     return int(ground_truth) + token_ids[0] / 1000
-
-
-def decode(ids: Any) -> str:
-    return ""
 
 
 @dataclass
@@ -64,7 +59,7 @@ class Run:
             ledger=self.ledger,
             processor=FakeProcessor(),
             sampler=Sampler(self.fleet, max_attempts=1000),
-            rewards=RewardRunner(reward, decode=decode),
+            rewards=InlineRewards(reward),
             buffer=self.buffer,
             credits=Credits(BATCH, self.max_staleness, step=self.version, total_steps=self.total_steps),
             sampling=SamplingParams(n=N),

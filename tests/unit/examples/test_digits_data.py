@@ -12,6 +12,7 @@ from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
 from examples.digits.reward import exact_match
 from learner.rewards.load import load_reward
+from tests.fakes import make_task
 
 
 def test_split_covers_every_scan_once() -> None:
@@ -56,4 +57,4 @@ def test_reward(completion: str, reward: float) -> None:
 
 def test_learner_finds_the_reward() -> None:
     reward = load_reward("examples.digits.reward:exact_match")
-    assert reward(completion="3", ground_truth="3", token_ids=[1], finish_reason="stop", images=()) == 1.0
+    assert reward(make_task("3", "4", ground_truth="3")) == [1.0, 0.0]

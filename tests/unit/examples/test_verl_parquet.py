@@ -13,7 +13,8 @@ from examples.digits import data
 from examples.verl_parquet.make_parquet import make_parquet
 from learner.config import LearnerConfig
 from learner.data import DataConfig, load_datasets
-from learner.rewards.load import load_reward
+from learner.rewards.load import load_rewards
+from tests.fakes import make_task
 
 FOLDER = Path(examples.verl_parquet.__file__).parent
 
@@ -48,6 +49,6 @@ def test_learner_reads_the_same_samples_as_from_code(files: tuple[Path, Path]) -
 @pytest.mark.parametrize("folder", ["digits", "verl_parquet"])
 def test_configs_are_valid(folder: str) -> None:
     config = load_config(LearnerConfig, FOLDER.parent / folder / "config.yaml", [])
-    reward = load_reward(config.reward.function)
-    assert reward(completion="4", ground_truth="4") == 1.0
+    [reward] = load_rewards(config.reward.functions)
+    assert reward(make_task("4", "5", ground_truth="4")) == [1.0, 0.0]
     assert config.trainer.max_staleness == 0

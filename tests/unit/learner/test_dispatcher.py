@@ -11,7 +11,6 @@ import pytest
 from common.config import ConfigError
 from common.types import SamplingParams
 from learner.ledger import Ledger
-from learner.rewards import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
@@ -19,7 +18,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PromptSample
-from tests.fakes import FakeActor, FakeProcessor, Rows, until
+from tests.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
 
 
 @dataclasses.dataclass
@@ -62,7 +61,7 @@ async def dispatching(
         ledger=ledger,
         processor=FakeProcessor(),
         sampler=Sampler(fleet),
-        rewards=RewardRunner(reward, decode=lambda _: ""),
+        rewards=InlineRewards(reward),
         buffer=buffer,
         credits=Credits(batch, max_staleness, total_steps=total_steps),
         sampling=SamplingParams(n=3),

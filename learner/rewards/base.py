@@ -1,0 +1,81 @@
+"""What the parts of rewards share: the work, the failure and the interface.
+
+    sampled completions --ScoringTask--> functions, in a process of their own --rewards [n]--> Group
+
+A failure is never a number: it is raised, and the group is dropped.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from common.types import Completion, FloatArray
+from learner.types import PromptSample
+
+
+class RewardError(Exception):
+    """A group has no rewards.
+
+    `reason` says why: REWARD_RAISED, REWARD_TIMEOUT, REWARD_CRASHED, REWARD_NOT_A_NUMBER or REWARD_NOT_FINITE.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Rewards(Protocol):
+    """Scores groups."""
+
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
+        """Rewards `[n]` of a group's completions, in their order. Raises `RewardError`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringTask:
+    """One group, as reward functions see it: plain values that can be sent to another process.
+
+    Example: `ScoringTask(sample, texts=("4", "5"), token_ids=([19], [20]), finish_reasons=("stop", "stop"))`.
+    """
+
+    sample: PromptSample
+    texts: tuple[str, ...]
+    """Of the completions, special tokens left out."""
+    token_ids: tuple[list[int], ...]
+    finish_reasons: tuple[str, ...]
+    """"stop" or "length"."""
+
+    @classmethod
+    def of(
+        cls, sample: PromptSample, completions: Sequence[Completion], decode: Callable[[Sequence[int]], str]
+    ) -> Self:
+        """The task of a sampled group; `decode` turns ids into text."""
+        token_ids = tuple(completion.token_ids.tolist() for completion in completions)
+        return cls(
+            sample,
+            texts=tuple(decode(ids) for ids in token_ids),
+            token_ids=token_ids,
+            finish_reasons=tuple(completion.finish_reason.value for completion in completions),
+        )
+
+    def where(self, index: int) -> str:
+        """Names one completion in messages."""
+        return f"row {self.sample.row}, completion {index}"
+
+
+GroupReward = Callable[[ScoringTask], list[float | None]]
+"""A loaded reward: one value for each completion. None: it has nothing to say of that one. Raises `RewardError`."""
+
+
+def as_number(value: Any, returned: object, where: str) -> float:
+    """`value` as a finite float; `returned` is what the message shows. Raises `RewardError`."""
+    if getattr(value, "ndim", None) == 0:  # scalars of numpy and torch
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise RewardError("REWARD_NOT_A_NUMBER", f"{where}: the reward returned {returned!r}")
+    if not math.isfinite(value):
+        raise RewardError("REWARD_NOT_FINITE", f"{where}: the reward returned {returned!r}")
+    return float(value)

@@ -1,0 +1,72 @@
+"""Rewards in TRL's form: one call for a whole group, with lists.
+
+    def reward_func(prompts, completions, completion_ids, **columns) -> list[float | None]: ...
+
+As in TRL with conversational prompts, a prompt is a list of messages and a completion a list of one message. Every
+column of the dataset is a list too, and None stands for a completion that the function does not judge.
+"""
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from common.types import ChatMessage, TextPart
+from learner.rewards.base import RewardError, ScoringTask, as_number
+from learner.types import PromptSample
+
+ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+"""A function with one of these has this form."""
+
+TRAINER_ONLY = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
+"""What only TRL's own trainer can hand over."""
+
+_RESERVED = ARGUMENTS | TRAINER_ONLY | {"prompt", "completion"}
+
+
+def score_group(call: Callable[..., Any], name: str, task: ScoringTask) -> list[float | None]:
+    """One call for the group. Raises `RewardError`."""
+    num = len(task.texts)
+    where = f"row {task.sample.row}"
+    try:
+        returned = call(
+            prompts=[_messages(task.sample.messages)] * num,
+            completions=[[{"role": "assistant", "content": text}] for text in task.texts],
+            completion_ids=[list(ids) for ids in task.token_ids],
+            **{column: [value] * num for column, value in _columns(task.sample).items()},
+        )
+    except Exception as error:  # a user's code: whatever it raises costs this group
+        message = f"{where}: {type(error).__name__}: {error} ({name})"
+        raise RewardError("REWARD_RAISED", message) from error
+    values = list(returned) if isinstance(returned, Iterable) else None
+    if values is None or len(values) != num:
+        got = f"{returned!r}" if values is None else f"{len(values)} rewards"
+        raise RewardError("REWARD_NOT_A_NUMBER", f"{where}: {got} for {num} completions ({name})")
+    return [
+        None if value is None else as_number(value, value, f"{task.where(index)} ({name})")
+        for index, value in enumerate(values)
+    ]
+
+
+def _columns(sample: PromptSample) -> dict[str, Any]:
+    """What the row has beside its prompt; images are PIL images, as a dataset hands them to TRL."""
+    columns = {"ground_truth": sample.ground_truth, "solution": sample.ground_truth, "data_source": sample.data_source}
+    columns |= {name: value for name, value in sample.extra.items() if name not in _RESERVED}
+    if sample.images:
+        from PIL import Image
+
+        columns["images"] = [Image.open(io.BytesIO(image)) for image in sample.images]  # decoded when first used
+    return columns
+
+
+def _messages(messages: tuple[ChatMessage, ...]) -> list[dict[str, Any]]:
+    return [{"role": message.role, "content": _content(message)} for message in messages]
+
+
+def _content(message: ChatMessage) -> str | list[dict[str, str]]:
+    texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+    if len(texts) == len(message.parts):
+        return "".join(texts)
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in message.parts
+    ]

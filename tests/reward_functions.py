@@ -1,0 +1,50 @@
+"""Reward functions for tests, where reward processes can import them."""
+
+import itertools
+import os
+import signal
+import sys
+from typing import Any
+
+
+def length(completion: str) -> int:
+    return len(completion)
+
+
+def process_id(**_: Any) -> float:
+    return float(os.getpid())
+
+
+def is_light(**_: Any) -> bool:
+    """Whether the process has loaded nothing that is slow to load."""
+    return not {"torch", "vllm", "transformers", "datasets", "grpc"} & set(sys.modules)
+
+
+def fails(completion: str, ground_truth: str) -> float:
+    """Ends in the way that the ground truth says."""
+    match ground_truth:
+        case "raise":
+            raise RuntimeError("judge is down")
+        case "exit":
+            sys.exit("judge is down")
+        case "os._exit":
+            os._exit(3)
+        case "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "loop":
+            print("looping", flush=True)
+            while True:
+                pass
+        case "loop in C":
+            sum(itertools.repeat(0))
+        case "deaf loop":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                pass
+    return 1.0
+
+
+def says_and_hangs(**_: Any) -> float:
+    print(f"hanging in {os.getpid()}", flush=True)
+    while True:
+        signal.pause()
