@@ -33,7 +33,7 @@ export PYTHONUNBUFFERED := 1
 # No commas in its message: make would split it there.
 die = { printf '\n%s\n' $(1) >&2; exit 1; }
 
-.PHONY: help setup demo test test-gpu check bench proto format clean
+.PHONY: help setup demo test test-slow test-gpu check bench proto format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ demo: setup  ## a vision-language model learns to read handwriting: two actors a
 
 test: setup  ## unit, contract, integration and fault tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup  ## the tests that take many minutes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

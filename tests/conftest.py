@@ -1,7 +1,7 @@
 """What holds for every test: markers and time limits by folder, and no process left behind.
 
 A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `gpu/`) and gets the
-marker of that name. GPU tests are left out unless asked for with `-m gpu`.
+marker of that name. GPU tests and slow ones are left out unless asked for with `-m gpu`, `-m slow`.
 """
 
 import os
@@ -27,7 +27,7 @@ _EXIT_GRACE_S = 10.0
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[_SESSION_VARIABLE] = uuid.uuid4().hex
     if not config.option.markexpr:
-        config.option.markexpr = "not gpu"
+        config.option.markexpr = "not gpu and not slow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

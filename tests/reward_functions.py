@@ -11,6 +11,10 @@ def length(completion: str) -> int:
     return len(completion)
 
 
+def sum_of_ids(token_ids: list[int], **_: Any) -> float:
+    return sum(token_ids) / 1000
+
+
 def process_id(**_: Any) -> float:
     return float(os.getpid())
 

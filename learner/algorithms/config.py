@@ -30,6 +30,8 @@ class LossConfig(Config):
     kl_coef: float = pydantic.Field(default=0.0, ge=0)
     """Weight of the KL to the reference policy, which is `model.path` as it was: a frozen copy, which takes as much
     memory again, or with LoRA the model without its adapter, which takes none."""
+    kl_penalty: Literal["loss", "reward"] = "loss"
+    """Where that KL goes: into the loss of each token, or, as a penalty, into the rewards from each token on."""
     old_policy: Literal["actor", "learner"] = "actor"
     """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that
     clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the
@@ -52,6 +54,8 @@ class LossConfig(Config):
             raise ValueError(
                 "importance_cap needs old_policy: learner (with actor the ratio is the correction already)"
             )
+        if self.kl_penalty == "reward" and not self.kl_coef:
+            raise ValueError("kl_penalty: reward needs a kl_coef")
         if self.clip_dual is not None and self.policy_loss != "ppo":
             raise ValueError("clip_dual belongs to policy_loss: ppo")
         if self.policy_loss == "gspo" and self.aggregation != "seq-mean-token-mean":

@@ -13,7 +13,10 @@ with c = clip(r, 1 - clip_low, 1 + clip_high), |x| = x without gradient, and as 
                                                                arXiv 2507.18071, equations 7 and 14
     cispo   |c| * A * log p                                    arXiv 2506.13585, equations 4 and 5
 
-where w = 1, or for rollouts of an engine that differs numerically from the trainer the truncated importance weight
+With `kl_penalty: reward` the KL is not a term of the loss: the rewards of a token and of those after it are lowered by
+kl_coef * log(old p / m) each, A_t = A - kl_coef * sum over i >= t of log(old p_i / m_i)   (the token-level penalty of arXiv 2501.03262).
+
+Above, w = 1, or for rollouts of an engine that differs numerically from the trainer the truncated importance weight
 min(q / actor, cap), or 0 for q / actor outside a range (masked importance sampling), with q the old policy if that is
 the learner's and else p. A batch is the weighted sum of its
 tokens; `token_weights` has the denominators. They are those of the whole batch over all ranks and micro-batches, so
@@ -93,6 +96,11 @@ def policy_loss(
     old = actor_logprobs
     if config.old_policy == "learner":
         old = old_logprobs if old_logprobs is not None else logprobs.detach()
+    if config.kl_coef and reference_logprobs is None:
+        raise ValueError("kl_coef needs the log-probabilities of a reference policy")
+    if config.kl_penalty == "reward" and reference_logprobs is not None:
+        penalties = suffix_sums(old - reference_logprobs, sequence_ids, len(advantages))
+        token_advantages = token_advantages - config.kl_coef * penalties
     ratio = _ratio(logprobs - old)
     if config.policy_loss == "gspo":
         ratio = sequence_ratio(logprobs, old, sequence_ids, len(advantages))
@@ -116,9 +124,7 @@ def policy_loss(
     reference_kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
         reference_kl = k3(reference_logprobs - logprobs)
-    if config.kl_coef:
-        if reference_logprobs is None:
-            raise ValueError("kl_coef needs the log-probabilities of a reference policy")
+    if config.kl_penalty == "loss":
         token_loss = token_loss + config.kl_coef * reference_kl
     with torch.no_grad():
         clipped = (clipped_ratio * token_advantages < ratio * token_advantages).float()
@@ -137,6 +143,15 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor,
     sums = torch.zeros(num_sequences, dtype=logprobs.dtype, device=logprobs.device)
     means = sums.index_add(0, sequence_ids, logprobs.detach() - old_logprobs) / lengths
     return _ratio(means[sequence_ids] + logprobs - logprobs.detach())
+
+
+def suffix_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """`[N]`: for each token the sum of `values` over itself and the later tokens of its completion."""
+    values = values.double()
+    sums = torch.zeros(num_sequences, dtype=torch.float64, device=values.device).index_add(0, sequence_ids, values)
+    until = values.cumsum(0)  # over all completions before it too
+    before = sums.cumsum(0) - sums
+    return (sums[sequence_ids] - (until - before[sequence_ids]) + values).float()
 
 
 def token_weights(sequence_ids: Tensor, num_sequences: int, totals: BatchTotals, config: LossConfig) -> Tensor:

@@ -89,6 +89,14 @@ def naive_ratio(token: dict[str, float], sequence: list[dict[str, float]], confi
     return math.exp(log_ratio(token))
 
 
+def naive_advantage(advantage: float, rest: list[dict[str, float]], config: LossConfig) -> float:
+    """Of the first token of the rest of a completion."""
+    if config.kl_penalty == "loss":
+        return advantage
+    old = "actor" if config.old_policy == "actor" else "logprob"
+    return advantage - config.kl_coef * sum(token[old] - token["reference"] for token in rest)
+
+
 def is_masked(token: dict[str, float], config: LossConfig) -> bool:
     if config.importance_mask is None:
         return False
@@ -105,8 +113,9 @@ def naive_loss(
 ) -> float:
     """The formula of learner.algorithms.losses, one token at a time."""
     total = 0.0
-    for sequence, advantage in zip(tokens, advantages, strict=True):
-        for token in sequence:
+    for sequence, of_sequence in zip(tokens, advantages, strict=True):
+        for i, token in enumerate(sequence):
+            advantage = naive_advantage(of_sequence, sequence[i:], config)
             p, actor = token["logprob"], token["actor"]
             ratio = naive_ratio(token, sequence, config)
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
@@ -121,7 +130,8 @@ def naive_loss(
                 value = 0.0
             value -= config.entropy_coef * token["entropy"]
             m = token["reference"]
-            value += config.kl_coef * (math.exp(m - p) - (m - p) - 1)
+            if config.kl_penalty == "loss":
+                value += config.kl_coef * (math.exp(m - p) - (m - p) - 1)
             if config.aggregation == "token-mean":
                 total += value / batch_tokens
             elif config.aggregation == "seq-mean-token-mean":
@@ -142,6 +152,8 @@ CONFIGS = [
     LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.05, clip_high=0.1, kl_coef=0.1),
     LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5, entropy_coef=0.01),
     LossConfig(clip_dual=1.5),
+    LossConfig(advantage="reinforce_plus_plus", kl_coef=0.2, kl_penalty="reward"),
+    LossConfig(old_policy="learner", kl_coef=0.2, kl_penalty="reward", clip_dual=2.0),
     LossConfig(importance_mask=(0.5, 2.0)),
     LossConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
 ]
@@ -169,8 +181,9 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
     )
     assert terms.loss.item() == pytest.approx(naive_loss(tokens, advantages, config, 31, 8), rel=1e-4, abs=1e-6)
     clipped, masked = [], []
-    for sequence, advantage in zip(tokens, advantages, strict=True):
-        for t in sequence:
+    for sequence, of_sequence in zip(tokens, advantages, strict=True):
+        for i, t in enumerate(sequence):
+            advantage = naive_advantage(of_sequence, sequence[i:], config)
             ratio = naive_ratio(t, sequence, config)
             above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low
             one_sided = above if advantage > 0 else below

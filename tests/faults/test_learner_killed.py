@@ -1,0 +1,223 @@
+"""A learner that gets SIGKILL again and again, also while it writes a checkpoint: the end is that of a run without.
+
+The learner is the real one, in a process of its own, and so are gRPC and the weight epochs; the actor is in the test's
+process, with the fake engine behind the model's own processor: what it samples is a function of prompt and seed, so a
+synchronous run has exactly one outcome.
+"""
+
+import asyncio
+import dataclasses
+import io
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from actor.config import ActorConfig
+from actor.engine import EngineInfo, EngineRequest
+from actor.engine_fake import FakeEngine
+from actor.server import ActorServer
+from common.types import ChatPrompt, MediaUse, PlaceholderRange, PromptInfo
+from examples.digits.model import TOKEN_IDS, build_model
+from learner.batch.processing import PromptProcessor
+from learner.types import PromptSample
+from tests.launched import read_metrics
+
+NUM_STEPS = 24
+BATCH = 2
+# From the start of a learner to its end without a kill, on a busy machine.
+RUN_S = 120.0
+PLACEHOLDERS = (TOKEN_IDS["<|image_pad|>"], TOKEN_IDS["<|video_pad|>"])
+
+
+class ProcessorEngine(FakeEngine):
+    """The fake engine, but prompts are what the model's own processor makes of them."""
+
+    def __init__(self, config: ActorConfig, model_dir: Path) -> None:
+        super().__init__(config.fake, "actor")
+        self._processor = PromptProcessor(model_dir)
+
+    async def start(self) -> EngineInfo:
+        """See `Engine.start`."""
+        info = await super().start()
+        return dataclasses.replace(info, suppressed_token_ids=PLACEHOLDERS)
+
+    def _prompt_info(self, request: EngineRequest) -> PromptInfo:
+        assert isinstance(request.prompt, ChatPrompt)
+        images = tuple(map(png, request.images))
+        processed = self._processor.process(PromptSample(0, request.prompt.messages, images, ""))
+        places = np.flatnonzero(processed.input_ids == PLACEHOLDERS[0])
+        (length,) = processed.num_image_tokens
+        return PromptInfo(
+            group_id=request.group_id,
+            actor_id="actor",
+            unexpanded_ids=processed.input_ids,
+            expanded_ids=processed.input_ids,
+            media=(MediaUse(request.sha256[0], PlaceholderRange(int(places[0]), length), length, (1, 4, 4)),),
+            suppressed_token_ids=PLACEHOLDERS,
+        )
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+@asynccontextmanager
+async def serving(model_dir: Path) -> AsyncIterator[str]:
+    """An actor in this process; its address."""
+    config = ActorConfig.model_validate(
+        {"engine": "fake", "fake": {"token_s": 0.0, "first_token_s": 0.0, "vocab_size": 256, "mean_tokens": 3}}
+    )
+    engine = ProcessorEngine(config, model_dir)
+    server = ActorServer(engine, await engine.start(), config, "actor")
+    try:
+        yield f"127.0.0.1:{await server.start('127.0.0.1:0')}"
+    finally:
+        await server.stop(grace_s=0)
+        await engine.stop()
+
+
+def settings(model_dir: Path, runs_dir: Path, address: str) -> dict[str, Any]:
+    return {
+        "model": {"path": str(model_dir)},
+        "data": {"train": "examples.digits.data:train"},
+        "reward": {"functions": ["tests.reward_functions:sum_of_ids"], "num_processes": 1},
+        "rollout": {"actors": [address], "n": 2, "max_tokens": 4, "seed": 5},
+        "algorithm": {"clip_low": 1.0, "clip_high": 1000.0},
+        "optimizer": {"lr": 1e-3},
+        "trainer": {"total_steps": NUM_STEPS, "batch_prompts": BATCH, "checkpoint_every": 1},
+        "runs_dir": str(runs_dir),
+    }
+
+
+def learn(settings: dict[str, Any], output: Path) -> None:
+    """The learner, in a process of its own, on one thread."""
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from learner.config import LearnerConfig
+    from learner.run import run
+
+    torch.set_num_threads(1)
+    sys.exit(run(LearnerConfig.model_validate(settings)))
+
+
+class Learner:
+    """Starts the learner; the modules that take seconds to import are imported once, by the server that forks it."""
+
+    def __init__(self, settings: dict[str, Any], output: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["learner.run", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+        self._output = output
+        output.parent.mkdir(exist_ok=True)
+        self._process: BaseProcess = context.Process(target=learn, args=(settings, output))
+        self._process.start()
+
+    async def finished(self) -> None:
+        """Wait for its end, which must be a good one."""
+        while self._process.exitcode is None:  # noqa: ASYNC110 - a process has no event
+            await asyncio.sleep(0.02)
+        assert self._process.exitcode == 0, self._output.read_text()[-3000:]
+
+    async def ends_before(self, moment: Coroutine[Any, Any, None]) -> bool:
+        """Whether it ends, as it should, before the moment has come."""
+        waiting = {asyncio.ensure_future(self.finished()), asyncio.ensure_future(moment)}
+        done, left = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+        for task in done:
+            task.result()
+        return self._process.exitcode is not None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def partials(runs_dir: Path) -> set[tuple[Path, int]]:
+    """Checkpoints that have been begun and not finished; those of earlier kills too."""
+    return {(path, path.stat().st_ino) for path in runs_dir.glob("*/checkpoints/.*.partial")}
+
+
+async def run_to_the_end(model_dir: Path, runs_dir: Path, address: str, kills: int, seed: int) -> int:
+    """Of so many kills those that hit a checkpoint that was being written."""
+    rng = random.Random(seed)
+    configuration = settings(model_dir, runs_dir, address)
+    num_writing = 0
+    for _ in range(kills):
+        before = partials(runs_dir)
+        learner = Learner(configuration, runs_dir / "output")
+        moment = asyncio.sleep(rng.uniform(0.0, 4.0))
+        if rng.random() < 0.5:
+            moment = writing_checkpoint(runs_dir, rng.randint(1, 3))
+        if await learner.ends_before(moment):
+            break
+        learner.kill()
+        num_writing += bool(partials(runs_dir) - before)
+    learner = Learner(configuration, runs_dir / "output")
+    try:
+        async with asyncio.timeout(RUN_S):
+            await learner.finished()
+    finally:
+        learner.kill()
+    return num_writing
+
+
+async def writing_checkpoint(runs_dir: Path, count: int) -> None:
+    """Until so many checkpoints more have been begun, and the last of them is being written."""
+    seen = partials(runs_dir)
+    while count:
+        new = partials(runs_dir) - seen
+        seen |= new
+        count -= min(count, len(new))
+        await asyncio.sleep(0)
+
+
+async def check(tmp_path: Path, kills: int, seed: int) -> None:
+    model_dir = build_model(tmp_path / "model", seed=0)
+    undisturbed, killed = runs_dirs = [tmp_path / "undisturbed", tmp_path / "killed"]
+    async with serving(model_dir) as address:
+        await run_to_the_end(model_dir, undisturbed, address, 0, seed)
+        num_writing = await run_to_the_end(model_dir, killed, address, kills, seed)
+    print(f"{kills} kills, {num_writing} of them inside of a checkpoint")
+    compare(model_dir, *map(only_run, runs_dirs))
+
+
+def only_run(runs_dir: Path) -> Path:
+    [run_dir] = runs_dir.glob("run-*/")
+    return run_dir
+
+
+def compare(model_dir: Path, undisturbed: Path, killed: Path) -> None:
+    for run_dir in (undisturbed, killed):
+        steps = {line["step"]: line["sequences"] for line in read_metrics(run_dir)}
+        assert sorted(steps) == list(range(1, NUM_STEPS + 1))
+        trained = [sequence for step in sorted(steps) for sequence in steps[step]]
+        assert sorted(trained) == list(range(NUM_STEPS * BATCH))
+        assert not list(run_dir.glob("checkpoints/.*"))
+    weights = [run_dir / "export" / "model.safetensors" for run_dir in (undisturbed, killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].read_bytes() != (model_dir / "model.safetensors").read_bytes()
+
+
+async def test_some_kills_change_nothing(tmp_path: Path) -> None:
+    await check(tmp_path, kills=4, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+async def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    await check(tmp_path, kills=50, seed=2)
