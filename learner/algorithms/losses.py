@@ -14,7 +14,9 @@ with c = clip(r, 1 - clip_low, 1 + clip_high), |x| = x without gradient, and as 
     cispo   |c| * A * log p                                    arXiv 2506.13585, equations 4 and 5
 
 With `kl_penalty: reward` the KL is not a term of the loss: the rewards of a token and of those after it are lowered by
-kl_coef * log(old p / m) each, A_t = A - kl_coef * sum over i >= t of log(old p_i / m_i)   (the token-level penalty of arXiv 2501.03262).
+kl_coef * log(old p / m) each (the token-level penalty of arXiv 2501.03262):
+
+    A_t = A - kl_coef * sum over i >= t of log(old p_i / m_i)
 
 Above, w = 1, or for rollouts of an engine that differs numerically from the trainer the truncated importance weight
 min(q / actor, cap), or 0 for q / actor outside a range (masked importance sampling), with q the old policy if that is

@@ -6,6 +6,7 @@ synchronous run has exactly one outcome.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import multiprocessing
@@ -149,7 +150,11 @@ class Learner:
 
 def partials(runs_dir: Path) -> set[tuple[Path, int]]:
     """Checkpoints that have been begun and not finished; those of earlier kills too."""
-    return {(path, path.stat().st_ino) for path in runs_dir.glob("*/checkpoints/.*.partial")}
+    found = set()
+    for path in runs_dir.glob("*/checkpoints/.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been finished
+            found.add((path, path.stat().st_ino))
+    return found
 
 
 async def run_to_the_end(model_dir: Path, runs_dir: Path, address: str, kills: int, seed: int) -> int:
