@@ -14,7 +14,7 @@ from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
-from learner.model.load import Part, load_policy
+from learner.model.load import Part, load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
@@ -44,7 +44,7 @@ class Policy:
         self.version = 0
         self.placeholder_ids = placeholder_ids(self.model.config)
         text_config = self.model.config.get_text_config()
-        self.hidden_size: int = text_config.hidden_size
+        self.cost = model_cost(self.model)
         self._suppressed_token_ids = suppressed_token_ids(
             self.placeholder_ids, config.rollout.allowed_token_ids, text_config.vocab_size
         )

@@ -138,7 +138,7 @@ class Trainer:
                 num_ranks=self._ranks.num_ranks,
                 max_tokens=self._config.trainer.max_tokens_per_micro_batch,
                 filler=self._zero.control.processor.filler,
-                hidden_size=self._policy.hidden_size,
+                cost=self._policy.cost,
             )
             encoded.append([encode_packs(of_rank) for of_rank in packs])
         return encoded

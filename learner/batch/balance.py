@@ -1,27 +1,28 @@
 """Which rows go to which rank and micro-batch: equal cost for the ranks, few micro-batches, none over its budget."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 Bins = list[list[list[int]]]
 
 
-def balance(num_tokens: Sequence[int], num_ranks: int, max_tokens: int, hidden_size: int) -> Bins:
-    """Distribute rows, longest first, each to the cheapest bin that has room for it.
+def balance(num_tokens: Sequence[int], costs: Sequence[float], num_ranks: int, max_tokens: int) -> Bins:
+    """Distribute rows, dearest first, each to the cheapest bin that has room for it.
 
     With r ranks and the fewest micro-batches m for which that works, there are r * m bins; each rank gets m. A row
     longer than `max_tokens` is alone in its bin.
 
     Args:
         num_tokens: of each row.
+        costs: of each row, in any unit; see `ModelCost`.
         num_ranks: ranks that train.
         max_tokens: tokens of a bin.
-        hidden_size: of the text model, for `row_cost`.
 
     Returns:
         `bins[rank][micro_batch]` = ascending row numbers; bins may be empty when there are fewer rows than bins.
     """
-    costs = [row_cost(length, hidden_size) for length in num_tokens]
     order = sorted(range(len(num_tokens)), key=lambda row: (-costs[row], row))
     num_micro_batches = max(1, -(-sum(num_tokens) // (num_ranks * max_tokens)))
     while True:
@@ -31,13 +32,24 @@ def balance(num_tokens: Sequence[int], num_ranks: int, max_tokens: int, hidden_s
         num_micro_batches += 1
 
 
-def row_cost(length: int, hidden_size: int) -> float:
-    """Relative time of a row of `length` tokens: linear layers, and attention with its share of 1 / (6 * hidden size).
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """What a model's parts cost, in units of what the linear layers of its text model cost for one token."""
 
-    A transformer layer of width h costs about 24 h^2 operations for a token in its linear layers and 4 h for each
-    token that it attends to.
-    """
-    return length * (1 + length / (6 * hidden_size))
+    hidden_size: int = 2048
+    """Of the text model: a layer of width h costs about 24 h^2 operations for a token in its linear layers and 4 h for
+    each token that it attends to."""
+    pixel_value: float = 0.0
+    """Of the vision tower, for one element of `pixel_values`."""
+
+    def text(self, num_tokens: int) -> float:
+        """Of a row of so many tokens."""
+        return num_tokens * (1 + num_tokens / (6 * self.hidden_size))
+
+    def images(self, media: Mapping[str, Any]) -> float:
+        """Of what a prompt's images pass before the text model."""
+        pixels = media.get("pixel_values")
+        return self.pixel_value * pixels.numel() if pixels is not None else 0.0
 
 
 def _fill(

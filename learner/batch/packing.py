@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.types import Completion, FloatArray
-from learner.batch.balance import balance, row_cost
+from learner.batch.balance import ModelCost, balance
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.types import Group, ProcessedPrompt
 
@@ -95,7 +95,7 @@ def pack_batch(
     max_tokens: int = 8192,
     share_prefix: bool = True,
     filler: ProcessedPrompt | None = None,
-    hidden_size: int = 2048,
+    cost: ModelCost = ModelCost(),  # noqa: B008 - immutable
 ) -> list[list[PackedBatch]]:
     """Pack one training batch for every rank.
 
@@ -109,7 +109,7 @@ def pack_batch(
         filler: a prompt with the smallest image of the model (`PromptProcessor.filler`). It is added, untrained, to
             each pack that has no media, so that the vision tower runs (with zero gradient) on every rank: under FSDP
             all ranks must take part in its collectives. `None` for a text model.
-        hidden_size: of the text model; sets what attention costs beside the rest (`row_cost`).
+        cost: of the model's parts: ranks and micro-batches get equal shares of it.
 
     Returns:
         `packs[rank][i]`; every rank has the same number of micro-batches.
@@ -120,11 +120,12 @@ def pack_batch(
     rows = [
         row
         for group, values in zip(groups, advantages, strict=True)
-        for row in _rows(group, values, share_prefix, max_tokens, hidden_size)
+        for row in _rows(group, values, share_prefix, max_tokens, cost)
     ]
     if not rows:
         raise ValueError("a training batch needs at least one group")
-    assignment = balance([row.num_tokens for row in rows], num_ranks, max_tokens, hidden_size)
+    costs = [cost.text(row.num_tokens) + cost.images(row.prompt.media) for row in rows]
+    assignment = balance([row.num_tokens for row in rows], costs, num_ranks, max_tokens)
     empty = filler if filler is not None else _blank(rows[0].prompt)
     return [[_pack_or_fill([rows[i] for i in bin_], filler, empty) for bin_ in rank] for rank in assignment]
 
@@ -169,7 +170,7 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
     )
 
 
-def _rows(group: Group, advantages: FloatArray, share_prefix: bool, max_tokens: int, hidden_size: int) -> list[Row]:
+def _rows(group: Group, advantages: FloatArray, share_prefix: bool, max_tokens: int, cost: ModelCost) -> list[Row]:
     """The rows of a group: each completion joins the last row where that fits and costs less than a row of its own."""
     if len(advantages) != len(group.completions):
         raise ValueError(
@@ -183,8 +184,9 @@ def _rows(group: Group, advantages: FloatArray, share_prefix: bool, max_tokens: 
         if share_prefix and rows:
             last = rows[-1]
             joined = Row(last.prompt, (*last.completions, completion), (*last.advantages, advantage))
-            added_cost = row_cost(joined.num_tokens, hidden_size) - row_cost(last.num_tokens, hidden_size)
-            if joined.num_tokens <= max_tokens and added_cost <= row_cost(alone.num_tokens, hidden_size):
+            added_cost = cost.text(joined.num_tokens) - cost.text(last.num_tokens)
+            alone_cost = cost.text(alone.num_tokens) + cost.images(alone.prompt.media)
+            if joined.num_tokens <= max_tokens and added_cost <= alone_cost:
                 rows[-1] = joined
                 continue
         rows.append(alone)

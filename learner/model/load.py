@@ -1,5 +1,6 @@
 """Loads the policy: a Hugging Face vision-language checkpoint, ready to train on packed batches."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from common import torchvision_ops
+from learner.batch.balance import ModelCost
 from learner.model import attention
 from learner.model.config import Adapter
 from learner.model.lora import add_adapter
@@ -98,6 +100,28 @@ def find_modules(model: nn.Module, part: Part) -> list[str]:
         if name.rpartition(".")[2] in _MODULES[part] and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return found
+
+
+def model_cost(model: Any) -> ModelCost:
+    """What the parts of a whole model cost, by their parameters: a token, or a patch, passes each of them once."""
+    towers = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
+    vision = sum(parameter.numel() for tower in towers for parameter in tower.parameters())
+    layers = next(
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("language_model", "text_model")
+    )
+    text = sum(
+        parameter.numel() for name, parameter in model.get_submodule(layers).named_parameters() if "embed" not in name
+    )
+    settings = getattr(model.config, "vision_config", None)
+    pixel_value = vision / text / patch_elements(settings) if vision and settings is not None else 0.0
+    return ModelCost(model.config.get_text_config().hidden_size, pixel_value)
+
+
+def patch_elements(vision_config: Any) -> int:
+    """Elements of `pixel_values` in one patch."""
+    size = vision_config.patch_size
+    area = size * size if isinstance(size, int) else math.prod(size)
+    return int(area * getattr(vision_config, "num_channels", 3) * getattr(vision_config, "temporal_patch_size", 1))
 
 
 def freeze(model: nn.Module, parts: Sequence[Part]) -> FreezeReport:

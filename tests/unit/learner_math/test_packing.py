@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.types import Completion, FinishReason, PromptInfo, VersionSpan
-from learner.batch.balance import balance, row_cost
+from learner.batch.balance import ModelCost, balance
 from learner.batch.packing import PackedBatch, Row, pack, pack_batch
 from learner.batch.transport import decode_packs, encode_packs
 from learner.types import Group, ProcessedPrompt, PromptSample
@@ -78,9 +78,9 @@ def test_completions_share_a_row_while_that_is_cheaper_than_a_copy_of_the_prompt
     costs 34.2, 42.5, 50.8 and 59.2.
     """
     g = make_group(prompt([1] * 10), [completion([index] * 6) for index in range(5)])
-    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], hidden_size=1)
+    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], cost=ModelCost(1))
     assert packed.row_lengths.tolist() == [30, 15]
-    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], hidden_size=2048)
+    [[packed]] = pack_batch([g], [np.zeros(5, np.float32)], cost=ModelCost(2048))
     assert packed.row_lengths.tolist() == [35]
 
 
@@ -125,13 +125,36 @@ def test_every_completion_is_in_exactly_one_pack(
 def test_ranks_get_equal_cost() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(50, 4000, 200).tolist()
-    bins = balance(lengths, 4, 16_384, 2048)
-    costs = [sum(row_cost(lengths[row], 2048) for bin_ in rank for row in bin_) for rank in bins]
+    row_costs = [ModelCost(2048).text(length) for length in lengths]
+    bins = balance(lengths, row_costs, 4, 16_384)
+    costs = [sum(row_costs[row] for bin_ in rank for row in bin_) for rank in bins]
     assert max(costs) / min(costs) < 1.02
     assert sorted(row for rank in bins for bin_ in rank for row in bin_) == list(range(200))
     assert all(sum(lengths[row] for row in bin_) <= 16_384 for rank in bins for bin_ in rank)
     fewest = -(-sum(lengths) // (4 * 16_384))
     assert len(bins[0]) <= fewest + 1
+
+
+def test_images_count_for_the_balance() -> None:
+    """One row with an image that costs as much as 30 tokens, and 30 rows of one token: the text goes to one rank."""
+    image = {"pixel_values": torch.zeros(10, 6)}
+    seen = make_group(prompt([1], image), [completion([2])])
+    words = [make_group(prompt([3]), [completion([4])]) for _ in range(30)]
+    groups = [seen, *words]
+    nothing = [np.zeros(1, np.float32)] * len(groups)
+    by_cost = pack_batch(groups, nothing, num_ranks=2, cost=ModelCost(10**9, pixel_value=0.5))
+    assert sorted(len(of_rank[0].input_ids) for of_rank in by_cost) == [1, 30]
+    by_tokens = pack_batch(groups, nothing, num_ranks=2, cost=ModelCost(10**9))
+    assert sorted(len(of_rank[0].input_ids) for of_rank in by_tokens) == [15, 16]
+
+
+def test_a_copy_of_an_image_is_counted_where_a_group_could_be_split() -> None:
+    rows = [(completion([5] * 40), completion([6] * 40))]
+    group = make_group(prompt([1] * 4, {"pixel_values": torch.zeros(10, 6)}), list(rows[0]))
+    advantages = [np.zeros(2, np.float32)]
+    [[apart]] = pack_batch([group], advantages, cost=ModelCost(2))
+    [[shared]] = pack_batch([group], advantages, cost=ModelCost(2, pixel_value=10.0))
+    assert (len(apart.row_lengths), len(shared.row_lengths)) == (2, 1)
 
 
 def test_packs_survive_transport_bit_for_bit() -> None:

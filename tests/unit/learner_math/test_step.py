@@ -11,7 +11,7 @@ from learner.algorithms.config import LossConfig
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.config import OptimizerConfig, learning_rate
-from learner.model.load import freeze, load_policy, prepare_policy
+from learner.model.load import freeze, load_policy, model_cost, prepare_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.step import StepStats, clip_gradients, train_step
@@ -149,6 +149,15 @@ def test_freezing_nothing_or_everything_is_refused() -> None:
         freeze(nn.Sequential(nn.Linear(2, 2)), ["vision_tower"])
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze(nn.ModuleDict({"visual": nn.Linear(2, 2)}), ["vision_tower"])
+
+
+def test_a_model_costs_what_its_parameters_are(make_policy: Callable[[], Any]) -> None:
+    model = make_policy()
+    vision = sum(p.numel() for name, p in model.named_parameters() if name.startswith("model.visual."))
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".language_model.layers." in name)
+    cost = model_cost(model)
+    assert cost.hidden_size == 128
+    assert cost.pixel_value == pytest.approx(vision / layers / 1176, rel=1e-2)  # norms are left out here
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Any) -> None:
