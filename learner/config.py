@@ -47,9 +47,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
-        given = self.model_fields_set & {"lora_alpha", "target_modules", "exclude_modules"}
-        if given and not self.lora_rank:
-            raise ValueError(f"{min(given)} needs lora_rank")
+        for name in ("exclude_modules", "lora_alpha", "target_modules"):
+            if not self.lora_rank and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} needs lora_rank")
         if self.lora_rank and self.lora_adapter_path is not None:
             raise ValueError("lora_adapter_path brings its own lora_rank; set one of them")
         return self
@@ -158,7 +158,7 @@ class EvaluationConfig(Config):
     def _enough_samples(self) -> Self:
         if self.samples and max(self.k) > self.samples:
             raise ValueError(f"k goes up to {max(self.k)}, but there are {self.samples} samples")
-        if not self.samples and "k" in self.model_fields_set:
+        if not self.samples and self.k != (1,):
             raise ValueError("k needs samples")
         return self
 
