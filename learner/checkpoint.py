@@ -94,12 +94,9 @@ class CheckpointWriter:
         try:
             writing.result()
         except CheckpointException as error:
-            for rank, (cause, _) in error.failures.items():
-                if isinstance(cause, OSError):
-                    raise OSError(
-                        cause.errno, f"rank {rank} could not write its part of the checkpoint: {cause}"
-                    ) from error
-            raise
+            # Not always an OSError inside: torch's zip writer makes a RuntimeError of a full disk.
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise OSError(f"rank {rank} could not write its part of the checkpoint: {cause}") from error
 
     def _finish(self, shards: "concurrent.futures.Future[Any]", partial: Path, target: Path, state: str) -> None:
         shards.result()  # on rank 0: all ranks have written theirs

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -116,7 +116,10 @@ def learn(settings: dict[str, Any], output: Path) -> None:
 
 
 class Learner:
-    """Starts the learner; the modules that take seconds to import are imported once, by the server that forks it."""
+    """A learner that is killed at the end of the block.
+
+    The modules that take seconds to import are imported once, by the server that forks it.
+    """
 
     def __init__(self, settings: dict[str, Any], output: Path) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -142,7 +145,10 @@ class Learner:
             task.result()
         return self._process.exitcode is not None
 
-    def kill(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
 
@@ -163,19 +169,15 @@ async def run_to_the_end(configuration: dict[str, Any], kills: int, seed: int) -
     num_writing = 0
     for _ in range(kills):
         before = partials(runs_dir)
-        learner = Learner(configuration, runs_dir / "output")
         moment = asyncio.sleep(rng.uniform(0.0, 4.0))
         if rng.random() < 0.5:
             moment = writing_checkpoint(runs_dir, rng.randint(1, 3))
-        assert not await learner.ends_before(moment), "the run is too short for so many kills"
-        learner.kill()
+        with Learner(configuration, runs_dir / "output") as learner:
+            assert not await learner.ends_before(moment), "the run is too short for so many kills"
         num_writing += bool(partials(runs_dir) - before)
-    learner = Learner(configuration, runs_dir / "output")
-    try:
+    with Learner(configuration, runs_dir / "output") as learner:
         async with asyncio.timeout(RUN_S):
             await learner.finished()
-    finally:
-        learner.kill()
     return num_writing
 
 

@@ -59,13 +59,15 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor
     text = group(processor, sample(0, "only words"), (3, 2), seed=1)
     image = group(processor, sample(1, "see", [image_bytes(0)]), (3, 2), seed=2)
     by_modality = [*pack([text], 1), *pack([image], 1)]
-    one_rank = {"sgd-1": pack(groups, 1)}
+    one_rank = {"sgd-1": pack(groups, 1), "sgd-1-modalities": pack([text, image], 1)}
     two_ranks = {
         "sgd-2": pack(groups, 2),
         "sgd-2-accumulated": pack(groups, 2, max_tokens=45),
         "sgd-2-accumulated-fused": pack(groups, 2, max_tokens=45),
         "adamw-modalities": by_modality,
         "frozen-modalities": by_modality,
+        "sgd-modalities": by_modality,
+        "sgd-modalities-swapped": by_modality[::-1],
         "adamw-idle": pack([image], 2),
     }
     four_ranks = {"sgd-4-hybrid": pack(groups, 4)}
@@ -163,6 +165,17 @@ def test_a_rank_of_text_and_a_rank_of_images_do_not_wait_for_each_other(
     before = dict(enlarge(load_policy(model_dir)[0]).named_parameters())
     assert torch.equal(result.parameters[vision], before[vision]) == name.startswith("frozen")
     assert not torch.equal(result.parameters["lm_head.weight"], before["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["sgd-modalities", "sgd-modalities-swapped"])
+def test_text_on_one_rank_and_images_on_the_other_train_as_both_on_one(results: dict[str, Result], name: str) -> None:
+    result, alone = results[name], results["sgd-1-modalities"]
+    for step, expected in enumerate(alone.stats[0]):
+        for rank in result.stats:
+            for key in ("loss", "grad_norm", "entropy"):
+                assert rank[step][key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), (step, key)
+    for key, value in result.parameters.items():
+        torch.testing.assert_close(value, alone.parameters[key], atol=1e-5, rtol=1e-4)
 
 
 def test_a_rank_with_nothing_to_train_takes_part(results: dict[str, Result]) -> None:

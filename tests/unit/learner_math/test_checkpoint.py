@@ -1,0 +1,109 @@
+"""Checkpoints: whole or not there, also on a full disk, and written while training goes on."""
+
+import contextlib
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.batch.packing import pack_batch
+from learner.batch.processing import PromptProcessor
+from learner.batch.transport import encode_packs
+from learner.checkpoint import latest_checkpoint, read_state
+from learner.config import LearnerConfig
+from learner.distributed import join_ranks
+from learner.policy import Policy
+from tests.unit.learner_math.groups import centred, mixed_groups
+
+Train = Callable[[Policy], None]
+
+
+@pytest.fixture
+def make_policy(model_dir: Path) -> Iterator[Callable[[], Policy]]:
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 10, "batch_prompts": 4, "keep_checkpoints": 2},
+            "optimizer": {"lr": 1e-2},
+        }
+    )
+    with join_ranks("cpu") as ranks:
+        yield lambda: Policy(config, ranks)
+
+
+@pytest.fixture
+def train(processor: PromptProcessor) -> Train:
+    groups = mixed_groups(processor)
+    parts = [encode_packs(packs) for packs in pack_batch(groups, centred(groups), filler=processor.filler)]
+
+    def train(policy: Policy) -> None:
+        policy.step([parts])
+
+    return train
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def parameters(policy: Policy) -> dict[str, torch.Tensor]:
+    state: dict[str, Any] = policy.model.state_dict()
+    return {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in state.items()}
+
+
+def test_training_that_goes_on_does_not_change_what_is_being_written(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    train(policy)
+    saved = parameters(policy)
+    policy.save(tmp_path, {"note": 1})
+    for _ in range(3):
+        train(policy)
+    policy.finish()
+    assert not torch.equal(parameters(policy)["lm_head.weight"], saved["lm_head.weight"])
+    again = make_policy()
+    assert again.restore(tmp_path) == {"version": 1, "note": 1}
+    assert all(torch.equal(value, saved[name]) for name, value in parameters(again).items())
+
+
+def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Train, tmp_path: Path) -> None:
+    policy = make_policy()
+    for _ in range(4):
+        train(policy)
+        policy.save(tmp_path, {})
+    policy.finish()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("room", [0, 100_000], ids=["nothing is written", "a part is written"])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path, room: int
+) -> None:
+    policy = make_policy()
+    train(policy)
+    policy.save(tmp_path, {})
+    policy.finish()
+    train(policy)
+    with full_disk(room):
+        policy.save(tmp_path, {})
+        with pytest.raises(OSError, match="rank 0 could not write its part of the checkpoint"):
+            policy.finish()
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert read_state(latest)["version"] == 1
+    policy.save(tmp_path, {})
+    policy.finish()
+    again = make_policy()
+    assert again.restore(tmp_path) == {"version": 2}
