@@ -26,6 +26,8 @@ class ModelConfig(Config):
     enable_gradient_checkpointing: bool = False
     # Logprobs straight from hidden states: logits of all tokens never exist at once.
     use_fused_kernels: bool = False
+    # Layers go through torch.compile: faster on GPUs, after a minute or more in the first steps.
+    use_torch_compile: bool = False
     # LoRA: train an adapter of this rank and nothing else. 0: off.
     lora_rank: int = Field(0, ge=0)
     lora_alpha: int = Field(16, gt=0)

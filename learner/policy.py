@@ -51,7 +51,7 @@ class Policy:
         if settings.use_fused_kernels:
             check_fused(self.model)
         compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
-        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype)
+        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype, compile_layers=settings.use_torch_compile)
         self._reference: Any = None
         if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))

@@ -102,6 +102,7 @@ def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor, seen_whole: Te
     return PackedLayout(blocks, joined.clamp_(min=0).to(device), scatter.to(device))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # masks and blocks are another for each pack
 def packed_attention(
     module: nn.Module,
     query: Tensor,

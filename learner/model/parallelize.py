@@ -14,7 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from learner.model.load import find_modules
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None) -> None:
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None, compile_layers: bool = False
+) -> None:
     """Shard `model` over a mesh, in place. Gloo on CPUs and NCCL on GPUs; one rank works too.
 
     Over a mesh of two dimensions parameters are sharded along the second and copied along the first.
@@ -26,11 +28,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtyp
         mesh: of all ranks.
         compute_dtype: parameters are gathered in this dtype (bfloat16 while float32 ones are updated), gradients are
             reduced in float32. `None`: as they are stored.
+        compile_layers: each unit goes through torch.compile, all but its attention over the pack.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype is not None else None
     )
     for unit in fsdp_units(model):
+        if compile_layers:
+            unit.compile(dynamic=True)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 

@@ -134,6 +134,27 @@ def test_mini_batches_and_epochs_are_those_of_a_naive_loop(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_layers_take_the_same_step(model_dir: Path, processor: PromptProcessor) -> None:
+    groups = mixed_groups(processor)
+    stats = []
+    with join_ranks("cpu") as ranks:
+        for compiled in (False, True):
+            config = LearnerConfig.model_validate(
+                {
+                    "model": {"path": model_dir, "use_torch_compile": compiled},
+                    "data": {"train": "unused"},
+                    "trainer": {"total_steps": 2, "batch_prompts": 4},
+                }
+            )
+            policy = Policy(config, ranks)
+            stats.append([policy.step([parts_of(groups, centred(groups), processor)])[0][0] for _ in range(2)])
+    for plain, compiled_step in zip(*stats, strict=True):
+        assert compiled_step.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert compiled_step.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
+
+
 def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
     tmp_path: Path, model_dir: Path, processor: PromptProcessor
 ) -> None:
