@@ -67,8 +67,12 @@ def _run(options: argparse.Namespace) -> NoReturn:
     from actor.process import ActorProcess
     from common.lifecycle import end_process
     from common.rpc.server import reserve_port
+    from common.rpc.tls import read_certificates
 
-    process = ActorProcess(config, reserve_port(config.listen, insecure=config.insecure))
+    if config.tls is not None:
+        read_certificates(config.tls)  # mistakes show before the model loads
+    reserved = reserve_port(config.listen, insecure=config.insecure, tls=config.tls is not None)
+    process = ActorProcess(config, reserved)
     end_process(uvloop.run(process.run()))
 
 

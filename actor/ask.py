@@ -21,6 +21,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--image", type=Path, action="append", default=[], help="image file; may be given several times"
     )
     parser.add_argument("--address", default="127.0.0.1:50051", help="host:port of the actor (%(default)s)")
+    parser.add_argument("--tls", type=Path, metavar="DIR", help="directory with tls.crt, tls.key and ca.crt")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (%(default)s)")
     parser.add_argument("--n", type=int, default=1, help="number of answers (%(default)s)")
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> int:
     """Print the answers, one below the other; the exit code is 1 if there are none."""
     options = parse(arguments)
 
+    from common.config import ConfigError
     from common.errors import OutriderError
 
     try:
@@ -41,6 +43,9 @@ def main(arguments: list[str]) -> int:
     try:
         for answer in asyncio.run(_ask(options, images)):
             print(answer)
+    except ConfigError as error:
+        print(f"ask: {error}", file=sys.stderr)
+        return 2
     except OutriderError as error:
         print(f"ask: {options.address}: {error.message}", file=sys.stderr)
         return 1
@@ -63,7 +68,7 @@ async def _ask(options: argparse.Namespace, images: list[bytes]) -> list[str]:
         sampling=SamplingParams(n=options.n, temperature=options.temperature, max_tokens=options.max_tokens),
         return_text=True,
     )
-    client = GrpcClient(options.address)
+    client = GrpcClient(options.address, tls=options.tls)
     try:
         group = await client.generate(request, timeout_s=_TIMEOUT_S)
     finally:

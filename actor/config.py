@@ -76,8 +76,12 @@ class ActorConfig(Config):
     metrics_listen: str | None = None
     # Serve the checkpoint as version 0 without a learner.
     standalone: bool = False
+    # Directory with tls.crt, tls.key and ca.crt: mutual TLS, and roles by certificate (common/rpc/tls.py).
+    tls: Path | None = None
     # Allow plaintext on an address that is not loopback.
     insecure: bool = False
+    # "host:port" where health alone is served in plaintext, for probes without a certificate; None: nowhere.
+    health_listen: str | None = None
     # Seconds that running groups get after SIGTERM.
     grace_s: float = Field(20.0, ge=0)
     # Exit after so long without a call; 0: never.

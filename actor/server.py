@@ -34,7 +34,7 @@ class ActorServer:
         self._config = config
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
-        self.rpc = RpcServer(config.limits.max_message_bytes)
+        self.rpc = RpcServer(config.limits.max_message_bytes, tls=config.tls)
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)
@@ -50,6 +50,8 @@ class ActorServer:
         self.policy.loaded(standalone=self._config.standalone)
         services = [self._rollouts.add_to(self.rpc.grpc), self._weights.add_to(self.rpc.grpc)]
         port = await self.rpc.start(address, services)
+        if self._config.health_listen is not None:
+            log.info("health", port=await self.rpc.start_probes(self._config.health_listen))
         await self._report_health()
         self.policy.on_change = self._changed.set
         self._watches = [asyncio.create_task(self._follow_state()), asyncio.create_task(self._watch_engine())]

@@ -3,22 +3,26 @@
 Every method raises `common.errors.OutriderError`, whatever went wrong on the way.
 """
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import grpc
 import numpy as np
 
 from common import wire
+from common.config import ConfigError
 from common.errors import MalformedResponse, MediaMissing, from_rpc_error
 from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.channel import open_channel
+from common.rpc.tls import Certificates, read_certificates, stamp_of
 from common.types import ActorStatus, Completion, EpochSpec, Manifest, MediaItem, PromptInfo, RolloutRequest, ServerInfo
 
 CHUNK_BYTES = 512 * 1024
@@ -26,6 +30,8 @@ CHUNK_BYTES = 512 * 1024
 _MAX_KNOWN_MEDIA = 65536
 # The server's own error, with its reason, should arrive before the deadline of the call.
 _SLACK_S = 2.0
+# How long calls on a connection with old certificates may go on.
+_OLD_CALLS_S = 600.0
 
 T = TypeVar("T")
 
@@ -85,16 +91,19 @@ class GrpcClient:
 
     Args:
         address: "host:port".
+        tls: the directory of certificates, see `common.rpc.tls`; None: plaintext. When they change, `status` goes over
+            to a new connection; what runs on the old one may finish.
         inline_max_bytes: media of one request beyond this are uploaded in chunks first, so that no single message
             blocks the event loops of both ends.
     """
 
-    def __init__(self, address: str, *, inline_max_bytes: int = 2**20) -> None:
+    def __init__(self, address: str, *, tls: Path | None = None, inline_max_bytes: int = 2**20) -> None:
         self.address = address
         self._inline_max_bytes = inline_max_bytes
-        self._channel = open_channel(address)
-        self._rollouts = rollout_pb2_grpc.RolloutServiceStub(self._channel)
-        self._weights = weights_pb2_grpc.WeightServiceStub(self._channel)
+        self._tls = tls
+        self._certificates: Certificates | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._open()
         # An ordered set: the oldest belief goes first.
         self._known_media: collections.OrderedDict[bytes, None] = collections.OrderedDict()
 
@@ -196,6 +205,7 @@ class GrpcClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
         """See `RolloutClient.status`."""
+        self._renew()
         request = weights_pb2.GetStatusRequest()
         return wire.status_from_proto(await _call(self._weights.GetStatus(request, timeout=timeout_s)))
 
@@ -226,7 +236,35 @@ class GrpcClient:
 
     async def close(self) -> None:
         """See `RolloutClient.close`."""
+        for task in self._closing:
+            task.cancel()
         await self._channel.close(None)
+
+    def _open(self) -> None:
+        if self._tls is not None:
+            self._certificates = read_certificates(self._tls)
+        self._channel = open_channel(self.address, certificates=self._certificates)
+        self._rollouts = rollout_pb2_grpc.RolloutServiceStub(self._channel)
+        self._weights = weights_pb2_grpc.WeightServiceStub(self._channel)
+
+    def _renew(self) -> None:
+        """Go over to a new connection where the certificates have changed."""
+        if self._tls is None or self._certificates is None or stamp_of(self._tls) == self._certificates.stamp:
+            return
+        old = self._channel
+        with contextlib.suppress(ConfigError):  # in the middle of a rotation, perhaps
+            self._open()
+            task = asyncio.create_task(_close_later(old))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+async def _close_later(channel: grpc.aio.Channel) -> None:
+    """Not by `close` with a grace period, which does not see calls behind interceptors."""
+    try:
+        await asyncio.sleep(_OLD_CALLS_S)
+    finally:
+        await channel.close(None)
 
 
 def _check_completion(completion: Completion, request: RolloutRequest, received: Mapping[int, Completion]) -> None:

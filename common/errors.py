@@ -185,6 +185,13 @@ class Internal(OutriderError):
 # What a client raises without ever having been sent it by an Outrider server.
 
 
+class PermissionDenied(OutriderError):
+    """The caller's certificate does not allow the call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
 class Unreachable(OutriderError):
     """No answer of an Outrider server: it is down, cut off, or died during the call."""
 
@@ -222,6 +229,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         StageTimeout,
         StageCorrupt,
         Internal,
+        PermissionDenied,
     )
 }
 

@@ -85,6 +85,8 @@ class RolloutConfig(Config):
     # Where the actors are: "host:port" of each, or "dns:///name:port" for one at each address of the name, which is
     # looked up again and again. The single-machine launcher fills it in.
     actors: tuple[str, ...] = ()
+    # Directory with tls.crt, tls.key and ca.crt: mutual TLS with the actors (common/rpc/tls.py). None: plaintext.
+    tls: Path | None = None
     # Completions of one prompt. Advantages compare them with each other, so there are at least two.
     n: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)

@@ -12,6 +12,7 @@ A failure of any loop fails the trainer's next call.
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from common.client import GrpcClient
 from common.collective import address_towards
 from common.log import get_logger
 from common.types import SamplingParams
@@ -71,7 +73,12 @@ class Control:
         self._on_actor_event = on_actor_event
         trainer = config.trainer
         self._buffer = GroupBuffer(max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts)
-        self._fleet = Fleet(config.rollout.actors, run_id=self.run_id, slots_per_actor=config.rollout.slots_per_actor)
+        self._fleet = Fleet(
+            config.rollout.actors,
+            run_id=self.run_id,
+            connect=functools.partial(GrpcClient, tls=config.rollout.tls),
+            slots_per_actor=config.rollout.slots_per_actor,
+        )
         self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
         self._rewards = RewardRunner(
             config.reward.functions,

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _COLUMNS = ("address", "actor", "state", "version", "staged", "run", "epoch", "running", "waiting")
 _TIMEOUT_S = 5.0
@@ -17,6 +18,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m learner fleet", description="Show the state of actors.")
     parser.add_argument("targets", nargs="+", metavar="target", help='"host:port", or "dns:///name:port"')
+    parser.add_argument("--tls", type=Path, metavar="DIR", help="directory with tls.crt, tls.key and ca.crt")
     return parser.parse_args(arguments)
 
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
     configure("error", sys.stderr)
     try:
-        rows = asyncio.run(_ask_all(options.targets))
+        rows = asyncio.run(_ask_all(options.targets, options.tls))
     except ConfigError as error:
         print(f"fleet: {error}", file=sys.stderr)
         return 2
@@ -42,18 +44,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(len(row) == len(_COLUMNS) for row in rows) else 1
 
 
-async def _ask_all(targets: Sequence[str]) -> list[tuple[str, ...]]:
+async def _ask_all(targets: Sequence[str], tls: Path | None) -> list[tuple[str, ...]]:
     from learner.rollouts.discovery import Discovery
 
-    return await asyncio.gather(*map(_ask, await Discovery(targets).addresses()))
+    return await asyncio.gather(*(_ask(address, tls) for address in await Discovery(targets).addresses()))
 
 
-async def _ask(address: str) -> tuple[str, ...]:
+async def _ask(address: str, tls: Path | None) -> tuple[str, ...]:
     """One row of the table; a short one for an actor that does not answer."""
     from common.client import GrpcClient
     from common.errors import OutriderError
 
-    client = GrpcClient(address)
+    client = GrpcClient(address, tls=tls)
     try:
         status = await client.status(timeout_s=_TIMEOUT_S)
     except OutriderError as error:

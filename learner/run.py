@@ -10,6 +10,7 @@ from typing import Any
 from common import log as logging
 from common.config import ConfigError
 from common.lifecycle import end_with_parent
+from common.rpc.tls import read_certificates
 from learner import run_folder
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
@@ -54,6 +55,8 @@ def check(config: LearnerConfig) -> None:
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
+    if config.rollout.tls is not None:
+        read_certificates(config.rollout.tls)
     if not config.rollout.actors:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
     has_names = any(target.startswith(SCHEME) for target in config.rollout.actors)

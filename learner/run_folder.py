@@ -24,6 +24,7 @@ Role = Literal["launcher", "learner"]
 
 # Settings that say where and with whom a run runs, not what it computes.
 _PLACE = {"run_dir", "runs_dir", "resume", "local", "weights"}
+_PLACE_OF_ACTORS = {"actors", "tls"}
 
 
 @contextlib.contextmanager
@@ -111,5 +112,5 @@ def _unfinished(config: LearnerConfig) -> Path | None:
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for two configurations to be of the same run."""
     kept = {key: value for key, value in values.items() if key not in _PLACE}
-    kept["rollout"] = {key: value for key, value in kept.get("rollout", {}).items() if key != "actors"}
+    kept["rollout"] = {key: value for key, value in kept.get("rollout", {}).items() if key not in _PLACE_OF_ACTORS}
     return kept

@@ -7,6 +7,7 @@ import grpc
 from grpc.aio import ClientCallDetails
 
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, channel_options
+from common.rpc.tls import ACTOR, Certificates, channel_credentials
 
 
 def open_channel(
@@ -14,14 +15,19 @@ def open_channel(
     *,
     default_timeout_s: float = 30.0,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    certificates: Certificates | None = None,
 ) -> grpc.aio.Channel:
-    """A plaintext channel to `host:port`. Nothing is connected until the first call.
+    """A channel to `host:port`, plaintext without `certificates`. Nothing is connected until the first call.
 
     A call that names no timeout gets `default_timeout_s`, so that none can hang for ever.
     """
     # The stubs know only the base class of interceptors.
     interceptors: Any = [kind(default_timeout_s) for kind in (_UnaryDeadline, _StreamDeadline, _UploadDeadline)]
-    return grpc.aio.insecure_channel(address, channel_options(max_message_bytes), interceptors=interceptors)
+    options = channel_options(max_message_bytes)
+    if certificates is None:
+        return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+    options.append(("grpc.ssl_target_name_override", ACTOR))
+    return grpc.aio.secure_channel(address, channel_credentials(certificates), options, interceptors=interceptors)
 
 
 def _with_deadline(details: ClientCallDetails, timeout_s: float) -> ClientCallDetails:

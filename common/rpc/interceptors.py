@@ -1,4 +1,4 @@
-"""What happens around every call of a server: errors become statuses, and activity is counted."""
+"""What happens around every call of a server: roles are checked, errors become statuses, and activity is counted."""
 # ruff: noqa: BLE001 - this is the boundary that maps every exception
 
 import inspect
@@ -12,6 +12,7 @@ import grpc
 
 from common.errors import DETAILS_KEY, Internal, OutriderError, to_status
 from common.log import get_logger
+from common.rpc.tls import authorize
 
 log = get_logger(__name__)
 
@@ -49,8 +50,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     traceback under that id.
     """
 
-    def __init__(self, activity: Activity) -> None:
+    def __init__(self, activity: Activity, *, checks_roles: bool = False) -> None:
+        """`checks_roles`: what a caller may do depends on its certificate, see `common.rpc.tls`."""
         self.activity = activity
+        self._checks_roles = checks_roles
 
     async def intercept_service(  # type: ignore[override]  # the stubs forget that a method may be unknown
         self,
@@ -76,6 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def call(request: Any, context: Context) -> Any:
             with self.activity.call():
                 try:
+                    self._authorize(method, context)
                     return await behavior(request, context)
                 except grpc.aio.AbortError:
                     raise
@@ -89,6 +93,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             with self.activity.call():
                 responses = behavior(request, context)
                 try:
+                    self._authorize(method, context)
                     async for response in responses:
                         yield response
                 except grpc.aio.AbortError:
@@ -99,6 +104,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     await responses.aclose()  # type: ignore[attr-defined]
 
         return call
+
+    def _authorize(self, method: str, context: Context) -> None:
+        if self._checks_roles:
+            names = context.auth_context().get("x509_subject_alternative_name", ())
+            authorize(method, frozenset(name.decode(errors="replace") for name in names))
 
 
 async def abort(method: str, context: Context, error: Exception) -> NoReturn:

@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common.config import ConfigError
 from common.log import get_logger
+from common.rpc import tls as tls_files
 from common.rpc.interceptors import Activity, CallInterceptor
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, server_options
 
@@ -30,13 +32,16 @@ class RpcServer:
         await server.set_health(liveness=True, readiness=False)
     """
 
-    def __init__(self, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, *, tls: Path | None = None) -> None:
+        """`tls`: the directory of certificates, see `common.rpc.tls`; None: plaintext. Raises ConfigError."""
         self.activity = Activity()
+        self._credentials = tls_files.server_credentials(tls) if tls is not None else None
         self.grpc = grpc.aio.server(
-            interceptors=[CallInterceptor(self.activity)],
+            interceptors=[CallInterceptor(self.activity, checks_roles=tls is not None)],
             options=server_options(max_message_bytes, MAX_STREAMS_PER_PEER),
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._probes: grpc.aio.Server | None = None
 
     async def start(self, listen: str, services: Iterable[str]) -> int:
         """Serve at `host:port` and announce `services` through reflection; the port (of use where it was 0).
@@ -47,11 +52,16 @@ class RpcServer:
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
         await self.set_health(liveness=True, readiness=False)
-        try:
-            port = self.grpc.add_insecure_port(listen)
-        except RuntimeError:
-            raise ConfigError(_taken(listen)) from None
+        port = _open(self.grpc, listen, self._credentials)
         await self.grpc.start()
+        return port
+
+    async def start_probes(self, listen: str) -> int:
+        """Serve health alone, in plaintext, for probes that have no certificate; the port. Raises ConfigError."""
+        self._probes = grpc.aio.server(options=server_options(DEFAULT_MAX_MESSAGE_BYTES, MAX_STREAMS_PER_PEER))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+        port = _open(self._probes, listen, None)
+        await self._probes.start()
         return port
 
     async def set_health(self, *, liveness: bool, readiness: bool) -> None:
@@ -63,20 +73,31 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once; cancel those that still run after `grace_s`."""
         await self.grpc.stop(grace_s)
+        if self._probes is not None:
+            await self._probes.stop(0.0)
 
 
-def reserve_port(listen: str, *, insecure: bool) -> socket.socket:
+def _open(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> int:
+    try:
+        if credentials is None:
+            return server.add_insecure_port(listen)
+        return server.add_secure_port(listen, credentials)
+    except RuntimeError:
+        raise ConfigError(_taken(listen)) from None
+
+
+def reserve_port(listen: str, *, insecure: bool, tls: bool = False) -> socket.socket:
     """Take `host:port` before something slow starts; close the socket just before the server binds the port.
 
     The socket does not listen, so clients are refused meanwhile. Raises ConfigError for an address that is malformed,
-    taken, or not loopback without `insecure`.
+    taken, or not loopback without `insecure` or `tls`.
     """
     host, port = split_address(listen)
-    if not is_loopback(host):
+    if not is_loopback(host) and not tls:
         if not insecure:
             raise ConfigError(
                 f"listen: {listen} is not a loopback address and the connection is plaintext;"
-                " listen on 127.0.0.1, or set insecure=true if the network is trusted"
+                " listen on 127.0.0.1, give certificates with tls=DIR, or set insecure=true if the network is trusted"
             )
         log.warning("plaintext on a network address", listen=listen)
     reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
