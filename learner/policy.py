@@ -18,7 +18,8 @@ from learner.model.load import Part, load_policy
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
-from learner.model.parallelize import parallelize
+from learner.model.parallelize import parallelize, text_model
+from learner.model.sequence_parallel import split_sequences
 from learner.step import StepStats, train_step
 from learner.weights.snapshot import Snapshot, Snapshotter
 
@@ -50,13 +51,14 @@ class Policy:
         )
         if settings.use_fused_kernels:
             check_fused(self.model)
-        compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
-        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype)
+        self._compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
+        self._ranks = ranks
+        self._distribute(self.model)
         self._reference: Any = None
         if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
             self._reference.to(ranks.device).requires_grad_(False)
-            parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
+            self._distribute(self._reference)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(
@@ -70,7 +72,11 @@ class Policy:
             config.algorithm.old_policy == "learner" and trainer.num_mini_batches * trainer.epochs > 1
         )
         self._config = config
-        self._ranks = ranks
+
+    def _distribute(self, model: Any) -> None:
+        if self._ranks.sequence_group is not None:
+            split_sequences(model, text_model(model), self._ranks.sequence_group)
+        parallelize(model, self._ranks.mesh, compute_dtype=self._compute_dtype)
 
     def step(self, parts: Sequence[Sequence[torch.Tensor]] | None) -> list[list[StepStats]]:
         """Train one batch, which gives the next version.
@@ -103,6 +109,7 @@ class Policy:
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
             fused_logprobs=self._config.model.use_fused_kernels,
+            sequence_group=self._ranks.sequence_group,
         )
 
     def _annotated(self, pack: PackedBatch) -> PackedBatch:
@@ -124,6 +131,7 @@ class Policy:
             temperature=self._config.rollout.temperature,
             suppressed_token_ids=self._suppressed_token_ids,
             fused=self._config.model.use_fused_kernels,
+            sequence_group=self._ranks.sequence_group,
         )
         return logprobs
 
