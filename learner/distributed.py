@@ -67,9 +67,7 @@ def make_mesh(device: str, num_ranks: int, shard_ranks: int | None) -> DeviceMes
 
 
 @contextlib.contextmanager
-def join_ranks(
-    device: str | None, shard_ranks: int | None = None, sequence_parallel_size: int = 1
-) -> Iterator[Ranks]:
+def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_parallel_size: int = 1) -> Iterator[Ranks]:
     """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones.
 
     Args:

@@ -45,7 +45,7 @@ def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
 def text_model(model: nn.Module) -> nn.Module:
     """The part of a vision-language model that the embeddings of text and media go through."""
     inner = getattr(model, "model", model)
-    text = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
+    text: nn.Module | None = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
     if text is None:
         raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")
     return text

@@ -158,8 +158,8 @@ def _check(model: nn.Module, text_model: nn.Module, size: int) -> None:
     rope_types = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
     unknown = [
         *sorted(inspect.signature(text_model.forward).parameters.keys() - _ARGUMENTS),
-        *sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES),
-        *(f"{rope} rotary embeddings" for rope in sorted(rope_types & _GLOBAL_ROPES)),
+        *sorted({*(getattr(config, "layer_types", None) or ())} - _LAYER_TYPES),
+        *(f"{rope} rotary embeddings" for rope in sorted(_GLOBAL_ROPES & rope_types)),
     ]
     if unknown:
         raise ConfigError(f"{_SETTING} does not fit {name}: its text model has {unknown[0]}; set it to 1")
@@ -205,11 +205,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, group: SequenceGroup) -> Tensor:
         ctx.group = group
         gathered = states.new_empty(group.size * len(states), *states.shape[1:])
-        dist.all_gather_into_tensor(gathered, states, group=group.process_group)
+        dist.all_gather(list(gathered.chunk(group.size)), states, group=group.process_group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = grad.new_empty(len(grad) // ctx.group.size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group.process_group)
+        parts = list(grad.contiguous().chunk(ctx.group.size))
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter(mine, parts, group=ctx.group.process_group)
         return mine, None

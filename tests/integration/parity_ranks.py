@@ -1,8 +1,9 @@
 """One rank of the parity suite, as a process of its own: `... RANK WORLD SEQUENCE MODES STORE DIRECTORY...`.
 
 Each directory is of one family: its checkpoint in `model`, this rank's packs in `packs-<rank>.safetensors`, the adapter
-in `adapter`. Each of MODES, with commas, takes one step whose optimizer only looks at the gradients; rank 0 writes loss and gradients of
-each as `<mode>.json` and `<mode>.safetensors`. SEQUENCE ranks have the same packs and share each of them.
+in `adapter`. Each of MODES, names with commas, takes one step whose optimizer only looks at the gradients; rank 0
+writes loss and gradients of each as `<mode>.json` and `<mode>.safetensors`. SEQUENCE ranks, neighbours, have the same
+packs and share each of them.
 """
 
 import json
