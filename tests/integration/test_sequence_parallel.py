@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from examples.digits.model import build_model
 from learner.model.load import load_policy
-from tests.launched import free_ports
 from tests.unit.learner_math.conftest import enlarge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,16 +40,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str,
     directory = tmp_path_factory.mktemp("runs")
     results = {}
     for name, layout in LAYOUTS.items():
-        codes = [process.wait(300) for process in start(directory / f"{name}.json", model_dir, *layout)]
-        assert codes == [0] * layout[0], name
+        train(directory / f"{name}.json", model_dir, *layout)
         results[name] = json.loads((directory / f"{name}.json").read_text())
         results[name]["weights"] = load_file(directory / name / "export" / "model.safetensors")
     return results
 
 
-def start(
-    output: Path, model_dir: Path, num_ranks: int, sequence_size: int, shard_ranks: int | None
-) -> list[subprocess.Popen[bytes]]:
+def train(output: Path, model_dir: Path, num_ranks: int, sequence_size: int, shard_ranks: int | None) -> None:
     config = {
         "model": {"path": str(model_dir)},
         "data": {"train": "unused"},
@@ -67,15 +63,17 @@ def start(
         "optimizer": {"lr": 1e-3, "max_grad_norm": 0.5},
         "algorithm": {"kl_coef": 0.1, "old_policy": "learner", "entropy_coef": 0.01},
     }
-    world = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.sequence_ranks", str(output), json.dumps(config)],
-            cwd=ROOT,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(num_ranks)
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.integration.sequence_ranks", str(output), json.dumps(config)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.mark.parametrize("name", ["pair", "pairs-hybrid"])
