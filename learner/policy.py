@@ -51,14 +51,15 @@ class Policy:
         )
         if settings.use_fused_kernels:
             check_fused(self.model)
-        self._compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
-        self._ranks = ranks
-        self._distribute(self.model)
+        split_sequences(self.model, text_model(self.model), ranks.sequence_group)
+        compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
+        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype)
         self._reference: Any = None
         if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
             self._reference.to(ranks.device).requires_grad_(False)
-            self._distribute(self._reference)
+            split_sequences(self._reference, text_model(self._reference), ranks.sequence_group)
+            parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(
@@ -72,11 +73,7 @@ class Policy:
             config.algorithm.old_policy == "learner" and trainer.num_mini_batches * trainer.epochs > 1
         )
         self._config = config
-
-    def _distribute(self, model: Any) -> None:
-        if self._ranks.sequence_group is not None:
-            split_sequences(model, text_model(model), self._ranks.sequence_group)
-        parallelize(model, self._ranks.mesh, compute_dtype=self._compute_dtype)
+        self._ranks = ranks
 
     def step(self, parts: Sequence[Sequence[torch.Tensor]] | None) -> list[list[StepStats]]:
         """Train one batch, which gives the next version.

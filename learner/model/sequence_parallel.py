@@ -122,12 +122,16 @@ def make_sequence_group(device: str, num_ranks: int, size: int) -> SequenceGroup
     return SequenceGroup(size, mesh.get_local_rank(), mesh.get_group())
 
 
-def split_sequences(model: nn.Module, text_model: nn.Module, group: SequenceGroup) -> None:
+def split_sequences(model: nn.Module, text_model: nn.Module, group: SequenceGroup | None) -> None:
     """Let the ranks of `group` share every sequence that goes through the text model of `model`, in place.
+
+    Without a group nothing changes. Call it before the model is sharded.
 
     Raises:
         ConfigError: the model mixes tokens in a way that is not known here.
     """
+    if group is None:
+        return
     _check(model, text_model, group.size)
 
     def split(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -72,8 +72,7 @@ def run_mode(
     if settings.pop("adapter", False):
         settings["adapter"] = Adapter(path=directory / "adapter")
     model, _ = load_policy(directory / "model", **settings)
-    if group is not None:
-        split_sequences(model, text_model(model), group)
+    split_sequences(model, text_model(model), group)
     parallelize(model, mesh)
     recorder = Recorder(model)
     stats = train_step(

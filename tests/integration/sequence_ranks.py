@@ -58,8 +58,7 @@ def kept_for_backward(config: LearnerConfig, ranks: Ranks) -> tuple[list[int], i
     """Tokens that each decoder layer sees of a long pack; bytes that autograd keeps, without parameters and masks."""
     model = enlarge(load_policy(config.model.path)[0])
     text: Any = text_model(model)
-    if ranks.sequence_group is not None:
-        split_sequences(model, text, ranks.sequence_group)
+    split_sequences(model, text, ranks.sequence_group)
     processor = PromptProcessor(config.model.path)
     groups = [group(processor, sample(0, "x" * 300, [image_bytes(0)]), (400, 402), seed=1)]
     ((pack,),) = pack_batch(groups, centred(groups), filler=processor.filler)
