@@ -129,6 +129,9 @@ class TrainerConfig(Config):
     max_parity_diff: float | None = Field(None, gt=0)
     # Ranks that share one copy of the parameters: on several nodes, the ranks of a node (hybrid sharding). None: all.
     fsdp_size: int | None = Field(None, ge=1)
+    # Ranks that share each sequence (Ulysses), neighbours in rank order: the text model's activations fall by that
+    # factor. It divides the attention heads. A micro-batch has so many times the tokens of max_tokens_per_micro_batch.
+    sequence_parallel_size: int = Field(1, ge=1)
     # None: CUDA if there is one.
     device: Literal["cpu", "cuda"] | None = None
 

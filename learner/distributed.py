@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.config import ConfigError
+from learner.model.sequence_parallel import SequenceGroup, make_sequence_group
 
 # Rank 0 waits for rollouts, and the others wait for rank 0; how long that takes is not the group's business.
 _TIMEOUT = timedelta(hours=12)
@@ -27,6 +28,8 @@ class Ranks:
     num_ranks: int
     device: torch.device
     mesh: DeviceMesh
+    sequence_group: SequenceGroup | None = None
+    """The ranks that share each sequence with this one; None: it has its own."""
 
     @property
     def is_main(self) -> bool:
@@ -64,15 +67,16 @@ def make_mesh(device: str, num_ranks: int, shard_ranks: int | None) -> DeviceMes
 
 
 @contextlib.contextmanager
-def join_ranks(device: str | None, shard_ranks: int | None = None) -> Iterator[Ranks]:
+def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_parallel_size: int = 1) -> Iterator[Ranks]:
     """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones.
 
     Args:
         device: "cpu" or "cuda"; None: CUDA if there is one.
         shard_ranks: ranks that share one copy of the parameters, neighbours in rank order; None: all of them.
+        sequence_parallel_size: ranks that share each sequence, neighbours too.
 
     Raises:
-        ConfigError: `shard_ranks` does not divide the number of ranks.
+        ConfigError: one of the two does not divide the number of ranks.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -92,6 +96,8 @@ def join_ranks(device: str | None, shard_ranks: int | None = None) -> Iterator[R
     try:
         num_ranks = dist.get_world_size()
         where = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
-        yield Ranks(dist.get_rank(), num_ranks, where, make_mesh(kind, num_ranks, shard_ranks))
+        mesh = make_mesh(kind, num_ranks, shard_ranks)
+        sequence_group = make_sequence_group(kind, num_ranks, sequence_parallel_size)
+        yield Ranks(dist.get_rank(), num_ranks, where, mesh, sequence_group)
     finally:
         dist.destroy_process_group()

@@ -18,7 +18,8 @@ from learner.model.load import Part, load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
-from learner.model.parallelize import parallelize
+from learner.model.parallelize import parallelize, text_model
+from learner.model.sequence_parallel import split_sequences
 from learner.step import StepStats, train_step
 from learner.weights.snapshot import Snapshot, Snapshotter
 
@@ -50,12 +51,14 @@ class Policy:
         )
         if settings.use_fused_kernels:
             check_fused(self.model)
+        split_sequences(self.model, text_model(self.model), ranks.sequence_group)
         compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
         parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype, compile_layers=settings.use_torch_compile)
         self._reference: Any = None
         if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
             self._reference.to(ranks.device).requires_grad_(False)
+            split_sequences(self._reference, text_model(self._reference), ranks.sequence_group)
             parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
@@ -103,6 +106,7 @@ class Policy:
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
             fused_logprobs=self._config.model.use_fused_kernels,
+            sequence_group=self._ranks.sequence_group,
         )
 
     def _annotated(self, pack: PackedBatch) -> PackedBatch:
@@ -124,6 +128,7 @@ class Policy:
             temperature=self._config.rollout.temperature,
             suppressed_token_ids=self._suppressed_token_ids,
             fused=self._config.model.use_fused_kernels,
+            sequence_group=self._ranks.sequence_group,
         )
         return logprobs
 

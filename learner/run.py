@@ -33,7 +33,9 @@ def run(config: LearnerConfig) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(join_ranks(config.trainer.device, config.trainer.fsdp_size))
+        ranks = stack.enter_context(
+            join_ranks(config.trainer.device, config.trainer.fsdp_size, config.trainer.sequence_parallel_size)
+        )
         own = stack.enter_context(run_folder.held(config, "learner")) if ranks.is_main else None
         run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
         stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))

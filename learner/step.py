@@ -27,6 +27,7 @@ from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
 from learner.batch.packing import PackedBatch
 from learner.model.logprobs import completion_logprobs
+from learner.model.sequence_parallel import SequenceGroup
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +101,7 @@ def train_step(
     max_grad_norm: float = 1.0,
     learning_rate: float | None = None,
     fused_logprobs: bool = False,
+    sequence_group: SequenceGroup | None = None,
 ) -> StepStats:
     """Accumulate the gradient of a batch and update the policy.
 
@@ -115,16 +117,23 @@ def train_step(
         max_grad_norm: gradients are scaled down to it.
         learning_rate: of this step; None leaves the optimizer's.
         fused_logprobs: see `completion_logprobs`.
+        sequence_group: the ranks that have the same micro-batches and share each of them.
 
     Raises:
         ValueError: no rank has a token to train on.
     """
     device = next(model.parameters()).device
+    num_copies = sequence_group.size if sequence_group is not None else 1
     meter = _Meter(policy_version, device)
-    totals = _totals(micro_batches, device)
+    totals = _totals(micro_batches, device, num_copies)
     for pack in (batch.to(device) for batch in micro_batches):
         logprobs, entropy = completion_logprobs(
-            model, pack, temperature=temperature, suppressed_token_ids=suppressed_token_ids, fused=fused_logprobs
+            model,
+            pack,
+            temperature=temperature,
+            suppressed_token_ids=suppressed_token_ids,
+            fused=fused_logprobs,
+            sequence_group=sequence_group,
         )
         terms = policy_loss(
             logprobs,
@@ -137,11 +146,11 @@ def train_step(
             reference_logprobs=pack.reference_logprobs,
             old_logprobs=pack.old_logprobs,
         )
-        # FSDP2 averages gradients over the ranks; the loss wants their sum.
-        (terms.loss * _num_ranks()).backward()
+        # FSDP2 averages gradients over the ranks; the loss wants their sum, with each sample once.
+        (terms.loss * (_num_ranks() / num_copies)).backward()
         meter.add(pack, terms, logprobs.detach(), entropy.detach())
     grad_norm = clip_gradients(model, max_grad_norm)
-    meter.reduce()
+    meter.reduce(num_copies)
     skipped = not (math.isfinite(grad_norm) and math.isfinite(meter.loss))
     if skipped:
         log.error(
@@ -177,7 +186,7 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _totals(micro_batches: Sequence[PackedBatch], device: torch.device) -> BatchTotals:
+def _totals(micro_batches: Sequence[PackedBatch], device: torch.device, num_copies: int) -> BatchTotals:
     counts = torch.tensor(
         [sum(len(pack.targets) for pack in micro_batches), sum(pack.num_sequences for pack in micro_batches)],
         dtype=torch.int64,
@@ -185,7 +194,7 @@ def _totals(micro_batches: Sequence[PackedBatch], device: torch.device) -> Batch
     )
     if dist.is_initialized():
         dist.all_reduce(counts)
-    totals = BatchTotals(*counts.tolist())
+    totals = BatchTotals(*(counts // num_copies).tolist())
     if totals.num_tokens == 0:
         raise ValueError("no micro-batch of any rank has a completion to train on")
     return totals
@@ -235,10 +244,11 @@ class _Meter:
         if len(difference):
             self._parity_max = torch.maximum(self._parity_max, difference.max())
 
-    def reduce(self) -> None:
-        """Over the ranks, once all micro-batches are counted."""
+    def reduce(self, num_copies: int) -> None:
+        """Over the ranks, of which `num_copies` each have counted the same micro-batches; once all are counted."""
         if dist.is_initialized():
             dist.all_reduce(self._sums)
+            self._sums /= num_copies
             dist.all_reduce(self._parity_max, op=dist.ReduceOp.MAX)
 
     @property

@@ -130,17 +130,19 @@ class Trainer:
                     f"{self._policy.placeholder_ids}: they run different models"
                 )
         values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
+        num_copies = self._config.trainer.sequence_parallel_size
         encoded: list[list[torch.Tensor]] = []
         for mini_batch, of_mini_batch in zip(self._mini_batches(groups), self._mini_batches(values), strict=True):
             packs = pack_batch(
                 mini_batch,
                 of_mini_batch,
-                num_ranks=self._ranks.num_ranks,
-                max_tokens=self._config.trainer.max_tokens_per_micro_batch,
+                num_ranks=self._ranks.num_ranks // num_copies,
+                max_tokens=self._config.trainer.max_tokens_per_micro_batch * num_copies,
                 filler=self._zero.control.processor.filler,
                 cost=self._policy.cost,
             )
-            encoded.append([encode_packs(of_rank) for of_rank in packs])
+            parts = [encode_packs(of_group) for of_group in packs]
+            encoded.append([part for part in parts for _ in range(num_copies)])  # neighbours share their sequences
         return encoded
 
     def _shaped_rewards(self, group: Group) -> FloatArray:

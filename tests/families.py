@@ -131,7 +131,7 @@ def llava_next(directory: Path) -> None:
     ids, tokenizer = _tokenizer("<image>")
     pinpoints = [[28, 56], [56, 28], [56, 56]]
     config = transformers.LlavaNextConfig(
-        text_config={"model_type": "llama", **_TEXT},
+        text_config={"model_type": "llama", **_TEXT, "num_key_value_heads": 1},
         vision_config={"model_type": "clip_vision_model", **_CLIP, "projection_dim": 32},
         image_token_index=ids["<image>"],
         image_grid_pinpoints=pinpoints,

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learner.model.sequence_parallel import SplitSequence
+
 NAME = "outrider_packed"
 """What `config._attn_implementation` of the text model says."""
 
@@ -114,9 +116,12 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     packed_layout: PackedLayout | None = None,
+    split_sequence: SplitSequence | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: `[1, heads, T, d]` in, (`[1, T, heads, d]`, None) out.
+
+    Of a sequence that ranks share (`split_sequence`), T are the tokens of this rank; the layout is of all tokens.
 
     Raises:
         ValueError: the model wants something of its attention that is not done here.
@@ -124,7 +129,10 @@ def packed_attention(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ValueError(f"the attention of {type(module).__name__} has {name}, which packed attention does not do")
+    if split_sequence is not None:
+        query, key, value = (split_sequence.to_heads(states) for states in (query, key, value))
     if packed_layout is None:
+        assert split_sequence is None, "only packs are split"
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -152,7 +160,8 @@ def packed_attention(
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if scatter is not None:
         joined = _unpad(joined, scatter)
-    return joined.unsqueeze(0), None
+    output = joined.unsqueeze(0)
+    return (output if split_sequence is None else split_sequence.to_tokens(output)), None
 
 
 def _pad(states: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from common.placeholders import image_token_id
 from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
+from learner.model.sequence_parallel import SequenceGroup
 
 # Float32 logits that exist at once, in elements; more are computed piece by piece and again in the backward pass.
 _MAX_LOGIT_ELEMENTS = 2**26
@@ -29,6 +30,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
     fused: bool = False,
+    sequence_group: SequenceGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the policy over a pack.
 
@@ -42,16 +44,25 @@ def completion_logprobs(
         suppressed_token_ids: ids that the actor could not sample (image placeholders).
         fused: apply the output layer piece by piece too, and again in the backward pass, so that `[N, V]` logits never
             exist. `check_fused` says whether the model allows it.
+        sequence_group: the ranks that share the pack (`split_sequences`); each applies the output layer to its part.
 
     Returns:
         (logprobs float32 `[N]`, entropy float32 `[N]` in nats), both with gradient.
     """
-    inputs = {**forward_inputs(pack, model.config), "logits_to_keep": pack.predict_from}
-    if not fused:
-        return token_logprobs(model(**inputs).logits[0], pack.targets, temperature or 1.0, suppressed_token_ids)
-    with _without_output_layer(model) as output_layer:
-        hidden = model(**inputs).logits[0]
-    return _fused_logprobs(output_layer, hidden, pack.targets, temperature or 1.0, suppressed_token_ids)
+    predict_from, targets = pack.predict_from, pack.targets
+    if sequence_group is not None:
+        predict_from, targets = (sequence_group.share(indices, 0) for indices in (predict_from, targets))
+    inputs = {**forward_inputs(pack, model.config), "logits_to_keep": predict_from}
+    if fused:
+        with _without_output_layer(model) as output_layer:
+            hidden = model(**inputs).logits[0]
+        result = _fused_logprobs(output_layer, hidden, targets, temperature or 1.0, suppressed_token_ids)
+    else:
+        result = token_logprobs(model(**inputs).logits[0], targets, temperature or 1.0, suppressed_token_ids)
+    if sequence_group is not None:
+        logprobs, entropy = sequence_group.gather(torch.stack(result, dim=1), len(pack.targets)).unbind(1)
+        return logprobs, entropy
+    return result
 
 
 def check_fused(model: nn.Module) -> None:

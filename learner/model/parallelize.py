@@ -43,12 +43,17 @@ def parallelize(
 def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated layers: the members of each outermost module list in the text model and in the vision towers."""
     parents = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
+    for parent in (*parents, text_model(model)):
+        yield from _layers(parent)
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The part of a vision-language model that the embeddings of text and media go through."""
     inner = getattr(model, "model", model)
-    text = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
+    text: nn.Module | None = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
     if text is None:
         raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")
-    for parent in (*parents, text):
-        yield from _layers(parent)
+    return text
 
 
 def _layers(parent: nn.Module) -> Iterator[nn.Module]:

@@ -1,8 +1,9 @@
-"""One rank of the parity suite, as a process of its own: `... RANK WORLD STORE DIRECTORY...`.
+"""One rank of the parity suite, as a process of its own: `... RANK WORLD SEQUENCE MODES STORE DIRECTORY...`.
 
 Each directory is of one family: its checkpoint in `model`, this rank's packs in `packs-<rank>.safetensors`, the adapter
-in `adapter`. Every mode takes one step whose optimizer only looks at the gradients; rank 0 writes loss and gradients of
-each as `<mode>.json` and `<mode>.safetensors`.
+in `adapter`. Each of MODES, names with commas, takes one step whose optimizer only looks at the gradients; rank 0
+writes loss and gradients of each as `<mode>.json` and `<mode>.safetensors`. SEQUENCE ranks, neighbours, have the same
+packs and share each of them.
 """
 
 import json
@@ -23,7 +24,8 @@ from learner.algorithms.config import LossConfig
 from learner.batch.transport import decode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
-from learner.model.parallelize import parallelize
+from learner.model.parallelize import parallelize, text_model
+from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
 from learner.step import train_step
 
 LOSS = LossConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
@@ -51,22 +53,26 @@ class Recorder(torch.optim.Optimizer):
                 self.gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-def main(rank: int, world: int, store: Path, *directories: Path) -> None:
+def main(rank: int, world: int, sequence: int, modes: str, store: Path, *directories: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     mesh = init_device_mesh("cpu", (world,))
+    group = make_sequence_group("cpu", world, sequence)
     for directory in directories:
-        for mode, settings in MODES.items():
-            run_mode(directory, mode, dict(settings), rank, mesh)
+        for mode in modes.split(","):
+            run_mode(directory, mode, dict(MODES[mode]), rank, mesh, group)
     dist.destroy_process_group()
 
 
-def run_mode(directory: Path, mode: str, settings: dict[str, Any], rank: int, mesh: DeviceMesh) -> None:
+def run_mode(
+    directory: Path, mode: str, settings: dict[str, Any], rank: int, mesh: DeviceMesh, group: SequenceGroup | None
+) -> None:
     if settings.pop("adapter", False):
         settings["adapter"] = Adapter(path=directory / "adapter")
     model, _ = load_policy(directory / "model", **settings)
+    split_sequences(model, text_model(model), group)
     parallelize(model, mesh)
     recorder = Recorder(model)
     stats = train_step(
@@ -78,6 +84,7 @@ def run_mode(directory: Path, mode: str, settings: dict[str, Any], rank: int, me
         suppressed_token_ids=placeholder_ids(model.config),
         max_grad_norm=1e9,
         fused_logprobs=mode == "fused",
+        sequence_group=group,
     )
     if rank == 0:
         (directory / f"{mode}.json").write_text(json.dumps({"loss": stats.loss, "parity": stats.parity_max_abs_diff}))
@@ -87,4 +94,4 @@ def run_mode(directory: Path, mode: str, settings: dict[str, Any], rank: int, me
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], *map(Path, sys.argv[5:]))

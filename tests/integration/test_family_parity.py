@@ -2,7 +2,8 @@
 
 The reference is stock transformers with eager attention, one unpadded sequence at a time, the loss in a naive loop, its
 gradients by autograd. Against it stand the packed step as it is, with logprobs from hidden states, with recomputed
-layers and with a LoRA adapter, each on one rank and on two; and transformers' own padded batch.
+layers and with a LoRA adapter, each on one rank, on two, and with two ranks or four that share each sequence; and
+transformers' own padded batch.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from common.types import Completion
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
+from learner.batch.transport import decode_packs, encode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.lora import save_adapter
@@ -41,6 +42,9 @@ from tests.unit.learner_math.groups import centred, conversation, mixed_groups
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 SCALING = 2.0  # of the adapter: alpha / rank
+# Ranks, and how many of them share each sequence.
+LAYOUTS = {"1": (1, 1), "2": (2, 1), "2-sequence-2": (2, 2), "4-sequence-2": (4, 2)}
+MODES_OF = {layout: list(MODES) if num_ranks < 4 else ["packed"] for layout, (num_ranks, _) in LAYOUTS.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,12 +161,12 @@ def own_name(adapter_name: str, which: str) -> str:
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Family]]:
-    """Batches of all families, and the results of all modes on one rank and on two."""
+    """Batches of all families, and the results of all modes on all layouts of ranks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("families")
     families = {name: make_family(name, directory / name) for name in FAMILIES}
-    runs = [start_ranks(directory, families, num_ranks) for num_ranks in (1, 2)]
+    runs = [start_ranks(directory, families, layout) for layout in LAYOUTS]
     try:
         for run in runs:
             for process in run:
@@ -181,13 +185,14 @@ def make_family(name: str, directory: Path) -> Family:
     processor = PromptProcessor(directory / "model")
     hf_processor = processor._processor
     groups = with_likely_logprobs(directory / "model", hf_processor, mixed_groups(processor))
-    for num_ranks in (1, 2):
-        ranks = directory / str(num_ranks)
+    for layout, (num_ranks, sequence) in LAYOUTS.items():
+        ranks = directory / layout
         ranks.mkdir()
         (ranks / "model").symlink_to(directory / "model")
-        packs = pack_batch(groups, centred(groups), num_ranks=num_ranks, max_tokens=400, filler=processor.filler)
-        for rank, of_rank in enumerate(packs):
-            save_file({"packs": encode_packs(of_rank)}, ranks / f"packs-{rank}.safetensors")
+        num_groups = num_ranks // sequence
+        packs = pack_batch(groups, centred(groups), num_ranks=num_groups, max_tokens=400, filler=processor.filler)
+        for rank in range(num_ranks):
+            save_file({"packs": encode_packs(packs[rank // sequence])}, ranks / f"packs-{rank}.safetensors")
     make_adapter(directory)
     return Family(directory, hf_processor, groups)
 
@@ -215,22 +220,24 @@ def with_likely_logprobs(model_dir: Path, processor: Any, groups: list[Group]) -
 
 
 def make_adapter(directory: Path) -> None:
-    """An adapter in every linear layer whose B is not zero, for both numbers of ranks."""
+    """An adapter in every linear layer whose B is not zero, for all layouts of ranks."""
     model, _ = load_policy(directory / "model", adapter=Adapter(rank=2, alpha=4))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.05)
     save_adapter(model, model.state_dict(), directory / "model", directory / "adapter")
-    for num_ranks in (1, 2):
-        (directory / str(num_ranks) / "adapter").symlink_to(directory / "adapter")
+    for layout in LAYOUTS:
+        (directory / layout / "adapter").symlink_to(directory / "adapter")
 
 
-def start_ranks(directory: Path, families: dict[str, Family], num_ranks: int) -> list[subprocess.Popen[str]]:
-    paths = [str(directory / f"store-{num_ranks}"), *(str(f.directory / str(num_ranks)) for f in families.values())]
+def start_ranks(directory: Path, families: dict[str, Family], layout: str) -> list[subprocess.Popen[str]]:
+    num_ranks, sequence = LAYOUTS[layout]
+    paths = [str(directory / f"store-{layout}"), *(str(f.directory / layout) for f in families.values())]
+    options = [str(num_ranks), str(sequence), ",".join(MODES_OF[layout])]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.parity_ranks", str(rank), str(num_ranks), *paths],
+            [sys.executable, "-m", "tests.integration.parity_ranks", str(rank), *options, *paths],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -240,15 +247,14 @@ def start_ranks(directory: Path, families: dict[str, Family], num_ranks: int) ->
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("layout", "mode"), [(layout, mode) for layout, modes in MODES_OF.items() for mode in modes])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_plain_forward(
-    families: dict[str, Family], family: str, mode: str, num_ranks: int
+    families: dict[str, Family], family: str, mode: str, layout: str
 ) -> None:
     directory = families[family].directory
-    result = json.loads((directory / str(num_ranks) / f"{mode}.json").read_text())
-    gradients = load_file(directory / str(num_ranks) / f"{mode}.safetensors")
+    result = json.loads((directory / layout / f"{mode}.json").read_text())
+    gradients = load_file(directory / layout / f"{mode}.safetensors")
     expected = families[family].reference(adapted=mode == "lora")
     assert result["loss"] == pytest.approx(expected.loss, rel=TOLERANCE, abs=1e-6)
     if mode != "lora":
@@ -267,6 +273,14 @@ def test_loss_and_gradients_are_those_of_the_plain_forward(
         whole = expected.gradients[own_name(file_name, which)]
         other = adapter[file_name.replace(f".lora_{which}.", ".lora_B." if which == "A" else ".lora_A.")]
         assert_close(name, gradient, SCALING * (other.T @ whole if which == "A" else whole @ other.T))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_sequences_end_anywhere(families: dict[str, Family], family: str) -> None:
+    """The packs of at least one group of ranks are no multiple of it, so the last rank has less."""
+    directory = families[family].directory / "4-sequence-2"
+    packs = [load_file(directory / f"packs-{rank}.safetensors")["packs"] for rank in (0, 2)]
+    assert any(len(pack.input_ids) % 2 for of_group in packs for pack in decode_packs(of_group))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
