@@ -156,7 +156,7 @@ class VllmEngine:
         # One process schedules and computes, as on one GPU. Two, vLLM's choice for CPUs, would spin on the cores that
         # compute while they wait for each other; it is what vLLM uses if this variable says that it may.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Said, or vLLM takes one thread. Unbound, the environment may say fewer: a container sees all cores of its node.
+        # Said, or vLLM takes one. Unbound, the environment may say fewer: a container sees all cores of its node.
         if cores is not None:
             os.environ[CORES_VARIABLE] = cores
             os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
