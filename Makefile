@@ -36,7 +36,7 @@ export PYTHONUNBUFFERED := 1
 # No commas in its message: make would split it there.
 die = { printf '\n%s\n' $(1) >&2; exit 1; }
 
-.PHONY: help setup demo test test-gpu check bench proto format clean
+.PHONY: help setup demo test test-gpu test-slow check bench proto format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,9 @@ test: setup  ## unit, contract, integration and fault tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-slow: setup  ## the tests that take minutes each: the whole demo on the runner of manifests
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup $(BUF)  ## format, lint, types, imports, generated code, protocol compatibility
 	@failed=; step() { echo "== $$1"; shift; "$$@" || failed=1; }; \

@@ -27,7 +27,7 @@ _EXIT_GRACE_S = 10.0
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[_SESSION_VARIABLE] = uuid.uuid4().hex
     if not config.option.markexpr:
-        config.option.markexpr = "not gpu"
+        config.option.markexpr = "not gpu and not slow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,17 @@ def main() -> None:
         "hostname": socket.gethostname(),
         "writable": [
             folder
-            for folder in ("/", "/app", "/etc/outrider", "/models", "/cache", "/tmp", "/dev/shm", "/usr", "/proc/sys/net")
+            for folder in (
+                "/",
+                "/app",
+                "/etc/outrider",
+                "/models",
+                "/cache",
+                "/tmp",
+                "/dev/shm",
+                "/usr",
+                "/proc/sys/net",
+            )
             if _writable(folder)
         ],
         "shared_memory_bytes": shared.f_frsize * shared.f_blocks,

@@ -9,9 +9,10 @@ import asyncio
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from tests.manifests.runner.pod import Pod
 
 _NOT_PERMITTED = 3
 _ACTOR = "outrider-actor"
+_LEARNER = "outrider-learner-0"
+# One actor's or learner's way from nothing to work, on a machine that is busy with others.
+_LOAD_S = 400
+# A step in a fraction of a second, and no end that would come before the scenario's.
+_SMALL_STEPS = {
+    "batch_prompts: 64": "batch_prompts: 8",
+    "n: 16": "n: 4",
+    "total_steps: 120": "total_steps: 100000",
+    "eval_every: 20": "eval_every: 0",
+    "checkpoint_every: 20": "checkpoint_every: 2",
+}
 
 
 def play(name: str, folder: Path, timeout_s: float) -> dict[str, Any]:
@@ -71,15 +83,20 @@ async def confinement(folder: Path, network: Network) -> dict[str, Any]:
     await cluster.apply()
     await cluster.until(lambda: _num_ready(cluster) == 2, 90, "two actors are ready")
     actor, other = cluster.replicas(_ACTOR)
-    targets = [[actor.address, 50051], [actor.address, 9090], [METADATA, 80], [network.node, 22]]
+    targets = [[actor.address, 50051], [actor.address, 9090], [METADATA, 80]]
     names = ["outrider-actors", "outrider-actors-ready"]
-    seen: dict[str, Any] = {"addresses": sorted(pod.address for pod in (actor, other))}
+    seen: dict[str, Any] = {"targets": targets, "addresses": sorted(pod.address for pod in (actor, other))}
     for kind, labels in {
         "stranger": {"app": "stranger"},
         "client": {"outrider.dev/client": "true"},
         "actor": template["metadata"]["labels"],
     }.items():
         seen[kind] = await _look_around(cluster, kind, template, labels, targets, names)
+    policies = [manifest for manifest in manifests if manifest["kind"] == "NetworkPolicy"]
+    for policy in policies:
+        manifests.remove(policy)
+    seen["without_policies"] = await _look_around(cluster, "open", template, {"app": "open"}, targets, names)
+    manifests += policies
     await cluster.scale(_ACTOR, 4)
     await cluster.until(lambda: _num_ready(cluster) == 4, 90, "four actors are ready")
     seen["scaled_up"] = len(cluster.names()["outrider-actors-ready.outrider.svc.cluster.local"])
@@ -95,16 +112,50 @@ async def confinement(folder: Path, network: Network) -> dict[str, Any]:
 
 
 async def demo(folder: Path, network: Network) -> dict[str, Any]:
-    """A few steps of cpu-demo: one actor, then two; all of them replaced; then one, and the end of the run."""
-    return await _demo(folder, network, steps=10, replicas=(1, 2, 1), changes=["batch_prompts: 64", "batch_prompts: 16"])
+    """cpu-demo in small steps without end: 1, 2 and 1 actors, a rolling update; the Job is deleted and comes back."""
+    manifests = render("cpu-demo")
+    find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 1
+    data = find(manifests, "ConfigMap")["data"]
+    for old, new in _SMALL_STEPS.items():
+        assert old in data["run.yaml"]
+        data["run.yaml"] = data["run.yaml"].replace(old, new)
+    cluster = Cluster(manifests, folder, network)
+    await cluster.apply()
+    await cluster.until(lambda: _steps(folder) >= 1, _LOAD_S, "the first step is done")
+    seen: dict[str, Any] = {"steps_at": [_steps(folder)]}
+    for size in (2, 1):
+        await cluster.scale(_ACTOR, size)
+        await cluster.until(lambda size=size: _num_ready(cluster) == size, _LOAD_S, f"{size} actors are ready")
+        seen["steps_at"].append(await _further_steps(cluster, folder))
+    await cluster.roll(_ACTOR, {"kubectl.kubernetes.io/restartedAt": "now"}, _LOAD_S)
+    seen["steps_at"].append(await _further_steps(cluster, folder))
+    [learner] = [pod for pod in cluster.pods if pod.name == _LEARNER]
+    await cluster.delete_job("outrider-learner")
+    seen["steps_at"].append(_steps(folder))
+    await cluster.apply_job("outrider-learner")
+    await cluster.until(lambda: _resumed_at(cluster, learner), _LOAD_S, "the run is resumed")
+    seen["resumed_at"] = _resumed_at(cluster, learner)
+    seen["steps_at"].append(await _further_steps(cluster, folder))
+    await cluster.close()
+    return seen | {"steps": _lines(folder), "pods": [_summary(pod) for pod in cluster.all_pods]}
 
 
 async def whole_demo(folder: Path, network: Network) -> dict[str, Any]:
-    """All of cpu-demo, with 2, 4 and 1 actors."""
-    return await _demo(folder, network, steps=120, replicas=(2, 4, 1), changes=[])
+    """All of cpu-demo; two more actors after the first step, and one is left of the four when half of it is done."""
+    cluster = Cluster(render("cpu-demo"), folder, network)
+    await cluster.apply()
+    await cluster.until(lambda: _steps(folder) >= 1, _LOAD_S, "the first step is done")
+    await cluster.scale(_ACTOR, 4)
+    await cluster.until(lambda: _steps(folder) >= 60, 1200, "half of the run is done")
+    await cluster.scale(_ACTOR, 1)
+    await cluster.until(lambda: _LEARNER not in {pod.name for pod in cluster.pods}, 1200, "the run is over")
+    await cluster.close()
+    [run_dir] = (folder / "claims" / "outrider-runs").glob("digits-*")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {"summary": summary, "steps": _lines(folder), "pods": [_summary(pod) for pod in cluster.all_pods]}
 
 
-SCENARIOS: dict[str, Callable[[Path, Network], Awaitable[dict[str, Any]]]] = {
+SCENARIOS: dict[str, Callable[[Path, Network], Coroutine[Any, Any, dict[str, Any]]]] = {
     "confinement": confinement,
     "demo": demo,
     "whole-demo": whole_demo,
@@ -139,45 +190,33 @@ async def _look_around(
     return json.loads(pod.log("actor"))
 
 
-async def _demo(
-    folder: Path, network: Network, *, steps: int, replicas: tuple[int, int, int], changes: list[str]
-) -> dict[str, Any]:
-    first, most, last = replicas
-    manifests = render("cpu-demo")
-    find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = first
-    if changes:
-        old, new = changes
-        data = find(manifests, "ConfigMap")["data"]
-        assert old in data["run.yaml"]
-        data["run.yaml"] = data["run.yaml"].replace(old, new)
-    find(manifests, "Job")["spec"]["template"]["spec"]["containers"][0]["args"].append(f"trainer.total_steps={steps}")
-    cluster = Cluster(manifests, folder, network)
-    await cluster.apply()
-    await cluster.until(lambda: _steps(folder) >= 1, 300, "the first step is done")
-    seen: dict[str, Any] = {"sizes": []}
-    for size in (most, last):
-        await cluster.scale(_ACTOR, size)
-        await cluster.until(lambda size=size: _num_ready(cluster) == size, 300, f"{size} actors are ready")
-        seen["sizes"].append([_steps(folder), len(cluster.names()["outrider-actors-ready.outrider.svc.cluster.local"])])
-        if size == most:
-            seen["steps_before_roll"] = _steps(folder)
-            await cluster.roll(_ACTOR, {"kubectl.kubernetes.io/restartedAt": "now"}, 300)
-            seen["steps_after_roll"] = _steps(folder)
-    await cluster.until(lambda: not any(pod.name.startswith("outrider-learner") for pod in cluster.pods), 900, "the run is over")
-    await cluster.close()
-    [run_dir] = (folder / "claims" / "outrider-runs").glob("digits-*")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return seen | {
-        "summary": json.loads((run_dir / "summary.json").read_text()),
-        "steps": [line for line in lines if "sequences" in line],
-        "pods": [_summary(pod) for pod in cluster.all_pods],
-    }
+async def _further_steps(cluster: Cluster, folder: Path) -> int:
+    """Wait for some more steps; how many the run has done then."""
+    wanted = _steps(folder) + 3
+    await cluster.until(lambda: _steps(folder) >= wanted, _LOAD_S, f"{wanted} steps are done")
+    return _steps(folder)
+
+
+def _resumed_at(cluster: Cluster, before: Pod) -> int | None:
+    """The step at which a learner that is not `before` says that it goes on."""
+    found = [
+        re.search(r"resuming \S+ at step (\d+)", pod.log("learner"))
+        for pod in cluster.pods
+        if pod.name == _LEARNER and pod is not before
+    ]
+    return int(found[0][1]) if found and found[0] else None
 
 
 def _steps(folder: Path) -> int:
     """Steps that the run has done."""
+    return max((line["step"] for line in _lines(folder)), default=0)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of each step; the later line counts where a resumed run did a step again."""
     paths = list((folder / "claims" / "outrider-runs").glob("digits-*/metrics.jsonl"))
-    return sum('"sequences"' in line for path in paths for line in path.read_text().splitlines())
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
+    return list({line["step"]: line for line in lines if "sequences" in line}.values())
 
 
 def main() -> None:
@@ -188,7 +227,7 @@ def main() -> None:
     except OSError as error:
         print(f"network and mount namespaces are not permitted here ({error}); run as root", file=sys.stderr)
         sys.exit(_NOT_PERMITTED)
-    seen = asyncio.run(SCENARIOS[name](folder, network))
+    seen: dict[str, Any] = asyncio.run(SCENARIOS[name](folder, network))
     (folder / "seen.json").write_text(json.dumps(seen))
 
 

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -52,6 +51,7 @@ class Cluster:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._filtering = asyncio.Lock()
+        self._num_applied = 0
 
     # ---------------------------------------------------------------------------------------------- commands
 
@@ -69,8 +69,20 @@ class Cluster:
             for _ in range(manifest["spec"]["replicas"]):
                 self._add_replica(manifest)
         for manifest in self._of("Job"):
-            for index in range(manifest["spec"]["completions"]):
-                self._spawn(self._complete(manifest, index))
+            await self.apply_job(manifest["metadata"]["name"])
+
+    async def apply_job(self, name: str) -> None:
+        """`kubectl apply`, of a Job alone: a pod for each index."""
+        self._num_applied += 1
+        [manifest] = [manifest for manifest in self._of("Job") if manifest["metadata"]["name"] == name]
+        for index in range(manifest["spec"]["completions"]):
+            self._spawn(self._complete(manifest, index))
+
+    async def delete_job(self, name: str) -> None:
+        """`kubectl delete job NAME`: its pods end in order."""
+        pods = [pod for pod in self.pods if pod.labels.get("app.kubernetes.io/name") == name]
+        await asyncio.gather(*(pod.terminate() for pod in pods))
+        await asyncio.gather(*(pod.ended.wait() for pod in pods))
 
     async def scale(self, name: str, replicas: int) -> None:
         """`kubectl scale deployment/NAME --replicas=N`. Returns at once; pods that are not ready leave first."""
@@ -79,7 +91,8 @@ class Cluster:
         pods = self.replicas(name)
         for _ in range(replicas - len(pods)):
             self._add_replica(manifest)
-        newest_first = sorted(reversed(pods), key=lambda pod: pod.ready)
+        age = {pod.name: index for index, pod in enumerate(pods)}
+        newest_first = sorted(pods, key=lambda pod: (pod.ready, -age[pod.name]))
         for pod in newest_first[: max(0, len(pods) - replicas)]:
             self._spawn(pod.terminate())
             pod.terminating = True
@@ -134,21 +147,20 @@ class Cluster:
 
     async def _complete(self, job: Manifest, index: int) -> None:
         """One index of an Indexed Job: a pod, and another one while it fails."""
-        spec = job["spec"]
+        spec, name = job["spec"], f"{job['metadata']['name']}-{index}"
         for attempt in range(spec["backoffLimit"] + 1):
             labels = {**spec["template"]["metadata"]["labels"], _INDEX_LABEL: str(index)}
-            name = f"{job['metadata']['name']}-{index}"
-            pod = self._launch(name, spec["template"], labels, {"JOB_COMPLETION_INDEX": str(index)}, attempt)
-            while pod in self.pods:
-                await asyncio.sleep(0.1)
+            folder = f"job-{self._num_applied}-{attempt}"
+            pod = self._launch(name, spec["template"], labels, {"JOB_COMPLETION_INDEX": str(index)}, folder)
+            await pod.ended.wait()
             if pod.phase == "Succeeded" or pod.terminating:
                 return
-        raise AssertionError(f"{name} has failed {attempt + 1} times")
+        raise AssertionError(f"{name} has failed {spec['backoffLimit'] + 1} times")
 
-    def _launch(self, name: str, template: Manifest, labels: dict[str, str], env: dict[str, str], attempt: int = 0) -> Pod:
-        storage = self._storage
-        if attempt:
-            storage = Storage(storage.folder / f"attempt-{attempt}", storage.config_maps, storage.claims)
+    def _launch(
+        self, name: str, template: Manifest, labels: dict[str, str], env: dict[str, str], folder: str = "pods"
+    ) -> Pod:
+        storage = Storage(self._storage.folder / folder, self._storage.config_maps, self._storage.claims)
         pod = Pod(name, "outrider", template, labels, env, storage, self._network, self._changed.set)
         self.pods.append(pod)
         self.all_pods.append(pod)
@@ -203,5 +215,5 @@ class Cluster:
     def _claim(self, name: str) -> Path:
         path = self._storage.folder / "claims" / name
         path.mkdir(parents=True, exist_ok=True)
-        os.chmod(path, 0o2777)
+        path.chmod(0o2777)
         return path

@@ -88,6 +88,8 @@ def _build_root(spec: Spec) -> None:
     for name in _DEVICES:
         (root / "dev" / name).touch()
         kernel.bind(f"/dev/{name}", str(root / "dev" / name), readonly=False)
+    (root / "dev" / "shm").mkdir()
+    kernel.mount("tmpfs", str(root / "dev" / "shm"), "tmpfs", data="mode=1777,size=64m")
     for name in _ETC:
         if Path("/etc", name).exists():
             _show(f"/etc/{name}", root, f"/etc/{name}")

@@ -1,4 +1,4 @@
-"""What stands for the images: this environment's Python, the checkout as /app, and the files that images have in /etc."""
+"""What stands for the images: this environment's Python, the checkout as /app, and the files of /etc."""
 
 import os
 import sys
@@ -14,7 +14,9 @@ def python_folders() -> list[str]:
     """Folders of this Python, of its environment, and of what else it imports from."""
     folders: list[Path] = []
     for folder in sorted({Path(path).resolve() for path in (sys.prefix, sys.base_prefix, *sys.path) if path}):
-        known = (*folders, Path("/usr"), ROOT) if not Path(sys.prefix).is_relative_to(ROOT) else (*folders, Path("/usr"))
+        known = (
+            (*folders, Path("/usr"), ROOT) if not Path(sys.prefix).is_relative_to(ROOT) else (*folders, Path("/usr"))
+        )
         if folder.is_dir() and folder != ROOT and not any(folder.is_relative_to(other) for other in known):
             folders.append(folder)
     return [str(folder) for folder in folders]

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,7 +69,7 @@ def die_with_parent() -> None:
 
 def give_up_privileges(uid: int, gid: int, groups: list[int]) -> None:
     """Become an ordinary user for good: no capability can be had back, also not from a file with set-uid."""
-    for capability in range(int(open("/proc/sys/kernel/cap_last_cap").read()) + 1):
+    for capability in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
         _check(_libc.prctl(_PR_CAPBSET_DROP, capability), "drop capability")
     os.setgroups(groups)
     os.setresgid(gid, gid, gid)

@@ -1,4 +1,4 @@
-"""The node's network: a bridge with an address for each pod, one for DNS, and one that stands for a cloud's metadata."""
+"""The node's network: a bridge with an address for each pod, one for DNS, one that stands for a cloud's metadata."""
 
 import asyncio
 import itertools
@@ -11,7 +11,7 @@ METADATA = "169.254.169.254"
 
 
 class Network:
-    """Of this process's network namespace, which must be new."""
+    """Of this process's network namespace, which must be new. No address is given twice; a card goes with its pod."""
 
     prefix = 16
     node = "10.244.0.1"
@@ -50,6 +50,3 @@ class Network:
             route.link("add", ifname=name, kind="veth", peer={"ifname": CARD, "net_ns_pid": pid})
             [bridge], [card] = route.link_lookup(ifname=_BRIDGE), route.link_lookup(ifname=name)
             route.link("set", index=card, master=bridge, state="up")
-
-    def free(self, address: str) -> None:
-        """Addresses are not used again, so that nobody is taken for somebody else; the card goes with its namespace."""

@@ -82,7 +82,8 @@ def _is_meant(selector: Manifest, peer: Peer, namespace: str) -> bool:
 
 def _openings(address: str, ports: Sequence[Manifest]) -> list[Opening]:
     return [
-        Opening(address, _PROTOCOLS[port["protocol"]], port["port"], port.get("endPort", port["port"])) for port in ports
+        Opening(address, _PROTOCOLS[port["protocol"]], port["port"], port.get("endPort", port["port"]))
+        for port in ports
     ]
 
 

@@ -61,6 +61,7 @@ class Pod:
     restarts: int = 0
     address: str = ""
     endings: list[Ending] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     _sandbox: asyncio.subprocess.Process | None = None
     _main_pid: int | None = None
     _was_killed: bool = False
@@ -83,7 +84,7 @@ class Pod:
 
     @property
     def _folder(self) -> Path:
-        return self.storage.folder / "pods" / self.name
+        return self.storage.folder / self.name
 
     # -------------------------------------------------------------------------------------------------- life
 
@@ -130,8 +131,8 @@ class Pod:
             if self._sandbox is not None:
                 self._sandbox.kill()
                 await self._sandbox.wait()
-            self.network.free(self.address)
             self.changed()
+            self.ended.set()
 
     async def _run_main(self, container: Manifest) -> int:
         self._was_killed = False
@@ -229,7 +230,7 @@ class Pod:
                 stdout=log,
                 stderr=log,
             )
-        while process.returncode is None and not pid_file.exists():
+        while process.returncode is None and not pid_file.exists():  # noqa: ASYNC110 - another process makes it
             await asyncio.sleep(0.02)
         if container in self.spec["containers"] and pid_file.exists():
             self._main_pid = int(pid_file.read_text())
@@ -251,7 +252,9 @@ class Pod:
             root=str(root),
             checkout=str(ROOT),
             environment=image.python_folders(),
-            files=image.etc(context["runAsUser"], self.name, self._host_names(), self.network.name_server, self.namespace),
+            files=image.etc(
+                context["runAsUser"], self.name, self._host_names(), self.network.name_server, self.namespace
+            ),
             mounts=mounts,
             readonly_root=container["securityContext"]["readOnlyRootFilesystem"],
             uid=context["runAsUser"],

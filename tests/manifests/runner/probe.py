@@ -1,4 +1,4 @@
-"""Native gRPC probes, as the kubelet makes them: plaintext, the manifest's numbers, one verdict after so many answers."""
+"""Native gRPC probes, as the kubelet makes them: plaintext, the manifest's numbers, a verdict after so many answers."""
 
 import asyncio
 import time

@@ -1,7 +1,8 @@
 """What holds the namespaces that the containers of one pod share: network, hostname, shared memory.
 
-Run by the runner as root: `python -m tests.manifests.runner.sandbox HOSTNAME`. It says that it is there, gets its network
-card from the runner, then obeys lines of JSON: `{"up": "10.244.0.7/24", "gateway": ...}` or `{"rules": ..., "node": ...}`.
+Run by the runner as root: `python -m tests.manifests.runner.sandbox HOSTNAME`. It says that it is there, gets its
+network card from the runner, then obeys lines of JSON: `{"up": "10.244.0.7/16", "gateway": ...}` or
+`{"rules": ..., "node": ...}`.
 """
 
 import json
