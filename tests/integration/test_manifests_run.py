@@ -9,6 +9,9 @@ from tests.manifests.scenarios import play
 
 GIB = 2**30
 
+# Engines that load one after another, beside others: minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(1300)
+
 
 @pytest.fixture(scope="module")
 def confinement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -17,7 +20,7 @@ def confinement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return play("demo", tmp_path_factory.mktemp("demo"), 560)
+    return play("demo", tmp_path_factory.mktemp("demo"), 1200)
 
 
 def test_a_container_is_confined_as_its_manifest_says(confinement: dict[str, Any]) -> None:
