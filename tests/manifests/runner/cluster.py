@@ -20,7 +20,8 @@ from tests.manifests.runner import kernel
 from tests.manifests.runner.names import DOMAIN, NameServer
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.packet_filter import Peer, decide
-from tests.manifests.runner.pod import Pod, Storage
+from tests.manifests.runner.pod import Pod
+from tests.manifests.runner.volumes import Storage
 
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 _KUBE_DNS = {"k8s-app": "kube-dns"}

@@ -67,6 +67,7 @@ def _become(spec: Spec) -> None:
         kernel.mount("", "/", flags=kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY)
     os.umask(0o022)
     kernel.give_up_privileges(spec.uid, spec.gid, spec.groups)
+    kernel.die_with_parent()  # again: another user does not inherit it
     os.closerange(3, 256)
     program = _find(spec.command[0], spec.env["PATH"])
     os.execve(program, [program, *spec.command[1:]], spec.env)

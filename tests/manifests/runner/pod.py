@@ -14,23 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.manifests.rendered import ROOT, Manifest
-from tests.manifests.runner import image, kernel
+from tests.manifests.runner import image
 from tests.manifests.runner.container import Spec
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.packet_filter import Peer, Rules
 from tests.manifests.runner.probe import Probe, watch
+from tests.manifests.runner.volumes import Storage, Volumes
 
 Phase = Literal["Pending", "Running", "Succeeded", "Failed"]
-_SIZES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-@dataclass
-class Storage:
-    """Where volumes come from."""
-
-    folder: Path
-    config_maps: dict[str, dict[str, str]]
-    claims: dict[str, Path]
 
 
 @dataclass
@@ -86,12 +77,16 @@ class Pod:
     def _folder(self) -> Path:
         return self.storage.folder / self.name
 
+    @property
+    def _volumes(self) -> Volumes:
+        return Volumes(self.spec["volumes"], self._folder / "volumes", self.storage)
+
     # -------------------------------------------------------------------------------------------------- life
 
     async def start_sandbox(self) -> None:
         """The namespaces and the address; the pod can be filtered from here on, and nothing runs in it yet."""
         self._folder.mkdir(parents=True)
-        self._make_volumes()
+        self._volumes.make(self.spec["securityContext"]["fsGroup"])
         self._sandbox = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.manifests.runner.sandbox", self.name),
             cwd=ROOT,
@@ -241,9 +236,9 @@ class Pod:
         context = self.spec["securityContext"]
         mounts = [
             {
-                "source": str(self._volume(mount["name"])),
+                "source": str(self._volumes.path(mount["name"])),
                 "target": mount["mountPath"],
-                "readonly": bool(mount.get("readOnly")) or self._is_config(mount["name"]),
+                "readonly": bool(mount.get("readOnly")) or self._volumes.is_config(mount["name"]),
             }
             for mount in container["volumeMounts"]
         ]
@@ -283,33 +278,6 @@ class Pod:
                 raise NotImplementedError(f"fieldRef {path}")
             values[entry["name"]] = self.labels[label[1]]
         return values
-
-    # ----------------------------------------------------------------------------------------------- volumes
-
-    def _make_volumes(self) -> None:
-        group = self.spec["securityContext"]["fsGroup"]
-        for volume in self.spec["volumes"]:
-            path = self._volume(volume["name"])
-            if "persistentVolumeClaim" not in volume:
-                path.mkdir(parents=True)
-            if "configMap" in volume:
-                for name, text in self.storage.config_maps[volume["configMap"]["name"]].items():
-                    (path / name).write_text(text)
-                continue
-            if volume.get("emptyDir", {}).get("medium") == "Memory":
-                number, unit = re.fullmatch(r"(\d+)([KMGT]i)", volume["emptyDir"]["sizeLimit"]).groups()  # type: ignore[union-attr]
-                kernel.mount("tmpfs", str(path), "tmpfs", data=f"size={int(number) * _SIZES[unit]}")
-            os.chown(path, 0, group)
-            path.chmod(0o2777)
-
-    def _volume(self, name: str) -> Path:
-        [volume] = [volume for volume in self.spec["volumes"] if volume["name"] == name]
-        if "persistentVolumeClaim" in volume:
-            return self.storage.claims[volume["persistentVolumeClaim"]["claimName"]]
-        return self._folder / "volumes" / name
-
-    def _is_config(self, name: str) -> bool:
-        return any("configMap" in volume for volume in self.spec["volumes"] if volume["name"] == name)
 
     # ----------------------------------------------------------------------------------------------- sandbox
 

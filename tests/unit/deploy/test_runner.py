@@ -8,10 +8,11 @@ import pytest
 from dnslib import QTYPE, RCODE, DNSRecord
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tests.manifests.rendered import Manifest, render
+from tests.manifests.rendered import Manifest, render, tool
 from tests.manifests.runner.names import answer
 from tests.manifests.runner.packet_filter import Opening, Peer, decide
 from tests.manifests.runner.probe import Probe, ask, watch
+from tests.manifests.runner.volumes import parse_size
 
 TCP, UDP = 6, 17
 ACTOR = Peer(
@@ -122,3 +123,15 @@ async def test_one_answer_too_few_decides_nothing() -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(watch("127.0.0.1", probe, verdicts.append), 0.3)
     assert verdicts == []
+
+
+def test_sizes() -> None:
+    assert (parse_size("100Mi"), parse_size("2Gi")) == (104_857_600, 2_147_483_648)
+    with pytest.raises(NotImplementedError, match="size 2G"):
+        parse_size("2G")
+
+
+def test_a_tool_that_is_missing_is_a_failure_in_one_line() -> None:
+    with pytest.raises(pytest.fail.Exception) as caught:
+        tool("no-such-tool", "install it")
+    assert str(caught.value) == "no-such-tool is not installed: install it"
