@@ -68,7 +68,8 @@ def test_the_run_goes_on_through_scaling_a_rolling_update_and_a_new_job(demo: di
     steps = demo["steps_at"]
     assert len(steps) == 6
     assert steps == sorted(steps)
-    assert 0 < steps[-2] - demo["resumed_at"] + 2 <= 4  # a checkpoint every two steps
+    # A checkpoint every two steps, written while the next steps run.
+    assert 0 <= steps[-2] - demo["resumed_at"] <= 4
     assert [step["step"] for step in demo["steps"]] == list(range(1, len(demo["steps"]) + 1))
 
 
