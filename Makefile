@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 NPM := $(VENV)/npm
 BUF := $(NPM)/node_modules/.bin/buf
 BUF_VERSION := 1.75.0
+# Policies for manifests. In an environment of its own: its pinned dependencies are not vLLM's.
+CHECKOV := $(VENV)/checkov
+CHECKOV_VERSION := 3.3.30
 
 # The first Python that fits, or set PYTHON=/path/to/python.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
@@ -47,20 +50,23 @@ $(VENV)/.installed: pyproject.toml
 		$(call die,"$(PYTHON) comes without its venv module: on Debian and Ubuntu 'apt-get install python3-venv'.")
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
 		$(call die,"vLLM's CPU build needs the system library libnuma.so.1: on Debian and Ubuntu 'apt-get install libnuma1'.")
-	@echo "[1/4] virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@echo "[1/5] virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
-	@echo "[2/4] $(TORCH)"
+	@echo "[2/5] $(TORCH)"
 	@$(PIP_INSTALL) '$(TORCH)' uv 2>&1 | tee $(VENV)/setup.log | $(PROGRESS) || $(call die,"pip found no $(TORCH) (details: $(VENV)/setup.log). Set OUTRIDER_TORCH_INDEX to the address of PyTorch's CPU index: choose pip and CPU on https://pytorch.org/get-started/locally/ and copy the address from the command there.")
 # uv takes a tenth of pip's time, and leaves the torch that is there alone; pip finds CPU builds that uv does not look for.
-	@echo "[3/4] vLLM, the learner's libraries and the tools ($(EXTRAS))"
+	@echo "[3/5] vLLM, the learner's libraries and the tools ($(EXTRAS))"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRAS)]' 2>&1 | tee -a $(VENV)/setup.log || \
 		$(call die,"The install failed: $(VENV)/setup.log says why.")
 # vLLM's CPU wheel asks for these three, nothing here uses them, and the builds that pip finds are for CUDA: they fail to
 # import, or make PyTorch believe that it has a Triton compiler.
 	@case ",$(EXTRAS)," in *,cpu,*) $(BIN)/uv pip uninstall --quiet --python $(BIN)/python torchaudio torchcodec triton;; esac
-	@echo "[4/4] buf"
+	@echo "[4/5] buf"
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(BUF); \
 		else echo "npm is not installed: 'make check' will need it, nothing else does."; fi
+	@echo "[5/5] checkov"
+	@case ",$(EXTRAS)," in *,dev,*) $(MAKE) --no-print-directory $(CHECKOV)/bin/checkov;; esac
+	@command -v kubectl >/dev/null || echo "kubectl is not installed: the tests of deploy/ will need it, nothing else does."
 	@touch $@
 	@echo "ready: $(VENV)"
 
@@ -71,6 +77,11 @@ PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing coll
 $(BUF):
 	@command -v npm >/dev/null || $(call die,"npm is needed for buf (it lints the proto files): install Node.js.")
 	@npm install --silent --no-audit --no-fund --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
+
+$(CHECKOV)/bin/checkov:
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CHECKOV)
+	@$(BIN)/uv pip install --quiet --python $(CHECKOV)/bin/python checkov==$(CHECKOV_VERSION) 2>&1 | tee -a $(VENV)/setup.log || \
+		$(call die,"The install of checkov failed: $(VENV)/setup.log says why.")
 
 demo: setup  ## a vision-language model learns to read handwriting: two actors and a learner on this machine
 	@$(BIN)/python -m examples.digits $(if $(SEED),--seed $(SEED)) $(ARGS)

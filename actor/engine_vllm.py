@@ -156,10 +156,12 @@ class VllmEngine:
         # One process schedules and computes, as on one GPU. Two, vLLM's choice for CPUs, would spin on the cores that
         # compute while they wait for each other; it is what vLLM uses if this variable says that it may.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Said, or vLLM takes one. Unbound, the environment may say fewer: a container sees all cores of its node.
         if cores is not None:
             os.environ[CORES_VARIABLE] = cores
-        num_cores = len(parse_cores(cores) if cores is not None else os.sched_getaffinity(0))
-        os.environ["OMP_NUM_THREADS"] = str(num_cores)  # or vLLM takes one
+            os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
+        else:
+            os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         return "uni"
 
     async def _warm_up(self) -> None:

@@ -1,0 +1,104 @@
+"""Manifests as `kubectl kustomize` renders them: the overlays, and overlays with components."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+K8S = ROOT / "deploy" / "k8s"
+
+Manifest = dict[str, Any]
+
+# Every overlay, and every component on an overlay that it makes sense on.
+VARIANTS = (
+    ("cpu-demo",),
+    ("gpu",),
+    ("gpu-multinode",),
+    ("gpu", "hpa", "monitoring"),
+    ("gpu", "keda", "monitoring"),
+    ("gpu", "spot-actors"),
+    ("cpu-demo", "monitoring"),
+    ("gpu-multinode", "jobset"),
+)
+
+
+def tool(name: str, hint: str) -> str:
+    """The path of a program of this environment or of the system, or a failure that says how to get it."""
+    path = shutil.which(
+        name, path=os.pathsep.join([f"{sys.prefix}/bin", f"{sys.prefix}/checkov/bin", os.environ["PATH"]])
+    )
+    if path is None:
+        pytest.fail(f"{name} is not installed: {hint}", pytrace=False)
+    return path
+
+
+@cache
+def _render_text(overlay: str, *components: str) -> str:
+    kubectl = tool(
+        "kubectl", "the tests of deploy/ render the manifests with it; see https://kubernetes.io/docs/tasks/tools/"
+    )
+    folder = K8S / "overlays" / overlay
+    with tempfile.TemporaryDirectory() as made:
+        if components:
+            kustomization = {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "resources": [relpath(folder, made)],
+                "components": [relpath(K8S / "components" / name, made) for name in components],
+            }
+            folder = Path(made)
+            (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        done = subprocess.run([kubectl, "kustomize", folder], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def render(overlay: str, *components: str) -> list[Manifest]:
+    """A fresh copy of what would be applied."""
+    return copy.deepcopy(_render(overlay, *components))
+
+
+@cache
+def _render(overlay: str, *components: str) -> list[Manifest]:
+    return list(yaml.safe_load_all(_render_text(overlay, *components)))
+
+
+def render_text(overlay: str, *components: str) -> str:
+    """The same as text."""
+    return _render_text(overlay, *components)
+
+
+def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
+    """The one of this kind, and of this name if one is given."""
+    [found] = [
+        manifest for manifest in manifests if manifest["kind"] == kind and name in ("", manifest["metadata"]["name"])
+    ]
+    return found
+
+
+def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Pod templates by the name of what makes the pods; those of a JobSet too."""
+    templates = {}
+    for manifest in manifests:
+        if manifest["kind"] in ("Deployment", "Job"):
+            templates[manifest["metadata"]["name"]] = manifest["spec"]["template"]
+        elif manifest["kind"] == "JobSet":
+            [job] = manifest["spec"]["replicatedJobs"]
+            templates[manifest["metadata"]["name"]] = job["template"]["spec"]["template"]
+    return templates
+
+
+def containers(template: Manifest, *, init: bool = True) -> list[Manifest]:
+    """Containers of a pod template, those that run first included."""
+    spec = template["spec"]
+    return [*(spec.get("initContainers", []) if init else []), *spec["containers"]]

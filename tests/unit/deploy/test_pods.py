@@ -1,0 +1,158 @@
+"""What pods start, and what they give to it, exists in the code."""
+
+import json
+import re
+import tomllib
+from importlib.machinery import PathFinder
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from actor.config import ActorConfig
+from actor.metrics import ActorMetrics
+from learner.config import LearnerConfig
+from tests.manifests import policies
+from tests.manifests.rendered import K8S, ROOT, VARIANTS, Manifest, containers, find, pod_templates, render
+
+# Who reads a variable: a module that says its name.
+READERS = {
+    "HOME": "posixpath",
+    "HF_HUB_OFFLINE": "huggingface_hub.constants",
+    "OMP_NUM_THREADS": "torch.distributed.run",
+    "VLLM_NO_USAGE_STATS": "vllm.envs",
+}
+
+
+def _source(module: str) -> str:
+    """The source of a module, without importing it."""
+    package, *inner = module.split(".")
+    spec = PathFinder.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent.joinpath(*inner).with_suffix(".py") if inner else Path(spec.origin)).read_text()
+
+
+def _all_containers() -> list[Manifest]:
+    return [
+        container
+        for variant in VARIANTS
+        for template in pod_templates(render(*variant)).values()
+        for container in containers(template)
+    ]
+
+
+def test_every_command_is_a_console_script_or_a_module() -> None:
+    scripts = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
+    scripts |= {script.name for script in entry_points(group="console_scripts") if script.value.startswith("torch.")}
+    seen = set()
+    for container in _all_containers():
+        program: str = container["command"][0]
+        arguments: list[str] = [*container["command"][1:], *container.get("args", ())]
+        if program == "python":
+            assert arguments[0] == "-m"
+            assert (ROOT / arguments[1].replace(".", "/")).with_suffix(".py").is_file(), arguments[1]
+        else:
+            assert program in scripts, program
+        if program == "torchrun":
+            assert arguments[:2] == ["--module", "learner"]
+        seen.add(program)
+    assert seen == {"python", "torchrun", "outrider-actor"}
+
+
+def test_every_variable_is_read_by_somebody() -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = {f"PET_{action.dest.upper()}" for action in get_args_parser()._actions}
+    names = {entry["name"] for container in _all_containers() for entry in container.get("env", ())}
+    assert {name for name in names if name.startswith("PET_")} <= options
+    others = {name for name in names if not name.startswith("PET_")}
+    assert others == set(READERS)
+    for name, module in READERS.items():
+        assert re.search(rf"""['"]{name}['"]""", _source(module)), f"{module} does not read {name}"
+
+
+def test_the_demo_runs_the_file_that_runs_locally() -> None:
+    local = ROOT / "examples" / "digits" / "config.yaml"
+    assert (K8S / "overlays" / "cpu-demo" / "run.yaml").read_bytes() == local.read_bytes()
+    assert find(render("cpu-demo"), "ConfigMap")["data"]["run.yaml"] == local.read_text()
+
+
+def test_actors_of_the_demo_are_configured_as_local_ones() -> None:
+    manifests = render("cpu-demo")
+    actor = policies.actor_config(manifests)
+    assert actor.vllm == ActorConfig(**policies.learner_config(manifests).local.actor).vllm
+
+
+def test_the_learner_is_told_only_where_it_runs() -> None:
+    """Overrides on its command line name places; what the run computes is in the file."""
+    places = {"rollout.actors", "runs_dir", "model.path", "trainer.fsdp_size"}
+    for variant in VARIANTS:
+        [container] = containers(pod_templates(render(*variant))["outrider-learner"], init=False)
+        overrides = [argument for argument in container["args"] if re.match(r"[a-z_.]+=", argument)]
+        assert {override.partition("=")[0] for override in overrides} <= places
+
+
+def test_overrides_on_the_command_line_count() -> None:
+    manifests = render("gpu-multinode")
+    learner = policies.learner_config(manifests)
+    assert isinstance(learner, LearnerConfig)
+    assert (learner.trainer.fsdp_size, learner.runs_dir) == (8, Path("/runs"))
+    assert policies.actor_config(render("gpu", "spot-actors")).grace_s == 15
+
+
+@pytest.fixture(scope="module")
+def metric_names() -> set[str]:
+    """Names that an actor's endpoint shows."""
+    from actor.config import FakeConfig
+    from actor.engine_fake import FakeEngine
+    from actor.weights import PolicyState
+
+    engine = FakeEngine(FakeConfig(), "actor")
+    metrics = ActorMetrics(PolicyState(engine), engine)
+    families = metrics.registry.collect()
+    return {
+        name
+        for family in families
+        for name in {
+            "gauge": [family.name],
+            "counter": [f"{family.name}_total"],
+            "histogram": [f"{family.name}_bucket"],
+        }[family.type]
+    }
+
+
+def test_dashboard_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[str]) -> None:
+    dashboard = json.loads((K8S / "components" / "monitoring" / "dashboard.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"outrider_\w+", target["expr"])
+    }
+    assert asked == metric_names
+    [pods_metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert pods_metric["pods"]["metric"]["name"] in metric_names
+    [trigger] = find(render("gpu", "keda"), "ScaledObject")["spec"]["triggers"]
+    assert set(re.findall(r"outrider_\w+", trigger["metadata"]["query"])) <= metric_names
+
+
+def test_autoscaled_actors_have_no_number_in_the_manifest() -> None:
+    assert "replicas" not in find(render("gpu", "hpa"), "Deployment")["spec"]
+    assert "replicas" not in find(render("gpu", "keda"), "Deployment")["spec"]
+    assert find(render("gpu"), "Deployment")["spec"]["replicas"] == 4
+
+
+def test_a_changed_file_makes_a_new_config_map() -> None:
+    """So that actors are rolled when their configuration changes."""
+    names = {
+        variant: find(render(*variant), "Deployment")["spec"]["template"]["spec"]["volumes"] for variant in VARIANTS[:3]
+    }
+    maps = {volume["configMap"]["name"] for volumes in names.values() for volume in volumes if "configMap" in volume}
+    assert len(maps) == 3
+    assert all(re.fullmatch(r"outrider-config-[a-z0-9]{10}", name) for name in maps)
+
+
+def test_every_overlay_and_component_is_rendered_somewhere() -> None:
+    folders = {path.parent.name for path in K8S.glob("*/*/kustomization.yaml") if path.parent.parent.name != "base"}
+    assert folders == {name for variant in VARIANTS for name in variant}
