@@ -9,6 +9,7 @@ import yaml
 from actor.config import ActorConfig
 from common.config import ConfigError, parse_config
 from common.rpc.server import split_address
+from common.rpc.tls import ACTOR, LEARNER
 from learner.config import LearnerConfig
 from tests.manifests.rendered import Manifest, containers, pod_templates
 
@@ -135,16 +136,19 @@ def config_is_read(manifests: list[Manifest]) -> list[str]:
     host, port = split_address(actor.listen)
     if (host, port) != ("0.0.0.0", ports["grpc"]):
         problems.append(f"the actor listens on {actor.listen}, its container declares port {ports['grpc']}")
-    if not actor.insecure:
+    if not actor.insecure and actor.tls is None:
         problems.append("the actor would refuse to listen in plaintext")
+    probed = port if actor.health_listen is None else split_address(actor.health_listen)[1]
+    if actor.tls is not None and (actor.health_listen is None or probed != ports["health"]):
+        problems.append("probes have no certificate: the actor needs a health_listen on a port that is declared")
     if actor.metrics_listen != f"0.0.0.0:{ports['metrics']}":
         problems.append(f"metrics are at {actor.metrics_listen}, its container declares port {ports['metrics']}")
     if actor.model != learner.model.path:
         problems.append(f"the actor loads {actor.model}, the learner {learner.model.path}")
     problems += [
-        f"{probe} asks port {container[probe]['grpc']['port']}, the actor listens on {port}"
+        f"{probe} asks port {container[probe]['grpc']['port']}, the actor listens on {probed}"
         for probe in ("startupProbe", "livenessProbe", "readinessProbe")
-        if container[probe]["grpc"]["port"] != port
+        if container[probe]["grpc"]["port"] != probed
     ]
     gpus = int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
     if gpus and gpus != actor.vllm.tensor_parallel_size:
@@ -159,6 +163,31 @@ def config_is_read(manifests: list[Manifest]) -> list[str]:
             problems.append(f"{name} is not a headless Service with addresses that are not ready")
         if [entry["port"] for entry in service.get("ports", ())] != [asked]:
             problems.append(f"the learner asks {target}, the Service has other ports")
+    return problems
+
+
+def certificates_meet(manifests: list[Manifest]) -> list[str]:
+    """Actor and learner both have certificates or none, each with the name of its role, of one authority."""
+    actor, learner = actor_config(manifests), learner_config(manifests)
+    if (actor.tls is None) != (learner.rollout.tls is None):
+        return ["only one of actor and learner has certificates"]
+    issued = {m["spec"]["secretName"]: m["spec"] for m in manifests if m["kind"] == "Certificate"}
+    problems = []
+    for pod, name, directory in (
+        ("outrider-actor", ACTOR, actor.tls),
+        ("outrider-learner", LEARNER, learner.rollout.tls),
+    ):
+        if directory is None:
+            continue
+        spec = pod_templates(manifests)[pod]["spec"]
+        [container] = containers(pod_templates(manifests)[pod], init=False)
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        secrets = {volume["name"]: volume["secret"]["secretName"] for volume in spec["volumes"] if "secret" in volume}
+        certificate = issued.get(secrets.get(mounts.get(str(directory), ""), ""), {})
+        if certificate.get("dnsNames") != [name]:
+            problems.append(f"{pod} finds no certificate for {name} in {directory}")
+        elif certificate["issuerRef"] != issued["outrider-reader-tls"]["issuerRef"]:
+            problems.append(f"{pod} has a certificate of another authority")
     return problems
 
 
@@ -330,6 +359,7 @@ RULES = (
     selectors_meet,
     ports_meet,
     config_is_read,
+    certificates_meet,
     grace_suffices,
     probes_are_right,
     pods_are_confined,

@@ -28,6 +28,8 @@ VARIANTS = (
     ("gpu", "keda", "monitoring"),
     ("gpu", "spot-actors"),
     ("cpu-demo", "monitoring"),
+    ("cpu-demo", "mtls"),
+    ("gpu-multinode", "mtls"),
     ("gpu-multinode", "jobset"),
 )
 

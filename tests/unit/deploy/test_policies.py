@@ -126,6 +126,34 @@ def test_mistake_is_noticed(rule: Rule, mistake: Callable[[list[Manifest]], Any]
     assert any(problem in found for found in rule(manifests)), rule(manifests)
 
 
+TLS_MISTAKES: list[tuple[Rule, Callable[[list[Manifest]], Any], str]] = [
+    (
+        policies.certificates_meet,
+        lambda all_: find(all_, "Certificate", "outrider-learner-tls")["spec"].update(dnsNames=["actor.outrider"]),
+        "outrider-learner finds no certificate for learner.outrider in /etc/outrider-tls",
+    ),
+    (
+        policies.certificates_meet,
+        lambda all_: _actor(all_)["args"].remove("tls=/etc/outrider-tls"),
+        "only one of actor and learner has certificates",
+    ),
+    (
+        policies.config_is_read,
+        lambda all_: _actor(all_)["args"].remove("health_listen=0.0.0.0:50052"),
+        "probes have no certificate: the actor needs a health_listen on a port that is declared",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "mistake", "problem"), TLS_MISTAKES)
+def test_mistake_with_certificates_is_noticed(
+    rule: Rule, mistake: Callable[[list[Manifest]], Any], problem: str
+) -> None:
+    manifests = render("gpu", "mtls")
+    mistake(manifests)
+    assert any(problem in found for found in rule(manifests)), rule(manifests)
+
+
 @pytest.mark.parametrize(
     ("selector", "expected"),
     [
