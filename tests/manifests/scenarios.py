@@ -34,6 +34,7 @@ _SMALL_STEPS = {
     "n: 16": "n: 4",
     "total_steps: 120": "total_steps: 100000",
     "eval_every: 20": "eval_every: 0",
+    "lr: 1.0e-3": "lr: 1.0e-6",
     "checkpoint_every: 20": "checkpoint_every: 2",
 }
 
