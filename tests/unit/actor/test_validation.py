@@ -82,7 +82,7 @@ def test_good_requests_pass() -> None:
         ({"prompt": TokenPrompt((-1,))}, "tokens.ids[0]: is -1; the vocabulary has 320 ids"),
         (
             {"prompt": TokenPrompt((0,), (PlaceholderRange(0, 1),))},
-            "tokens.placeholders: this version takes unexpanded ids only",
+            "tokens.placeholders: 1 ranges for 0 media items",
         ),
     ],
 )
