@@ -41,6 +41,9 @@ class VllmConfig(Config):
     cpu_cores: str | None = Field(None, pattern=r"^[0-9]+(-[0-9]+)?([,|][0-9]+(-[0-9]+)?)*$")
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
+    # Models that can rescale and normalize pixels themselves do so: less is sent to them. But processed tensors, those
+    # taken and those returned, are then the processor's without these two steps (uint8). False: with them, as usual.
+    normalize_on_device: bool = True
     # Alternatives per token that a request may ask for; a beam search takes two for each beam.
     max_logprobs: int = Field(64, ge=0)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.

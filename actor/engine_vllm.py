@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from actor.config import VllmConfig, parse_cores
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.vllm_beams import search_beams
 from actor.vllm_media import VllmMedia
-from actor.vllm_outputs import Sample, top_logprobs
+from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
@@ -100,6 +100,7 @@ class VllmEngine:
             gpu_memory_utilization=self._config.gpu_memory_utilization,
             limit_mm_per_prompt={"image": self._config.max_images, "video": 0},
             skip_mm_profiling=True,
+            mm_device_do_normalize=self._config.normalize_on_device,
             logprobs_mode="processed_logprobs",
             max_logprobs=self._config.max_logprobs,
             generation_config="vllm",
@@ -195,26 +196,57 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         accepted_at = time.monotonic()
+        wanted = request.sampling
+        scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
+        is_answered = False
         try:
-            unexpanded, engine_input = await self._understand(request)
+            # Several requests will carry the same items: a worker might have dropped them between two.
+            with_tensors = request.return_processed or scores_prompt or wanted.num_beams > 0
+            unexpanded, engine_input = await self._understand(request, with_tensors=with_tensors)
             info = self._prompt_info(request, unexpanded, engine_input)
-            if request.sampling.prompt_logprobs or request.sampling.prompt_top_logprobs:
-                info = await self._score_prompt(request, info, engine_input)
-            yield info
-            answers = self._search if request.sampling.num_beams else self._sample
+            yield await self._score_prompt(request, info, engine_input) if scores_prompt else info
+            answers = self._search if wanted.num_beams else self._sample_twice
             async with contextlib.aclosing(answers(request, engine_input, accepted_at)) as events:
                 async for event in events:
+                    is_answered = True
                     yield event
         except EngineDeadError as error:
             raise EngineDead("the vLLM engine has died; its log says why") from error
+        finally:
+            if not is_answered:
+                self._media.forget(request.media)
+
+    async def _sample_twice(
+        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+    ) -> AsyncGenerator[list[Completion], None]:
+        """As `_sample`; once more, with the media themselves, if a worker lacks those that it was believed to have.
+
+        That happens to requests that meet one that brought the same media and failed before the worker saw it.
+        """
+        is_answered = False
+        try:
+            async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+                async for event in events:
+                    is_answered = True
+                    yield event
+            return
+        except NothingSampled:
+            if is_answered or not request.media:
+                raise
+        _, engine_input = await self._understand(request, with_tensors=True)
+        async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+            async for event in events:
+                yield event
 
     async def _sample(
         self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
     ) -> AsyncGenerator[list[Completion], None]:
         """Completions as they finish."""
+        from vllm.exceptions import VLLMClientError
+
         try:
             parameters = sampling_params(request.sampling, return_text=request.return_text)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise refusal(error) from error
         samples: dict[int, Sample] = {}
         async with contextlib.aclosing(self._outputs(engine_input, parameters, request.group_id)) as outputs:
@@ -253,29 +285,26 @@ class VllmEngine:
         self, engine_input: "EngineInput", parameters: "VllmSamplingParams", name: str
     ) -> "AsyncGenerator[RequestOutput, None]":
         """What vLLM reports. Raises InvalidRequest for what it does not take."""
+        from vllm.exceptions import VLLMClientError
+
         outputs: Any = self._require().generate(engine_input, parameters, request_id=name)
         async with contextlib.aclosing(outputs):
             try:
                 async for output in outputs:
                     yield output
-            except ValueError as error:  # only while it looks at the request; also its own validation errors
+            except (ValueError, VLLMClientError) as error:  # only while it looks at the request
                 raise refusal(error) from error
 
-    async def _understand(self, request: EngineRequest) -> "tuple[list[int], EngineInput]":
+    async def _understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[list[int], EngineInput]":
         """Unexpanded ids and what vLLM makes of the prompt. Raises InvalidRequest."""
         from jinja2 import TemplateError
+        from vllm.exceptions import VLLMClientError
 
         placeholders = request.prompt.placeholders if isinstance(request.prompt, TokenPrompt) else ()
         try:
             token_ids = await asyncio.to_thread(self._tokenize, request)
-            engine_input = await self._media.render(
-                token_ids,
-                placeholders,
-                request.media,
-                # Beams send the same items again and again; a worker might have dropped them meanwhile.
-                with_tensors=request.return_processed or request.sampling.num_beams > 0,
-            )
-        except (TemplateError, ValueError) as error:  # also vLLM's own validation errors
+            engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
+        except (TemplateError, ValueError, VLLMClientError) as error:
             raise InvalidRequest("prompt", _one_line(error)) from error
         return [] if placeholders else token_ids, engine_input
 

@@ -55,7 +55,11 @@ def _checked(named: NamedTensor, model: torch.Tensor | None, path: str) -> torch
     tensor = named.tensor
     dtype = TORCH_DTYPES[tensor.dtype]
     if dtype != model.dtype and not (dtype.is_floating_point and model.dtype.is_floating_point):
-        raise InvalidRequest(f"{path}.tensor.dtype", f"is {dtype}; the processor yields {model.dtype}")
+        raise InvalidRequest(
+            f"{path}.tensor.dtype",
+            f"is {dtype}; this server's processor yields {model.dtype}"
+            + (" (its setting normalize_on_device is on)" if model.dtype is torch.uint8 else ""),
+        )
     if len(tensor.shape) != model.ndim or tensor.shape[1:] != tuple(model.shape[1:]) or 0 in tensor.shape:
         shape = ", ".join(map(str, model.shape[1:]))
         raise InvalidRequest(f"{path}.tensor.shape", f"is {list(tensor.shape)}; must be [n, {shape}]")

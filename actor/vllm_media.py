@@ -67,7 +67,22 @@ class VllmMedia:
             "multi_modal_data": {"image": [item.content for item in media]},
             "multi_modal_uuids": {"image": [item.sha256.hex() for item in media]},
         }
-        return (await self._renderer.render_cmpl_async([prompt]))[0]
+        try:
+            return (await self._renderer.render_cmpl_async([prompt]))[0]
+        except AssertionError as error:  # vLLM's way to say that a placeholder is missing
+            raise InvalidRequest("media", f"{len(media)} images came, the prompt has not room for all") from error
+
+    def forget(self, media: Sequence[EngineMedia]) -> None:
+        """Send these again next time: the request that should have brought them to the worker has failed.
+
+        vLLM believes that a worker holds what has been processed for it once. For one that does hold it this costs a
+        transfer.
+        """
+        cache = self._renderer.mm_processor_cache
+        if cache is not None:
+            for item in media:
+                if item.is_plain:
+                    self._renderer._mm_executor.submit(cache.invalidate, item.sha256.hex())
 
     def uses(self, engine_input: Any, media: Sequence[EngineMedia], *, with_tensors: bool) -> tuple[MediaUse, ...]:
         """What vLLM did with each item, in vLLM's own words: its hashes, placeholders and grids.
@@ -119,7 +134,7 @@ class VllmMedia:
             else:
                 try:
                     token_ids, by_modality = processor._apply_prompt_updates(token_ids, {"image": updates})
-                except AssertionError:  # vLLM's way to say that a placeholder is missing
+                except AssertionError:  # as above
                     by_modality = {}
                 found = by_modality.get("image", [])
                 if len(found) != len(media):

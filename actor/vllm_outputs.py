@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _REASONS = {reason.value: reason for reason in FinishReason}
 
 
+class NothingSampled(EngineDead):
+    """vLLM gave a completion up before its first token."""
+
+
 @dataclass(slots=True)
 class Sample:
     """What vLLM has reported of one completion so far."""
@@ -42,9 +46,9 @@ class Sample:
     def completion(
         self, last: "CompletionOutput", request: EngineRequest, trajectory_id: str, *, finished_s: float
     ) -> Completion:
-        """The whole, when `last` was its end. Raises InvalidRequest if nothing could be sampled."""
-        if last.finish_reason == "error" and request.sampling.structured_output is not None:
-            raise InvalidRequest("sampling.structured_output", "vLLM cannot compile it")
+        """The whole, when `last` was its end. Raises InvalidRequest if no token could be sampled, and EngineDead."""
+        if last.finish_reason == "error" and not self.token_ids:
+            raise NothingSampled("the engine could not begin a completion")
         reason = _finish_reason(last.finish_reason)
         if not all(map(math.isfinite, self.logprobs)):
             raise InvalidRequest("sampling", "its constraints together leave no token to sample")

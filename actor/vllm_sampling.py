@@ -71,7 +71,7 @@ def extending_params(wanted: SamplingParams) -> "VllmSamplingParams":
     )
 
 
-def refusal(error: ValueError) -> InvalidRequest:
+def refusal(error: Exception) -> InvalidRequest:
     """vLLM's objection to a parameter."""
     name = getattr(error, "parameter", None)
     name = _FIELDS.get(name, name) if isinstance(name, str) else None

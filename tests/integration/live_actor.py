@@ -60,8 +60,8 @@ def media_of(images: Iterable[bytes]) -> tuple[EngineMedia, ...]:
 class LiveActor:
     """The engine and its policy state; serves the checkpoint as version 0 from the start."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self.engine = VllmEngine(model_dir, CONFIG, "actor-1")
+    def __init__(self, model_dir: Path, **config: Any) -> None:
+        self.engine = VllmEngine(model_dir, CONFIG.model_copy(update=config), "actor-1")
         self.policy = PolicyState(self.engine)
         self.info: EngineInfo
         self._processor = PromptProcessor(model_dir)

@@ -1,5 +1,6 @@
 """Every sampling parameter on the real engine, against transformers' logits and the definition written out in numpy."""
 
+import io
 import json
 import os
 import re
@@ -12,10 +13,13 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 import torch
+from PIL import Image
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import BeamSearchParams
 
+from actor.engine import EngineMedia
 from common.errors import InvalidRequest
+from common.tensors import NamedTensor, tensor_of, tensors_hash
 from common.types import (
     ChatPrompt,
     Completion,
@@ -35,6 +39,8 @@ from tests.unit.learner_math.groups import SUPPRESSED, image_bytes, reference_lo
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 IM_END = 258
+# The byte-level tokenizer counts printable ASCII from "!".
+A, B, C = (ord(letter) - ord("!") for letter in "ABC")
 PARITY = 1e-4
 WITH_IMAGE = sample(0, "what is this?", [image_bytes(1)])
 TEXT_ONLY = sample(1, "no image here, only words")
@@ -160,6 +166,10 @@ async def test_logprobs_are_of_what_was_sampled_from(actor: LiveActor, model: An
                 np.testing.assert_allclose(expected[list(top.token_ids)], top.logprobs, atol=PARITY)
 
 
+# A, B and C in turns.
+LETTERS: dict[str, Any] = {"allowed_token_ids": (A, B, C), "temperature": 2.0, "frequency_penalty": 2.0}
+
+
 async def test_bounds_hold(actor: LiveActor) -> None:
     """Whatever is likely: ids that may not, words that may not, and no end before its time."""
     ending = ((IM_END, 100.0),)
@@ -168,26 +178,26 @@ async def test_bounds_hold(actor: LiveActor) -> None:
     [longer] = (await _ask(actor, max_tokens=20, logit_bias=ending, min_tokens=5)).completions
     assert len(longer.token_ids) == 6
     assert longer.token_ids.tolist().index(IM_END) == 5
-    ab = ((65, 100.0), (66, 100.0))
-    free = (await _ask(actor, n=8, max_tokens=20, seed=1, logit_bias=ab)).completions
+    spelled = {"n": 8, "max_tokens": 20, "seed": 1, **LETTERS}
+    free = (await _ask(actor, **spelled)).completions
     assert any("AB" in completion.text for completion in free)
-    bound = (await _ask(actor, n=8, max_tokens=20, seed=1, logit_bias=ab, bad_words=("AB",))).completions
+    bound = (await _ask(actor, **spelled, bad_words=("AB",))).completions
     assert not any("AB" in completion.text for completion in bound)
     assert all("A" in completion.text for completion in bound)
 
 
 async def test_stops(actor: LiveActor) -> None:
-    spelled = {"n": 8, "max_tokens": 40, "seed": 3, "logit_bias": ((65, 100.0), (66, 100.0), (67, 99.0))}
+    spelled = {"n": 8, "max_tokens": 40, "seed": 3, **LETTERS}
     free = (await _ask(actor, **spelled)).completions
-    by_id = (await _ask(actor, **spelled, stop_token_ids=(67,))).completions
+    by_id = (await _ask(actor, **spelled, stop_token_ids=(C,))).completions
     by_string = (await _ask(actor, **spelled, stop=("BC", "CAB"))).completions
     shown = (await _ask(actor, **spelled, stop=("BC", "CAB"), include_stop_str_in_output=True)).completions
     ends = set()
     for before, id_stop, string_stop, text in zip(free, by_id, by_string, shown, strict=True):
         ids = before.token_ids.tolist()
-        end = ids.index(67) + 1
+        end = ids.index(C) + 1
         assert id_stop.token_ids.tolist() == ids[:end]
-        assert (id_stop.finish_reason, id_stop.stop) == (FinishReason.STOP, 67)
+        assert (id_stop.finish_reason, id_stop.stop) == (FinishReason.STOP, C)
         found = re.search("BC|CAB", before.text)
         assert found is not None
         assert string_stop.token_ids.tolist() == ids[: found.end()]
@@ -208,7 +218,9 @@ async def test_special_tokens_in_the_text(actor: LiveActor) -> None:
 
 async def test_repetition_ends_a_completion(actor: LiveActor) -> None:
     detection = RepetitionDetection(max_pattern_size=2, min_pattern_size=1, min_count=4)
-    [completion] = (await _ask(actor, max_tokens=40, logit_bias=((65, 100.0),), repetition_detection=detection)).completions
+    [completion] = (
+        await _ask(actor, max_tokens=40, logit_bias=((A, 100.0),), repetition_detection=detection)
+    ).completions
     assert completion.text == "AAAA"
     assert completion.finish_reason is FinishReason.REPETITION
 
@@ -284,7 +296,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 # Letters and quotes for the JSON: a random model writes none of them by itself, and spaces without end.
-CLOSING = tuple((ord(c), 12.0) for c in '}",:')
+CLOSING = tuple((ord(c) - ord("!"), 12.0) for c in '}",:')
 
 
 async def test_structured_outputs(actor: LiveActor) -> None:
@@ -300,7 +312,9 @@ async def test_structured_outputs(actor: LiveActor) -> None:
         assert sorted(value) == ["digit", "sure"]
         assert isinstance(value["digit"], int)
         assert isinstance(value["sure"], bool)
-    for text in await _texts(actor, StructuredOutput(Constraint.JSON_OBJECT), logit_bias=((ord("}"), 100.0),)):
+    for text in await _texts(
+        actor, StructuredOutput(Constraint.JSON_OBJECT), logit_bias=((ord("}") - ord("!"), 100.0),)
+    ):
         assert isinstance(json.loads(text), dict)
 
 
@@ -310,9 +324,9 @@ async def test_structured_logprobs_are_of_what_is_left(actor: LiveActor, model: 
     for completion in group.completions:
         with torch.no_grad():
             logits = reference_logits(model, hf, group, completion).double()
-        letters = torch.log_softmax(logits[0, [65, 66]], 0).tolist()
-        assert completion.logprobs[0] == pytest.approx(letters[int(completion.token_ids[0]) - 65], abs=PARITY)
-        assert sorted(completion.top_logprobs[0].token_ids) == [65, 66]
+        letters = torch.log_softmax(logits[0, [A, B]], 0).tolist()
+        assert completion.logprobs[0] == pytest.approx(letters[int(completion.token_ids[0]) - A], abs=PARITY)
+        assert sorted(completion.top_logprobs[0].token_ids) == [A, B]
         # Nothing may follow but the end.
         assert completion.token_ids.tolist()[1:] == [IM_END]
         assert completion.logprobs[1] == pytest.approx(0, abs=1e-6)
@@ -351,9 +365,7 @@ async def test_beams_are_those_of_a_search_by_hand(
 ) -> None:
     """Against a search written out over transformers' logits; ends of sequences are made likely."""
     bias = ((IM_END, 4.0),)
-    group = await actor.group(
-        prompt, n=3, num_beams=4, max_tokens=6, length_penalty=length_penalty, logit_bias=bias
-    )
+    group = await actor.group(prompt, n=3, num_beams=4, max_tokens=6, length_penalty=length_penalty, logit_bias=bias)
     prompt_ids = group.prompt.expanded_ids.tolist()
     expected = _search(model, hf, group, num_beams=4, max_tokens=6, length_penalty=length_penalty, bias=bias)
     assert len(group.completions) == 3
@@ -406,7 +418,9 @@ async def test_beams_are_those_of_vllms_own_search(actor: LiveActor) -> None:
 
     for prompt, num_beams in (("Which digit is this?", 3), ("words", 5)):
         group = await actor.ask(TextPrompt(prompt), n=num_beams, num_beams=num_beams, max_tokens=12)
-        own_prompt = (await Own.renderer.render_cmpl_async([{"prompt_token_ids": group.prompt.expanded_ids.tolist()}]))[0]
+        own_prompt = (await Own.renderer.render_cmpl_async([{"prompt_token_ids": group.prompt.expanded_ids.tolist()}]))[
+            0
+        ]
         parameters = BeamSearchParams(num_beams, 12, include_stop_str_in_output=True)
         [output] = [output async for output in Own().beam_search(own_prompt, "own", parameters)]
         assert [completion.token_ids.tolist() for completion in group.completions] == [
@@ -421,3 +435,26 @@ async def test_beams_are_those_of_vllms_own_search(actor: LiveActor) -> None:
 
 async def _ask(actor: LiveActor, **sampling: Any) -> Any:
     return await actor.ask(TextPrompt("say it"), **sampling)
+
+
+# ------------------------------------------------------------------------------------------- what the model is given
+
+
+async def test_processed_tensors_of_a_model_that_normalizes_itself(actor: LiveActor, hf: Any) -> None:
+    """They are the processor's without rescaling and normalizing; normalized ones are refused, not normalized twice."""
+    chat, media = ChatPrompt(WITH_IMAGE.messages), media_of(WITH_IMAGE.images)
+    answer = {"temperature": 0.0, "max_tokens": 8}
+    expected = await actor.ask(chat, media, **answer, return_processed=True)
+    tensors = expected.prompt.media[0].processed
+    image = Image.open(io.BytesIO(WITH_IMAGE.images[0])).convert("RGB")
+    raw = hf.image_processor(image, return_tensors="np", do_rescale=False, do_normalize=False)
+    assert [named.name for named in tensors] == ["image_grid_thw", "pixel_values"]
+    assert tensors[1].tensor.dtype == "U8"
+    np.testing.assert_array_equal(tensors[1].tensor.array(), raw["pixel_values"])
+    found = await actor.ask(chat, (EngineMedia(tensors_hash(tensors), tensors),), **answer)
+    assert found.completions[0].token_ids.tolist() == expected.completions[0].token_ids.tolist()
+    np.testing.assert_allclose(found.completions[0].logprobs, expected.completions[0].logprobs, atol=PARITY)
+    normalized = NamedTensor("pixel_values", tensor_of(hf.image_processor(image, return_tensors="np")["pixel_values"]))
+    with pytest.raises(InvalidRequest, match="normalize_on_device") as refused:
+        await actor.ask(chat, (EngineMedia(bytes(32), (tensors[0], normalized)),), **answer)
+    assert refused.value.field == "media[0].processed.tensors[1].tensor.dtype"
