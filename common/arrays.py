@@ -41,9 +41,9 @@ class SampledPrompt(Protocol):
 class RolloutArrays:
     """Names and shapes are verl's; `B` rows in all, of `P + R` ids.
 
-    `position_ids` are those of text: 0 at the first token of a prompt, also 0 before it. (Models with positions in
-    three dimensions compute their own from `input_ids` and the image grids.) `old_log_probs` and `response_mask` are 0
-    where a row has no completion token. `group_ids[row]` is the index of the row's prompt.
+    `position_ids` are those of text: 0 at the first token of a prompt and before it, counted on to the end of the row.
+    (Models with positions in three dimensions compute their own from `input_ids` and the image grids.) `old_log_probs`
+    and `response_mask` are 0 where a row has no completion token. `group_ids[row]` is the index of the row's prompt.
     """
 
     prompts: Int64Array
@@ -62,17 +62,18 @@ def rollout_arrays(
     *,
     prompt_length: int | None = None,
     response_length: int | None = None,
+    allow_beams: bool = False,
 ) -> RolloutArrays:
     """The array view of groups.
 
     `prompt_length` and `response_length` replace `P` and `R`. Raises ValueError for no completion at all, for what is
-    longer than these, and for completions that were found by beam search: their logprobs are those of no sample.
+    longer than these, and, without `allow_beams`, for beams: their logprobs are those of no sample.
     """
     rows = [(group, completion) for group in groups for completion in group.completions]
     if not rows:
         raise ValueError("no completions: there is nothing to make arrays of")
     for _, completion in rows:
-        if completion.beam is not None:
+        if completion.beam is not None and not allow_beams:
             raise ValueError(f"{completion.trajectory_id} was found by beam search; it is no sample of a policy")
     completions = [completion.token_ids for _, completion in rows]
     # The prompts once each, then as often as they have completions.
@@ -84,12 +85,14 @@ def rollout_arrays(
     for row, (_, completion) in zip(logprobs, rows, strict=True):
         row[: len(completion.logprobs)] = completion.logprobs
     attention_mask = np.concatenate([prompt_mask, response_mask], axis=1)
+    prompt_positions = np.maximum(np.cumsum(prompt_mask, axis=1) - 1, 0)
+    response_positions = prompt_positions[:, -1:] + np.arange(1, responses.shape[1] + 1)
     return RolloutArrays(
         prompts=prompts,
         responses=responses,
         input_ids=np.concatenate([prompts, responses], axis=1),
         attention_mask=attention_mask,
-        position_ids=np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0),
+        position_ids=np.concatenate([prompt_positions, response_positions], axis=1),
         response_mask=response_mask,
         old_log_probs=logprobs,
         group_ids=np.repeat(np.arange(len(groups)), counts),

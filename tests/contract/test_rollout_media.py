@@ -52,7 +52,6 @@ async def test_pixels_and_tensors_cross_once(start_actor: StartActor) -> None:
     client = GrpcClient(actor.address)
     request = _request(*media, return_processed=True)
     first = await client.generate(request, timeout_s=10)
-    assert client._prepare  # the second one sends hashes
     assert (await client._prepare(request)).media == by_hash.media
     second = await client.generate(request, timeout_s=10)
     await client.close()
@@ -170,7 +169,7 @@ async def test_expanded_prompts(start_actor: StartActor) -> None:
         with pytest.raises(InvalidRequest) as refused:
             await _ask(actor.address, _request(item, prompt=TokenPrompt(tokens.ids, runs)))
         assert str(refused.value) == problem
+    runs = (PlaceholderRange(1, 3), PlaceholderRange(3, 1))
     with pytest.raises(InvalidRequest) as refused:
-        runs = (PlaceholderRange(1, 3), PlaceholderRange(3, 1))
         await _ask(actor.address, _request(item, item, prompt=TokenPrompt(tokens.ids, runs)))
     assert str(refused.value) == "tokens.placeholders[1].offset: is 3, before the end of the range before it, 4"

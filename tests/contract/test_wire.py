@@ -172,7 +172,8 @@ def test_golden_options_and_tensors() -> None:
         "0a01 67"
         "22 0a 0a02 0909 1204 0801 1001"  # 4: tokens { 1: ids, 2: placeholders { offset, length } }
         "2a 15 0801 220c 0802 1203 010103 1a03 010203 3203 08ac02"  # 5: { modality, 4: pixels, 6: { 1: min_pixels } }
-        "2a 1d 0801 2a19 0a17 0a04 67726964 120f 0805 1201 01 1a08 0700000000000000"  # 5: { 5: { 1: { name, tensor } } }
+        # 5: { 5: { 1: { name, tensor } } }
+        "2a 1d 0801 2a19 0a17 0a04 67726964 120f 0805 1201 01 1a08 0700000000000000"
         "32" + f"{len(bytes.fromhex(sampling)):02x}" + sampling + "3a 02 0801"
     )  # fmt: skip
     assert wire.request_to_proto(request).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")

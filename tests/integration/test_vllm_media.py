@@ -189,6 +189,7 @@ async def test_processed_tensors_are_the_same_image(actor: LiveActor, hf: Any) -
 
 async def test_processed_tensors_come_back(actor: LiveActor, hf: Any) -> None:
     """Also when the engine has them in its cache; and they are taken again as they are."""
+    found = await actor.ask(CHAT, media_of(IMAGES), **ANSWER)
     for _ in range(2):
         found = await actor.ask(CHAT, media_of(IMAGES), return_processed=True, **ANSWER)
         for use, image in zip(found.prompt.media, IMAGES, strict=True):
@@ -315,7 +316,7 @@ def _item(tensors: Any) -> EngineMedia:
 
 
 def replace_values(named: NamedTensor, factor: float) -> NamedTensor:
-    return NamedTensor(named.name, tensor_of(named.tensor.array() * np.float32(factor)))
+    return NamedTensor(named.name, tensor_of(named.tensor.array().astype(np.float32) * np.float32(factor)))
 
 
 def _same_answer(found: SampledGroup, expected: SampledGroup) -> None:

@@ -115,7 +115,7 @@ def sampled_from(logits: Row, params: SamplingParams, prompt_ids: list[int], out
     return result
 
 
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.5},
     "top-p": {"top_p": 0.6},
@@ -389,12 +389,12 @@ def _search(
     num_prompt = len(group.prompt.expanded_ids)
 
     def score(ids: list[int], logprobs: list[float]) -> float:
-        return sum(logprobs) / (num_prompt + len(ids) - (ids[-1] == IM_END)) ** length_penalty
+        return sum(logprobs) / float((num_prompt + len(ids) - (ids[-1] == IM_END)) ** length_penalty)
 
     live: list[tuple[list[int], list[float]]] = [([], [])]
     ended: list[tuple[list[int], list[float]]] = []
     for _ in range(max_tokens):
-        longer = []
+        longer: list[tuple[list[int], list[float]]] = []
         for ids, logprobs in live:
             one_more = Completion("", 0, np.array([*ids, 0], np.int32), np.zeros(1), FinishReason.STOP, ())
             with torch.no_grad():

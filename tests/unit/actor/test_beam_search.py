@@ -35,8 +35,8 @@ class Model:
 
 
 def _score(model: Model, ids: tuple[int, ...], num_prompt: int, penalty: float) -> float:
-    total = sum(model.logprobs(ids[:t])[token_id] for t, token_id in enumerate(ids))
-    return float(total) / (num_prompt + len(ids) - (ids[-1] == EOS)) ** penalty
+    total = sum(float(model.logprobs(ids[:t])[token_id]) for t, token_id in enumerate(ids))
+    return total / math.pow(num_prompt + len(ids) - (ids[-1] == EOS), penalty)
 
 
 def _search(model: Model, num_beams: int, max_tokens: int, penalty: float, eos: tuple[int, ...] = (EOS,)) -> BeamSearch:
@@ -49,11 +49,12 @@ def _search(model: Model, num_beams: int, max_tokens: int, penalty: float, eos: 
 @pytest.mark.parametrize("seed", range(5))
 async def test_wide_enough_it_finds_the_best_of_all(seed: int, penalty: float) -> None:
     model = Model(seed)
-    everything: list[tuple[int, ...]] = []
-    for length in range(1, 4):
-        for ids in itertools.product(range(VOCABULARY), repeat=length):
-            if EOS not in ids[:-1] and (length == 3 or ids[-1] == EOS):
-                everything.append(ids)
+    everything = [
+        ids
+        for length in range(1, 4)
+        for ids in itertools.product(range(VOCABULARY), repeat=length)
+        if EOS not in ids[:-1] and (length == 3 or ids[-1] == EOS)
+    ]
     expected = sorted(everything, key=lambda ids: _score(model, ids, 3, penalty), reverse=True)
     search = _search(model, len(everything), 3, penalty)
     found = await search.run(model.extend)
@@ -72,7 +73,7 @@ async def test_stopping_early_changes_nothing(penalty: float, monkeypatch: pytes
         model, patient = Model(seed), Model(seed)
         found = await _search(model, 2, 12, penalty).run(model.extend)
         with monkeypatch.context() as patch:
-            patch.setattr(BeamSearch, "_can_improve", lambda self, live, finished: bool(live))
+            patch.setattr(BeamSearch, "_can_improve", lambda _search, live, _finished: bool(live))
             expected = await _search(patient, 2, 12, penalty).run(patient.extend)
         assert [beam.token_ids for beam in found] == [beam.token_ids for beam in expected]
         saved += patient.num_steps - model.num_steps

@@ -47,10 +47,10 @@ def test_the_arrays_of_two_groups() -> None:
         [0, 0, 1, 1, 0, 0],
     ]
     assert arrays.position_ids.tolist() == [
-        [0, 1, 2, 3, 3, 3],
         [0, 1, 2, 3, 4, 5],
-        [0, 0, 0, 1, 2, 2],
-        [0, 0, 0, 1, 1, 1],
+        [0, 1, 2, 3, 4, 5],
+        [0, 0, 0, 1, 2, 3],
+        [0, 0, 0, 1, 2, 3],
     ]
     assert arrays.response_mask.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
     assert arrays.old_log_probs.tolist() == [[-0.5, 0, 0], [-0.25, -1, -2], [-3, -4, 0], [-0.125, 0, 0]]
@@ -81,3 +81,4 @@ def test_what_is_no_rollout() -> None:
     beam = _group([5], _completion(0, [10], [-0.5], BeamScore(-0.5, -0.25)))
     with pytest.raises(ValueError, match="g/0/a was found by beam search"):
         rollout_arrays([beam], 0)
+    assert rollout_arrays([beam], 0, allow_beams=True).input_ids.tolist() == [[5, 10]]
