@@ -287,13 +287,19 @@ class VllmEngine:
         """What vLLM reports. Raises InvalidRequest for what it does not take."""
         from vllm.exceptions import VLLMClientError
 
-        outputs: Any = self._require().generate(engine_input, parameters, request_id=name)
-        async with contextlib.aclosing(outputs):
-            try:
+        engine = self._require()
+        prompt: Any = engine_input
+        try:
+            if parameters.structured_outputs is not None:
+                # vLLM parses the grammar when it takes a request, for up to some tenths of a second: not on this loop.
+                prompt = await engine.input_processor.process_inputs_async(
+                    name, engine_input, parameters, supported_tasks=await engine.get_supported_tasks()
+                )
+            async with contextlib.aclosing(engine.generate(prompt, parameters, request_id=name)) as outputs:
                 async for output in outputs:
                     yield output
-            except (ValueError, VLLMClientError) as error:  # only while it looks at the request
-                raise refusal(error) from error
+        except (ValueError, VLLMClientError) as error:  # only while it looks at the request
+            raise refusal(error) from error
 
     async def _understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[list[int], EngineInput]":
         """Unexpanded ids and what vLLM makes of the prompt. Raises InvalidRequest."""

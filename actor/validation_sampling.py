@@ -12,7 +12,8 @@ _MAX_BIASES = 1024
 _MAX_BAD_IDS = 4096
 _MAX_CHOICES = 1024
 _MAX_REGEX_CHARS = 4096
-_MAX_SPEC_CHARS = 2**16
+# Parsing a schema of this length takes some tenths of a second, compiling it seconds.
+_MAX_SPEC_CHARS = 2**14
 _MAX_PATTERN = 256
 # vLLM takes a lower temperature for this one, without a word in its answer. (Less a rounding of float32.)
 _MIN_TEMPERATURE = 0.00999

@@ -486,6 +486,22 @@ def test_spans_must_cover_the_tokens(spans: list[tuple[int, int]]) -> None:
         wire.completion_from_proto(message)
 
 
+@given(
+    st.integers(-1, 11),
+    st.lists(st.one_of(st.integers(-1, 4), st.integers(-(2**63), 2**63 - 1)), max_size=9),
+    st.binary(max_size=64),
+)
+def test_a_tensor_is_taken_only_if_it_adds_up(dtype: int, shape: list[int], data: bytes) -> None:
+    message = pb.Tensor(dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
+    try:
+        tensor = wire.tensor_from_proto(message, "x")
+    except InvalidRequest:
+        return
+    assert wire.tensor_to_proto(tensor) == message
+    assert tensor.widened().shape == tuple(shape)
+    assert tensor.dtype == "BF16" or tensor.array().nbytes == len(data)
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_crash_the_request_decoder(data: bytes) -> None:
     message = pb.GenerateRequest()

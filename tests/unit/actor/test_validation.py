@@ -163,8 +163,8 @@ def test_logprobs_of_one_group_are_bounded() -> None:
             "sampling.structured_output.choice.texts[1]: is empty",
         ),
         (
-            {"structured_output": StructuredOutput(Constraint.CHOICE, choices=("a" * 65537,))},
-            "sampling.structured_output.choice.texts: more than 65536 characters",
+            {"structured_output": StructuredOutput(Constraint.CHOICE, choices=("a" * 16385,))},
+            "sampling.structured_output.choice.texts: more than 16384 characters",
         ),
         (
             {"structured_output": StructuredOutput(Constraint.REGEX, "a" * 4097)},
@@ -172,7 +172,7 @@ def test_logprobs_of_one_group_are_bounded() -> None:
         ),
         (
             {"structured_output": StructuredOutput(Constraint.JSON_SCHEMA, "")},
-            "sampling.structured_output.json_schema: must have 1 to 65536 characters",
+            "sampling.structured_output.json_schema: must have 1 to 16384 characters",
         ),
         (
             {"structured_output": StructuredOutput(Constraint.JSON_OBJECT), "allowed_token_ids": (5,)},
