@@ -8,6 +8,7 @@ processes and must agree.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,8 @@ class VllmMedia:
         if cache is not None:
             for item in media:
                 if item.is_plain:
-                    self._renderer._mm_executor.submit(cache.invalidate, item.sha256.hex())
+                    with contextlib.suppress(RuntimeError):  # the engine is being stopped, and its thread has ended
+                        self._renderer._mm_executor.submit(cache.invalidate, item.sha256.hex())
 
     def uses(self, engine_input: Any, media: Sequence[EngineMedia], *, with_tensors: bool) -> tuple[MediaUse, ...]:
         """What vLLM did with each item, in vLLM's own words: its hashes, placeholders and grids.
