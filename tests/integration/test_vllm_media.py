@@ -14,13 +14,25 @@ import pytest_asyncio
 import torch
 from PIL import Image
 
+from actor.config import ActorConfig
 from actor.engine import EngineMedia
-from common.client import SampledGroup
+from actor.server import ActorServer
+from common.arrays import rollout_arrays
+from common.client import GrpcClient, SampledGroup
 from common.errors import InvalidRequest
-from common.tensors import NamedTensor, tensor_of, tensors_hash
-from common.types import ChatPrompt, PlaceholderRange, TextPrompt, TokenPrompt
+from common.media import content_hash
+from common.tensors import NamedTensor, pixels_hash, tensor_of, tensors_hash
+from common.types import (
+    ChatPrompt,
+    MediaItem,
+    PlaceholderRange,
+    RolloutRequest,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
 from examples.digits.model import build_model
-from tests.integration.live_actor import LiveActor, media_of
+from tests.integration.live_actor import CONFIG, LiveActor, media_of
 from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 
@@ -301,6 +313,42 @@ async def test_bounds_that_exclude_each_other(actor: LiveActor) -> None:
         with pytest.raises(InvalidRequest) as refused:
             await actor.ask(CHAT, media, **ANSWER)
         assert refused.value.field == f"media[0].processor.{field}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the wire
+
+
+async def test_all_of_it_over_the_wire(actor: LiveActor, model_dir: Path, hf: Any) -> None:
+    """The same image as a file, as pixels and as tensors, each sent and then named by hash; and beams."""
+    config = ActorConfig(model=model_dir, standalone=True, vllm=CONFIG)
+    server = ActorServer(actor.engine, actor.info, config, "actor-1")
+    client = GrpcClient(f"127.0.0.1:{await server.start('127.0.0.1:0')}")
+    one = ChatPrompt(sample(0, "what?", IMAGES[:1]).messages)
+    pixels = tensor_of(np.asarray(Image.open(io.BytesIO(IMAGES[0])).convert("RGB")))
+    tensors = tuple(_tensors(hf, IMAGES[0]))
+    items = [
+        MediaItem(content_hash(IMAGES[0]), IMAGES[0]),
+        MediaItem(pixels_hash(pixels), pixels=pixels),
+        MediaItem(tensors_hash(tensors), processed=tensors),
+    ]
+    try:
+        groups = []
+        for item in items:
+            for _ in range(2):
+                request = RolloutRequest("g", one, (item,), SamplingParams(**ANSWER, top_logprobs=2))
+                groups.append(await client.generate(request, timeout_s=60))
+                assert groups[-1].prompt.media[0].sha256 == item.sha256
+        for group in groups:
+            _same_answer(group, groups[0])
+            assert {len(top.token_ids) for top in group.completions[0].top_logprobs} == {2}
+        arrays = rollout_arrays(groups, pad_token_id=256)
+        assert arrays.responses.tolist() == [groups[0].completions[0].token_ids.tolist()] * 6
+        sampling = SamplingParams(n=2, num_beams=3, max_tokens=5)
+        beams = await client.generate(RolloutRequest("b", one, tuple(items[2:]), sampling), timeout_s=60)
+        assert [completion.beam is not None for completion in beams.completions] == [True, True]
+    finally:
+        await client.close()
+        await server.stop(grace_s=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
