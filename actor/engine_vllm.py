@@ -210,6 +210,10 @@ class VllmEngine:
                 async for event in events:
                     is_answered = True
                     yield event
+        except NothingSampled as error:
+            if wanted.structured_output is None:
+                raise
+            raise InvalidRequest("sampling.structured_output", "vLLM cannot compile it") from error
         except EngineDeadError as error:
             raise EngineDead("the vLLM engine has died; its log says why") from error
         finally:
