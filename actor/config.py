@@ -41,6 +41,11 @@ class VllmConfig(Config):
     cpu_cores: str | None = Field(None, pattern=r"^[0-9]+(-[0-9]+)?([,|][0-9]+(-[0-9]+)?)*$")
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
+    # Models that can rescale and normalize pixels themselves do so: less is sent to them. But processed tensors, those
+    # taken and those returned, are then the processor's without these two steps (uint8). False: with them, as usual.
+    normalize_on_device: bool = True
+    # Alternatives per token that a request may ask for; a beam search takes two for each beam.
+    max_logprobs: int = Field(64, ge=0)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 
@@ -51,6 +56,7 @@ class FakeConfig(Config):
     vocab_size: int = Field(320, ge=2)
     max_context_tokens: int = Field(4096, ge=2)
     max_images: int = Field(16, ge=0)
+    max_logprobs: int = Field(64, ge=0)
     tokens_per_image: int = Field(4, ge=1)
     # Lengths are uniform on 1 to 2 * mean_tokens - 1.
     mean_tokens: int = Field(8, ge=1)
@@ -93,9 +99,11 @@ class ActorConfig(Config):
 
     def server_limits(self, max_context_tokens: int) -> ServerLimits:
         """The limits as clients see them."""
+        engine = self.vllm if self.engine == "vllm" else self.fake
         return ServerLimits(
             max_context_tokens=max_context_tokens,
-            max_media_items=(self.vllm if self.engine == "vllm" else self.fake).max_images,
+            max_media_items=engine.max_images,
+            max_logprobs=engine.max_logprobs,
             **self.limits.model_dump(exclude={"media_store_bytes"}),
         )
 

@@ -10,19 +10,38 @@ from typing import Protocol
 
 from PIL import Image
 
+from common.tensors import NamedTensor
 from common.types import Completion, EpochSpec, Manifest, Prompt, PromptInfo, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class EngineMedia:
+    """One media item, decoded: an RGB image, or what the model's processor made of one elsewhere.
+
+    `sha256` names it in every cache of the engine, together with the bounds on its pixels.
+    """
+
+    sha256: bytes
+    content: Image.Image | tuple[NamedTensor, ...]
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """An image that the processor sees with the model's own options."""
+        return isinstance(self.content, Image.Image) and self.min_pixels is None and self.max_pixels is None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One group, with its media decoded. `sha256[i]` names `images[i]` in every cache of the engine."""
+    """One group, with its media decoded."""
 
     group_id: str
     prompt: Prompt
-    images: tuple[Image.Image, ...]
-    sha256: tuple[bytes, ...]
+    media: tuple[EngineMedia, ...]
     sampling: SamplingParams
     return_text: bool = False
+    return_processed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

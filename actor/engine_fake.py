@@ -17,7 +17,8 @@ import numpy as np
 
 from actor.config import FakeConfig
 from actor.engine import EngineInfo, EngineLoad, EngineRequest
-from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
+from actor.fake_answers import best_beams, processed, top_logprobs, with_prompt_logprobs
+from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout, Unimplemented
 from common.types import (
     ChatPrompt,
     Completion,
@@ -29,6 +30,7 @@ from common.types import (
     MediaPart,
     MediaUse,
     PlaceholderRange,
+    Prompt,
     PromptInfo,
     TextPrompt,
     TokenPrompt,
@@ -83,19 +85,25 @@ class FakeEngine:
         if self._num_groups == self._config.die_at_group:
             self._dead = True
         await self.check()
-        info = self._prompt_info(request)
+        if request.sampling.structured_output is not None:
+            raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
+        info = with_prompt_logprobs(self._prompt_info(request), request.sampling, self._config.vocab_size)
         yield info
         max_tokens = self._max_tokens(request, len(info.expanded_ids))
-        digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(request.sha256)).digest()
-        tokens = [self._tokens(request, digest, i, max_tokens) for i in range(request.sampling.n)]
+        digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(item.sha256 for item in request.media)).digest()
+        num_samples = request.sampling.num_beams or request.sampling.n
+        tokens = [self._tokens(request, digest, i, max_tokens) for i in range(num_samples)]
         finished: asyncio.Queue[Completion] = asyncio.Queue()
         tasks = [asyncio.create_task(self._sample(request, i, tokens[i], finished)) for i in range(len(tokens))]
         try:
+            if request.sampling.num_beams:
+                await asyncio.gather(*tasks)
+                await self.check()
+                yield best_beams(_drain(finished), request.sampling, len(info.expanded_ids))
+                return
             num_left = len(tasks)
             while num_left:
-                completions = [await finished.get()]
-                while not finished.empty():
-                    completions.append(finished.get_nowait())
+                completions = [await finished.get(), *_drain(finished)]
                 await self.check()
                 num_left -= len(completions)
                 yield completions
@@ -137,6 +145,7 @@ class FakeEngine:
             first_token_s=start_s - accepted_s,
             finished_s=time.monotonic() - accepted_s,
             text=_text(token_ids) if request.return_text else "",
+            top_logprobs=top_logprobs(token_ids, logprobs, request.sampling.top_logprobs, self._config.vocab_size),
         )
         finished.put_nowait(completion)
 
@@ -163,34 +172,55 @@ class FakeEngine:
     def _prompt_info(self, request: EngineRequest) -> PromptInfo:
         """Text is one id per byte; each media item is one placeholder, expanded to `tokens_per_image`."""
         unexpanded = self._tokenize(request)
+        is_expanded = isinstance(request.prompt, TokenPrompt) and bool(request.prompt.placeholders)
+        if is_expanded:
+            unexpanded = self._collapse(request.prompt)
         num_media = unexpanded.count(PLACEHOLDER_ID)
-        if num_media != len(request.sha256):
-            raise InvalidRequest("media", f"{len(request.sha256)} items came, the prompt has room for {num_media}")
+        if num_media != len(request.media):
+            raise InvalidRequest("media", f"{len(request.media)} items came, the prompt has room for {num_media}")
         expanded: list[int] = []
         uses: list[MediaUse] = []
         length = self._config.tokens_per_image
         for token_id in unexpanded:
             if token_id == PLACEHOLDER_ID:
                 run = PlaceholderRange(len(expanded), length)
-                uses.append(MediaUse(request.sha256[len(uses)], run, length, (1, 2, 2 * length)))
+                item = request.media[len(uses)]
+                tensors = processed(item) if request.return_processed else ()
+                uses.append(MediaUse(item.sha256, run, length, (1, 2, 2 * length), processed=tensors))
                 expanded += [PLACEHOLDER_ID] * length
             else:
                 expanded.append(token_id)
         return PromptInfo(
             group_id=request.group_id,
             actor_id=self._actor_id,
-            unexpanded_ids=np.asarray(unexpanded, np.int32),
+            unexpanded_ids=np.asarray([] if is_expanded else unexpanded, np.int32),
             expanded_ids=np.asarray(expanded, np.int32),
             media=tuple(uses),
             suppressed_token_ids=(PLACEHOLDER_ID,),
         )
+
+    def _collapse(self, prompt: Prompt) -> list[int]:
+        """Expanded ids without what was expanded; each range must be what this engine makes of an item."""
+        assert isinstance(prompt, TokenPrompt)
+        ids, end = [], 0
+        for i, run in enumerate(prompt.placeholders):
+            filled = prompt.ids[run.offset : run.offset + run.length]
+            if filled != (PLACEHOLDER_ID,) * self._config.tokens_per_image:
+                raise InvalidRequest(
+                    f"tokens.placeholders[{i}]",
+                    f"is {run.length} tokens at {run.offset}; the processor yields {self._config.tokens_per_image}"
+                    f" for media[{i}]",
+                )
+            ids += [*prompt.ids[end : run.offset], PLACEHOLDER_ID]
+            end = run.offset + run.length
+        return [*ids, *prompt.ids[end:]]
 
     def _tokenize(self, request: EngineRequest) -> list[int]:
         match request.prompt:
             case TokenPrompt(token_ids):
                 return list(token_ids)
             case TextPrompt(text):
-                return [PLACEHOLDER_ID] * len(request.sha256) + self._text_ids(text)
+                return [PLACEHOLDER_ID] * len(request.media) + self._text_ids(text)
             case ChatPrompt(messages):
                 ids: list[int] = []
                 for message in messages:
@@ -271,6 +301,10 @@ async def _finish(jobs: "list[Future[Any]]", timeout_s: float) -> list[Any]:
         raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s") from None
     except RuntimeError as error:
         raise StageTimeout(f"a worker could not finish its part: {error}") from error
+
+
+def _drain(queue: asyncio.Queue[Completion]) -> list[Completion]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 def _text(token_ids: IntArray) -> str:

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,11 @@ import numpy as np
 from PIL import Image
 
 from actor.config import VllmConfig, parse_cores
-from actor.engine import EngineInfo, EngineLoad, EngineRequest
+from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
+from actor.vllm_beams import search_beams
+from actor.vllm_media import VllmMedia
+from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
+from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
 from common.placeholders import placeholder_ids
@@ -27,45 +32,25 @@ from common.types import (
     FinishReason,
     Manifest,
     MediaPart,
-    MediaUse,
-    PlaceholderRange,
     PromptInfo,
+    SamplingParams,
     TextPart,
     TextPrompt,
     TokenPrompt,
-    VersionSpan,
+    TopLogprobs,
 )
 
 if TYPE_CHECKING:
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.inputs import EngineInput
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 # With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
 # what is new (DELTA): in the other modes each token comes with all tokens before it.
 _FIRST_AND_LAST_ONLY = 2**30
 _POLL_S = 0.002
-# More images than vLLM's own cache of processed media holds.
-_MAX_GRIDS = 2**20
 _WARM_UP_TOKENS = 4
-
-
-@dataclass(slots=True)
-class _Sample:
-    """What vLLM has reported of one completion so far."""
-
-    first_token_s: float
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-
-    def add(self, part: "CompletionOutput") -> None:
-        """Append what is new."""
-        flat: Any = part.logprobs
-        self.token_ids.extend(part.token_ids)
-        self.logprobs.extend(flat.logprobs[start] for start in flat.start_indices)  # the sampled token comes first
-        self.text += part.text
 
 
 class VllmEngine:
@@ -77,7 +62,8 @@ class VllmEngine:
         self._actor_id = actor_id
         self._engine: AsyncLLM | None = None
         self._placeholder_ids: tuple[int, ...] = ()
-        self._grids: dict[str, tuple[int, ...]] = {}
+        self._media: VllmMedia
+        self._eos_ids: frozenset[int] = frozenset()
         self._staged: Manifest | None = None
         self._tokenizing = threading.Lock()
 
@@ -114,7 +100,9 @@ class VllmEngine:
             gpu_memory_utilization=self._config.gpu_memory_utilization,
             limit_mm_per_prompt={"image": self._config.max_images, "video": 0},
             skip_mm_profiling=True,
+            mm_device_do_normalize=self._config.normalize_on_device,
             logprobs_mode="processed_logprobs",
+            max_logprobs=self._config.max_logprobs,
             generation_config="vllm",
             stream_interval=_FIRST_AND_LAST_ONLY,
             logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
@@ -129,6 +117,8 @@ class VllmEngine:
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
         self._placeholder_ids = placeholder_ids(model_config.hf_config)
+        self._media = VllmMedia(self._engine.renderer)
+        self._eos_ids = _eos_ids(self._engine.renderer.get_eos_token_id(), model_config.try_get_generation_config())
         info = EngineInfo(
             name="vllm",
             version=vllm.__version__,
@@ -166,15 +156,12 @@ class VllmEngine:
 
     async def _warm_up(self) -> None:
         """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""
-        from common.types import SamplingParams
-
         has_images = bool(self._placeholder_ids) and self._config.max_images > 0
         parts = ((MediaPart(0),) if has_images else ()) + (TextPart("Hello."),)
         request = EngineRequest(
             group_id="warm-up",
             prompt=ChatPrompt((ChatMessage("user", parts),)),
-            images=(Image.new("RGB", (64, 64), "gray"),) if has_images else (),
-            sha256=(bytes(32),) if has_images else (),
+            media=(EngineMedia(bytes(32), Image.new("RGB", (64, 64), "gray")),) if has_images else (),
             sampling=SamplingParams(n=2, max_tokens=_WARM_UP_TOKENS, ignore_eos=True),
         )
         async for _ in self.generate(request):
@@ -208,48 +195,130 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
         """See `Engine.generate`."""
-        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         accepted_at = time.monotonic()
-        unexpanded, engine_input, parameters = await self._understand(request)
-        yield self._prompt_info(request, unexpanded, engine_input)
-        samples: dict[int, _Sample] = {}
-        outputs = self._require().generate(engine_input, parameters, request_id=request.group_id)
+        wanted = request.sampling
+        scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
+        is_answered = False
         try:
-            async with contextlib.aclosing(outputs):
+            # Several requests will carry the same items: a worker might have dropped them between two.
+            with_tensors = request.return_processed or scores_prompt or wanted.num_beams > 0
+            unexpanded, engine_input = await self._understand(request, with_tensors=with_tensors)
+            info = self._prompt_info(request, unexpanded, engine_input)
+            yield await self._score_prompt(request, info, engine_input) if scores_prompt else info
+            answers = self._search if wanted.num_beams else self._sample_twice
+            async with contextlib.aclosing(answers(request, engine_input, accepted_at)) as events:
+                async for event in events:
+                    is_answered = True
+                    yield event
+        except NothingSampled as error:
+            if wanted.structured_output is None:
+                raise
+            raise InvalidRequest("sampling.structured_output", "vLLM cannot compile it") from error
+        except EngineDeadError as error:
+            raise EngineDead("the vLLM engine has died; its log says why") from error
+        finally:
+            if not is_answered:
+                self._media.forget(request.media)
+
+    async def _sample_twice(
+        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+    ) -> AsyncGenerator[list[Completion], None]:
+        """As `_sample`; once more, with the media themselves, if a worker lacks those that it was believed to have.
+
+        That happens to requests that meet one that brought the same media and failed before the worker saw it.
+        """
+        is_answered = False
+        try:
+            async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+                async for event in events:
+                    is_answered = True
+                    yield event
+            return
+        except NothingSampled:
+            if is_answered or not request.media:
+                raise
+        _, engine_input = await self._understand(request, with_tensors=True)
+        async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+            async for event in events:
+                yield event
+
+    async def _sample(
+        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+    ) -> AsyncGenerator[list[Completion], None]:
+        """Completions as they finish."""
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            parameters = sampling_params(request.sampling, return_text=request.return_text)
+        except (ValueError, VLLMClientError) as error:
+            raise refusal(error) from error
+        samples: dict[int, Sample] = {}
+        async with contextlib.aclosing(self._outputs(engine_input, parameters, request.group_id)) as outputs:
+            async for output in outputs:
+                now_s = time.monotonic() - accepted_at
+                finished = []
+                for part in output.outputs:
+                    if part.index not in samples:
+                        samples[part.index] = Sample(now_s, request.sampling.top_logprobs)
+                    samples[part.index].add(part)
+                    if part.finish_reason is not None:
+                        sample = samples.pop(part.index)
+                        name = self._trajectory_id(request, part.index)
+                        finished.append(sample.completion(part, request, name, finished_s=now_s))
+                if finished:
+                    yield finished
+
+    async def _search(
+        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+    ) -> AsyncGenerator[list[Completion], None]:
+        """The best beams, all at once."""
+        beams = await search_beams(
+            request,
+            engine_input,
+            max_context_tokens=self._require().model_config.max_model_len,
+            eos_ids=self._eos_ids,
+            generate=functools.partial(self._outputs, name=request.group_id),
+            accepted_at=accepted_at,
+        )
+        yield [
+            replace(beam, trajectory_id=self._trajectory_id(request, beam.index), text=self._text(request, beam))
+            for beam in beams
+        ]
+
+    async def _outputs(
+        self, engine_input: "EngineInput", parameters: "VllmSamplingParams", name: str
+    ) -> "AsyncGenerator[RequestOutput, None]":
+        """What vLLM reports. Raises InvalidRequest for what it does not take."""
+        from vllm.exceptions import VLLMClientError
+
+        engine = self._require()
+        prompt: Any = engine_input
+        try:
+            if parameters.structured_outputs is not None:
+                # vLLM parses the grammar when it takes a request, for up to some tenths of a second: not on this loop.
+                prompt = await engine.input_processor.process_inputs_async(
+                    name, engine_input, parameters, supported_tasks=await engine.get_supported_tasks()
+                )
+            async with contextlib.aclosing(engine.generate(prompt, parameters, request_id=name)) as outputs:
                 async for output in outputs:
-                    now_s = time.monotonic() - accepted_at
-                    for part in output.outputs:
-                        samples.setdefault(part.index, _Sample(first_token_s=now_s)).add(part)
-                    finished = [
-                        self._completion(request, part, samples.pop(part.index), now_s)
-                        for part in output.outputs
-                        if part.finish_reason is not None
-                    ]
-                    if finished:
-                        yield finished
-        except EngineDeadError as error:
-            raise EngineDead("the vLLM engine has died; its log says why") from error
-        except VLLMValidationError as error:
-            raise InvalidRequest("sampling", _one_line(error)) from error
+                    yield output
+        except (ValueError, VLLMClientError) as error:  # only while it looks at the request
+            raise refusal(error) from error
 
-    async def _understand(self, request: EngineRequest) -> "tuple[list[int], EngineInput, VllmSamplingParams]":
-        """Unexpanded ids, what vLLM makes of the prompt, how to sample. Raises InvalidRequest."""
+    async def _understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[list[int], EngineInput]":
+        """Unexpanded ids and what vLLM makes of the prompt. Raises InvalidRequest."""
         from jinja2 import TemplateError
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.exceptions import VLLMClientError
 
+        placeholders = request.prompt.placeholders if isinstance(request.prompt, TokenPrompt) else ()
         try:
-            unexpanded = await asyncio.to_thread(self._tokenize, request)
-            engine_input = await self._render(request, unexpanded)
-        except EngineDeadError as error:
-            raise EngineDead("the vLLM engine has died; its log says why") from error
-        except (TemplateError, ValueError) as error:  # also vLLM's own validation errors
+            token_ids = await asyncio.to_thread(self._tokenize, request)
+            engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
+        except (TemplateError, ValueError, VLLMClientError) as error:
             raise InvalidRequest("prompt", _one_line(error)) from error
-        try:
-            return unexpanded, engine_input, self._sampling_params(request)
-        except ValueError as error:
-            raise InvalidRequest("sampling", _one_line(error)) from error
+        return [] if placeholders else token_ids, engine_input
 
     def _tokenize(self, request: EngineRequest) -> list[int]:
         """Ids with one placeholder for each image, before vLLM expands them; in a thread, one at a time."""
@@ -267,93 +336,52 @@ class VllmEngine:
         )
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    async def _render(self, request: EngineRequest, token_ids: list[int]) -> "EngineInput":
-        """Run the model's processor; expands the placeholders. Images are known to vLLM's caches by their sha256."""
-        prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-            prompt["multi_modal_uuids"] = {"image": [digest.hex() for digest in request.sha256]}
-        rendered = await self._require().renderer.render_cmpl_async([prompt])
-        return rendered[0]
+    def _text(self, request: EngineRequest, beam: Completion) -> str:
+        """Of a beam, without the end-of-sequence id, as vLLM gives that of a sample."""
+        if not request.return_text:
+            return ""
+        token_ids = beam.token_ids.tolist()
+        token_ids = token_ids[:-1] if beam.finish_reason is FinishReason.STOP else token_ids
+        with self._tokenizing:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=request.sampling.skip_special_tokens))
 
     def _prompt_info(self, request: EngineRequest, unexpanded: list[int], engine_input: "EngineInput") -> PromptInfo:
-        media: tuple[MediaUse, ...] = ()
-        if engine_input["type"] == "multimodal":
-            media = tuple(self._media_uses(engine_input))
-        if len(media) != len(request.images):
-            raise InvalidRequest("media", f"{len(request.images)} images came, the prompt has room for {len(media)}")
+        media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
+        expanded_ids = np.asarray(engine_input["prompt_token_ids"], np.int32)
+        is_filled = np.zeros(len(expanded_ids), bool)
+        for use in media:
+            is_filled[use.placeholder.offset : use.placeholder.offset + use.placeholder.length] = True
+        stray = np.flatnonzero(np.isin(expanded_ids, self._placeholder_ids) & ~is_filled)
+        if len(stray):
+            raise InvalidRequest("prompt", f"{len(stray)} placeholder tokens, for which there are no media")
         return PromptInfo(
             group_id=request.group_id,
             actor_id=self._actor_id,
             unexpanded_ids=np.asarray(unexpanded, np.int32),
-            expanded_ids=np.asarray(engine_input["prompt_token_ids"], np.int32),
+            expanded_ids=expanded_ids,
             media=media,
             suppressed_token_ids=self._placeholder_ids,
         )
 
-    def _media_uses(self, engine_input: Any) -> list[MediaUse]:
-        """What vLLM did with each image, in vLLM's own words: its hashes, placeholders and grids."""
-        uses = []
-        hashes, ranges = engine_input["mm_hashes"]["image"], engine_input["mm_placeholders"]["image"]
-        for digest, place, item in zip(hashes, ranges, engine_input["mm_kwargs"]["image"], strict=True):
-            if item is not None and "image_grid_thw" in item:  # None: the worker has it in its cache
-                self._grids[digest] = tuple(item["image_grid_thw"].data.flatten().tolist())
-                if len(self._grids) > _MAX_GRIDS:
-                    del self._grids[next(iter(self._grids))]
-            uses.append(
-                MediaUse(
-                    sha256=bytes.fromhex(digest),
-                    placeholder=PlaceholderRange(place.offset, place.length),
-                    num_tokens=place.get_num_embeds(),
-                    grid_thw=self._grids.get(digest, ()),
-                )
-            )
-        return uses
-
-    def _sampling_params(self, request: EngineRequest) -> "VllmSamplingParams":
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+    async def _score_prompt(self, request: EngineRequest, info: PromptInfo, engine_input: "EngineInput") -> PromptInfo:
+        """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can."""
         wanted = request.sampling
-        return SamplingParams(
-            n=wanted.n,
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            top_k=wanted.top_k,
-            min_p=wanted.min_p,
-            max_tokens=wanted.max_tokens or None,
-            min_tokens=wanted.min_tokens,
-            seed=wanted.seed,
-            stop=list(wanted.stop),
-            stop_token_ids=list(wanted.stop_token_ids),
-            ignore_eos=wanted.ignore_eos,
-            allowed_token_ids=list(wanted.allowed_token_ids) or None,
-            repetition_penalty=wanted.repetition_penalty,
-            presence_penalty=wanted.presence_penalty,
-            frequency_penalty=wanted.frequency_penalty,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=request.return_text or bool(wanted.stop),
-            skip_special_tokens=False,
-            output_kind=RequestOutputKind.DELTA,
+        parameters = scoring_params(wanted.prompt_top_logprobs)
+        reported = [output async for output in self._outputs(engine_input, parameters, request.group_id)]
+        flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]
+        if len(flats) != 1 or len(flats[0]) != len(info.expanded_ids):
+            raise EngineDead("the engine gave no logprobs of the prompt")
+        flat, places = flats[0], range(1, len(info.expanded_ids))  # vLLM has nothing for the first
+        own = [flat.logprobs[flat.start_indices[place]] for place in places]
+        top = [top_logprobs(flat, place) for place in places]
+        return replace(
+            info,
+            prompt_logprobs=(0.0, *own) if wanted.prompt_logprobs else (),
+            prompt_top_logprobs=(TopLogprobs(), *top) if wanted.prompt_top_logprobs else (),
         )
 
-    def _completion(
-        self, request: EngineRequest, last: "CompletionOutput", sample: "_Sample", finished_s: float
-    ) -> Completion:
-        return Completion(
-            trajectory_id=f"{request.group_id}/{last.index}/{self._actor_id}",
-            index=last.index,
-            token_ids=np.asarray(sample.token_ids, np.int32),
-            logprobs=np.asarray(sample.logprobs, np.float32),
-            finish_reason=_finish_reason(last.finish_reason),
-            version_spans=tuple(
-                VersionSpan(int(span.version), span.start, span.end) for span in last.weight_versions or []
-            ),
-            first_token_s=sample.first_token_s,
-            finished_s=finished_s,
-            text=sample.text if request.return_text else "",
-        )
+    def _trajectory_id(self, request: EngineRequest, index: int) -> str:
+        return f"{request.group_id}/{index}/{self._actor_id}"
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -422,14 +450,10 @@ class VllmEngine:
         return self._engine
 
 
-def _finish_reason(reason: str | None) -> FinishReason:
-    """Raises EngineDead for a completion that vLLM broke off: what there is of it is no sample of the policy."""
-    match reason:
-        case "stop":
-            return FinishReason.STOP
-        case "length":
-            return FinishReason.LENGTH
-    raise EngineDead(f"the engine broke a completion off ({reason})")
+def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:
+    """Every id that ends a sampled completion."""
+    ids = generation_config.get("eos_token_id") or []
+    return frozenset([*([ids] if isinstance(ids, int) else ids), *([] if of_tokenizer is None else [of_tokenizer])])
 
 
 def _one_line(error: Exception) -> str:

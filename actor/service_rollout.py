@@ -7,18 +7,18 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
-from PIL import Image
 
 from actor.engine import Engine, EngineRequest
+from actor.media_intake import MediaIntake
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
-from common.errors import Draining, EngineDead, InvalidRequest, MediaMissing, QueueFull, TooLarge, WeightsPending
-from common.media import check_image, content_hash, decode_image
+from common.errors import Draining, EngineDead, InvalidRequest, QueueFull, TooLarge, WeightsPending
+from common.media import check_image, content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
-from common.types import ActorState, Completion, MediaItem, PromptInfo, RolloutRequest, ServerInfo
+from common.types import ActorState, Completion, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
@@ -62,6 +62,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self._info = info
         self._vocab_size = vocab_size
         self._store = store
+        self._intake = MediaIntake(store, info.limits, metrics)
         self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
         self._uploading: dict[_Upload, None] = {}
@@ -81,13 +82,13 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             self._refuse_unless_serving(request.min_policy_version)
             rollout = request_from_proto(request)
-            check_request(rollout, self._info.limits, self._vocab_size)
-            with self._accepted(rollout.sampling.n):
+            check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
+            with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
                 engine_request = await self._prepare(rollout)
                 outcome = "failed"
                 async with aclosing(self._events(engine_request)) as events:
                     async for event in events:
-                        yield response_to_proto(event)
+                        yield self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -107,6 +108,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 self._metrics.finished(event)
                 for part in _split(event):
                     yield part
+
+    def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
+        """One message. Raises TooLarge for one that asked for so much that no client would take it."""
+        message = response_to_proto(event)
+        limit = self._info.limits.max_message_bytes
+        if message.ByteSize() > limit:
+            raise TooLarge("returns", f"a response of {message.ByteSize()} bytes; the limit is {limit}")
+        return message
 
     def _refuse_unless_serving(self, min_policy_version: int) -> None:
         policy = self._policy
@@ -142,29 +151,15 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     # ------------------------------------------------------------------------------------------------ media
 
     async def _prepare(self, rollout: RolloutRequest) -> EngineRequest:
-        """Resolve, verify and decode the media. Raises MediaMissing with every hash that is not stored here."""
-        images: tuple[Image.Image, ...] = ()
-        hashes: tuple[bytes, ...] = ()
-        if rollout.media:
-            contents = self._contents(rollout.media)
-            limits = self._info.limits
-            hashes, images = await asyncio.to_thread(_decode, rollout.media, contents, limits.max_media_pixels)
-            for sha256, data in zip(hashes, contents, strict=True):
-                if len(data) <= self._store.max_bytes:
-                    self._store.put(sha256, data)
+        """The request as the engine takes it, its media decoded."""
         return EngineRequest(
-            rollout.group_id, rollout.prompt, images, hashes, rollout.sampling, return_text=rollout.return_text
+            group_id=rollout.group_id,
+            prompt=rollout.prompt,
+            media=await self._intake.take(rollout.media),
+            sampling=rollout.sampling,
+            return_text=rollout.return_text,
+            return_processed=rollout.return_processed,
         )
-
-    def _contents(self, media: tuple[MediaItem, ...]) -> list[bytes]:
-        contents = [item.encoded if item.encoded is not None else self._store.get(item.sha256) for item in media]
-        for item, data in zip(media, contents, strict=True):
-            source = "sent" if item.encoded is not None else "stored" if data is not None else "missing"
-            self._metrics.media.labels(source).inc()
-        missing = dict.fromkeys(item.sha256 for item, data in zip(media, contents, strict=True) if data is None)
-        if missing:
-            raise MediaMissing(tuple(missing))
-        return [data for data in contents if data is not None]
 
     async def PutMedia(
         self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
@@ -225,28 +220,15 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
 
 
-def _decode(
-    media: tuple[MediaItem, ...], contents: list[bytes], max_pixels: int
-) -> tuple[tuple[bytes, ...], tuple[Image.Image, ...]]:
-    """Hashes and images; runs in a thread."""
-    hashes, images = [], []
-    for i, (item, data) in enumerate(zip(media, contents, strict=True)):
-        actual = content_hash(data) if item.encoded is not None else item.sha256
-        if item.sha256 and item.sha256 != actual:
-            raise InvalidRequest(f"media[{i}].sha256", f"is {item.sha256.hex()}, but the bytes hash to {actual.hex()}")
-        hashes.append(actual)
-        images.append(decode_image(data, f"media[{i}].encoded", max_pixels))
-    return tuple(hashes), tuple(images)
-
-
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:
     part: list[Completion] = []
     num_tokens = 0
     for completion in completions:
-        if part and num_tokens + len(completion.token_ids) > _MAX_TOKENS_PER_RESPONSE:
+        size = len(completion.token_ids) + sum(len(top.token_ids) for top in completion.top_logprobs)
+        if part and num_tokens + size > _MAX_TOKENS_PER_RESPONSE:
             yield part
             part, num_tokens = [], 0
         part.append(completion)
-        num_tokens += len(completion.token_ids)
+        num_tokens += size
     if part:
         yield part

@@ -1,18 +1,18 @@
 """Whether a request keeps to what this server takes; everything that can be said without the bytes of its media."""
 
-import math
-from collections.abc import Iterable
-
-from common.errors import InvalidRequest, TooLarge, Unimplemented
-from common.types import ChatPrompt, MediaPart, RolloutRequest, SamplingParams, ServerLimits, TextPrompt, TokenPrompt
+from actor.media_store import content_bytes
+from actor.validation_sampling import check_ids, check_sampling
+from common.errors import InvalidRequest, TooLarge
+from common.tensors import Tensor
+from common.types import ChatPrompt, MediaItem, MediaPart, RolloutRequest, ServerLimits, TextPrompt, TokenPrompt
 
 _MAX_GROUP_ID_CHARS = 128
-_MAX_STOP_STRINGS = 16
-_MAX_STOP_CHARS = 128
 _MAX_TEXT_BYTES_PER_TOKEN = 64
 
 
-def check_request(request: RolloutRequest, limits: ServerLimits, vocab_size: int) -> None:
+def check_request(
+    request: RolloutRequest, limits: ServerLimits, vocab_size: int, suppressed_token_ids: tuple[int, ...] = ()
+) -> None:
     """Raises InvalidRequest, TooLarge or Unimplemented, naming the field by its path in the proto file."""
     if not 1 <= len(request.group_id) <= _MAX_GROUP_ID_CHARS:
         raise InvalidRequest("group_id", f"must have 1 to {_MAX_GROUP_ID_CHARS} characters")
@@ -27,20 +27,48 @@ def check_request(request: RolloutRequest, limits: ServerLimits, vocab_size: int
                 raise InvalidRequest("text", "is empty")
             _check_text_bytes(text, "text", limits)
         case TokenPrompt():
-            _check_tokens(request.prompt, limits, vocab_size)
-    _check_sampling(request.sampling, limits, vocab_size)
+            _check_tokens(request.prompt, len(request.media), limits, vocab_size)
+    check_sampling(request.sampling, limits, vocab_size, suppressed_token_ids)
 
 
 def _check_media(request: RolloutRequest, limits: ServerLimits) -> None:
     if len(request.media) > limits.max_media_items:
         raise InvalidRequest("media", f"{len(request.media)} items; this server takes {limits.max_media_items}")
     for i, item in enumerate(request.media):
-        if item.encoded is None:
-            continue
-        if not item.encoded:
-            raise InvalidRequest(f"media[{i}].encoded", "is empty")
-        if len(item.encoded) > limits.max_media_bytes:
-            raise TooLarge(f"media[{i}].encoded", f"{len(item.encoded)} bytes; the limit is {limits.max_media_bytes}")
+        _check_options(item, f"media[{i}].processor", limits)
+        if item.encoded is not None:
+            if not item.encoded:
+                raise InvalidRequest(f"media[{i}].encoded", "is empty")
+            _check_bytes(len(item.encoded), f"media[{i}].encoded", limits)
+        elif item.pixels is not None:
+            _check_pixels(item.pixels, f"media[{i}].pixels", limits)
+        elif item.processed:
+            _check_bytes(content_bytes(item.processed), f"media[{i}].processed", limits)
+
+
+def _check_bytes(num_bytes: int, field: str, limits: ServerLimits) -> None:
+    if num_bytes > limits.max_media_bytes:
+        raise TooLarge(field, f"{num_bytes} bytes; the limit is {limits.max_media_bytes}")
+
+
+def _check_pixels(pixels: Tensor, field: str, limits: ServerLimits) -> None:
+    if pixels.dtype != "U8":
+        raise InvalidRequest(f"{field}.dtype", "must be DTYPE_UINT8")
+    if len(pixels.shape) != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise InvalidRequest(f"{field}.shape", f"is {list(pixels.shape)}; must be [height, width, 3]")
+    height, width, _ = pixels.shape
+    if height * width > limits.max_media_pixels:
+        raise TooLarge(field, f"{width}x{height} pixels, more than the limit of {limits.max_media_pixels}")
+
+
+def _check_options(item: MediaItem, field: str, limits: ServerLimits) -> None:
+    for name, value in (("min_pixels", item.min_pixels), ("max_pixels", item.max_pixels)):
+        if value is not None and not 1 <= value <= limits.max_media_pixels:
+            raise InvalidRequest(f"{field}.{name}", f"is {value}; must be 1 to {limits.max_media_pixels}")
+    if item.min_pixels is not None and item.max_pixels is not None and item.min_pixels > item.max_pixels:
+        raise InvalidRequest(f"{field}.min_pixels", f"is {item.min_pixels}, more than max_pixels: {item.max_pixels}")
+    if item.processed and (item.min_pixels is not None or item.max_pixels is not None):
+        raise InvalidRequest(field, "has no effect on processed tensors")
 
 
 def _check_chat(prompt: ChatPrompt, num_media: int, limits: ServerLimits) -> None:
@@ -75,44 +103,21 @@ def _check_text_bytes(text: str, field: str, limits: ServerLimits) -> None:
         raise InvalidRequest(field, f"{len(text)} characters, more than {limits.max_context_tokens} tokens can be")
 
 
-def _check_tokens(prompt: TokenPrompt, limits: ServerLimits, vocab_size: int) -> None:
-    if prompt.placeholders:
-        raise Unimplemented("tokens.placeholders", "this version takes unexpanded ids only")
+def _check_tokens(prompt: TokenPrompt, num_media: int, limits: ServerLimits, vocab_size: int) -> None:
     if not prompt.ids:
         raise InvalidRequest("tokens.ids", "is empty")
     if len(prompt.ids) > limits.max_context_tokens:
         raise InvalidRequest("tokens.ids", f"{len(prompt.ids)} ids; the context has {limits.max_context_tokens}")
-    _check_ids(prompt.ids, "tokens.ids", vocab_size)
-
-
-def _check_sampling(params: SamplingParams, limits: ServerLimits, vocab_size: int) -> None:
-    _check_range("n", params.n, 1, limits.max_group_size)
-    _check_range("temperature", params.temperature, 0, 100)
-    _check_range("top_p", params.top_p, 1e-6, 1)
-    _check_range("top_k", params.top_k, 0, vocab_size)
-    _check_range("min_p", params.min_p, 0, 1)
-    _check_range("max_tokens", params.max_tokens, 0, limits.max_context_tokens)
-    _check_range("min_tokens", params.min_tokens, 0, params.max_tokens or limits.max_context_tokens)
-    _check_range("repetition_penalty", params.repetition_penalty, 1e-3, 1e3)
-    _check_range("presence_penalty", params.presence_penalty, -2, 2)
-    _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
-    if params.seed is not None:
-        _check_range("seed", params.seed, 0, 2**62)
-    _check_ids(params.stop_token_ids, "sampling.stop_token_ids", vocab_size)
-    _check_ids(params.allowed_token_ids, "sampling.allowed_token_ids", vocab_size)
-    if len(params.stop) > _MAX_STOP_STRINGS:
-        raise InvalidRequest("sampling.stop", f"{len(params.stop)} strings; the limit is {_MAX_STOP_STRINGS}")
-    for i, text in enumerate(params.stop):
-        if not 1 <= len(text) <= _MAX_STOP_CHARS:
-            raise InvalidRequest(f"sampling.stop[{i}]", f"must have 1 to {_MAX_STOP_CHARS} characters")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidRequest(f"sampling.{name}", f"is {value:g}; must be {low:g} to {high:g}")
-
-
-def _check_ids(ids: Iterable[int], field: str, vocab_size: int) -> None:
-    for i, token_id in enumerate(ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(f"{field}[{i}]", f"is {token_id}; the vocabulary has {vocab_size} ids")
+    check_ids(prompt.ids, "tokens.ids", vocab_size)
+    if prompt.placeholders and len(prompt.placeholders) != num_media:
+        raise InvalidRequest("tokens.placeholders", f"{len(prompt.placeholders)} ranges for {num_media} media items")
+    end = 0
+    for i, run in enumerate(prompt.placeholders):
+        field = f"tokens.placeholders[{i}]"
+        if not run.length:
+            raise InvalidRequest(f"{field}.length", "is 0")
+        if run.offset < end:
+            raise InvalidRequest(f"{field}.offset", f"is {run.offset}, before the end of the range before it, {end}")
+        end = run.offset + run.length
+        if end > len(prompt.ids):
+            raise InvalidRequest(field, f"ends at {end}; there are {len(prompt.ids)} ids")

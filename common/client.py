@@ -175,15 +175,13 @@ class GrpcClient:
 
     async def _prepare(self, request: RolloutRequest) -> RolloutRequest:
         """The request with media by hash where the actor has them, uploaded or inline where it has not."""
-        lacking = {item.sha256: item.encoded for item in request.media if item.sha256 not in self._known_media}
-        to_send = [encoded for encoded in lacking.values() if encoded is not None]
-        inline = lacking
-        if sum(map(len, to_send)) > self._inline_max_bytes:
-            await self.put_media(to_send)
-            inline = {}
-        media = tuple(
-            dataclasses.replace(item, encoded=item.encoded if item.sha256 in inline else None) for item in request.media
-        )
+        lacking = {item.sha256: item for item in request.media if item.sha256 not in self._known_media}
+        files = {sha256: item.encoded for sha256, item in lacking.items() if item.encoded is not None}
+        inline = set(lacking)
+        if sum(map(len, files.values())) > self._inline_max_bytes:
+            await self.put_media(list(files.values()))
+            inline -= files.keys()  # tensors are not uploaded: they always come with the request
+        media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)
 
     def _remember(self, media: Sequence[MediaItem]) -> None:

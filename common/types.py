@@ -4,10 +4,12 @@ Plain dataclasses of Python and numpy values. `common.wire` turns them into prot
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from common.tensors import NamedTensor, Tensor
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -25,6 +27,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +94,70 @@ class PlaceholderRange:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image of a prompt: its sha256 (32 bytes), and the encoded file unless the receiver has it already."""
+    """One image of a prompt: its sha256 (32 bytes), and its content unless the receiver has that already.
+
+    The content is one of: an encoded file; pixels, `U8 [height, width, 3]`; or what the model's own processor yields
+    for the image, by name. `common.media` and `common.tensors` have the hashes. `min_pixels` and `max_pixels` bound
+    height * width after the processor's resizing; None: the model's own bounds.
+    """
 
     sha256: bytes
     encoded: bytes | None = None
     modality: Modality = Modality.IMAGE
+    pixels: Tensor | None = None
+    processed: tuple[NamedTensor, ...] = ()
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @property
+    def content(self) -> "MediaContent | None":
+        """The one content that is here, None for a reference by hash."""
+        if self.encoded is not None:
+            return self.encoded
+        return self.pixels or self.processed or None
+
+    def by_hash(self) -> "MediaItem":
+        """The same item without its content, for a receiver that has it."""
+        return replace(self, encoded=None, pixels=None, processed=())
+
+
+MediaContent = bytes | Tensor | tuple[NamedTensor, ...]
+
+
+class Constraint(enum.Enum):
+    """Kinds of structured output."""
+
+    REGEX = "regex"
+    JSON_SCHEMA = "json_schema"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+    JSON_OBJECT = "json_object"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the text of every completion must match; `spec` for all kinds but CHOICE, which has `choices`."""
+
+    constraint: Constraint
+    spec: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDetection:
+    """Ends a completion whose last tokens are one pattern, `min_count` times in a row."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are sampled. `None` and the defaults mean "off"; `temperature=0` is greedy."""
+    """How completions are sampled. `None` and the defaults mean "off"; `temperature=0` is greedy.
+
+    With `num_beams` nothing is sampled: the `n` best beams of a beam search are returned.
+    """
 
     n: int = 1
     temperature: float = 1.0
@@ -117,6 +174,18 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    prompt_top_logprobs: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    structured_output: StructuredOutput | None = None
+    num_beams: int = 0
+    length_penalty: float | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = False
+    repetition_detection: RepetitionDetection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +198,7 @@ class RolloutRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     min_policy_version: int = 0
     return_text: bool = False
+    return_processed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +210,23 @@ class MediaUse:
     num_tokens: int
     grid_thw: tuple[int, ...] = ()
     modality: Modality = Modality.IMAGE
+    processed: tuple[NamedTensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The most likely ids at one place and their logprobs, most likely first."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromptInfo:
-    """How the actor understood a prompt. `expanded_ids` are the ids that the model saw."""
+    """How the actor understood a prompt. `expanded_ids` are the ids that the model saw.
+
+    `prompt_logprobs[t]` is the model's own logprob of `expanded_ids[t]`, 0 for the first; empty unless asked for.
+    """
 
     group_id: str
     actor_id: str
@@ -152,6 +234,8 @@ class PromptInfo:
     expanded_ids: IntArray
     media: tuple[MediaUse, ...] = ()
     suppressed_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +248,20 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamScore:
+    """How well a beam did: its summed logprob, and that by the length penalty, which ranks beams."""
+
+    cumulative_logprob: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished sample of a group.
 
     `logprobs[t]` is the natural log of the probability of `token_ids[t]` under the distribution that it was sampled
-    from (after temperature, truncation and suppression).
+    from (after temperature, truncation and suppression). `stop` is the stop id or string that ended it, None for the
+    end-of-sequence id. With `beam` it is no sample, but what a beam search found.
     """
 
     trajectory_id: str
@@ -180,6 +273,9 @@ class Completion:
     first_token_s: float = 0.0
     finished_s: float = 0.0
     text: str = ""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    stop: int | str | None = None
+    beam: BeamScore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +289,7 @@ class ServerLimits:
     max_media_pixels: int = 16 * 2**20
     max_message_bytes: int = 64 * 2**20
     max_queued_completions: int = 4096
+    max_logprobs: int = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from common.wire.server import (
     status_from_proto,
     status_to_proto,
 )
+from common.wire.tensors import tensor_from_proto, tensor_to_proto
 from common.wire.weights import epoch_from_proto, epoch_to_proto, manifest_from_proto, manifest_to_proto
 
 __all__ = [
@@ -39,4 +40,6 @@ __all__ = [
     "server_info_to_proto",
     "status_from_proto",
     "status_to_proto",
+    "tensor_from_proto",
+    "tensor_to_proto",
 ]

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from common.errors import MalformedResponse
+from common.errors import InvalidRequest, MalformedResponse
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import (
+    BeamScore,
     Completion,
     FinishReason,
     IntArray,
@@ -14,12 +15,14 @@ from common.types import (
     Modality,
     PlaceholderRange,
     PromptInfo,
+    TopLogprobs,
     VersionSpan,
 )
+from common.wire.tensors import named_tensors_from_proto, named_tensors_to_proto
 
 _MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
 _MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
-_FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_FINISH = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 _FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
 
 
@@ -51,12 +54,17 @@ def prompt_info_to_proto(info: PromptInfo) -> pb.PromptInfo:
         expanded_ids=info.expanded_ids.tolist(),
         media=[_media_use_to_proto(use) for use in info.media],
         suppressed_token_ids=info.suppressed_token_ids,
+        prompt_logprobs=info.prompt_logprobs,
+        prompt_top_logprobs=[_top_to_proto(top) for top in info.prompt_top_logprobs],
     )
 
 
 def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
-    """Raises MalformedResponse for placeholders that lie outside the prompt, or hashes of a wrong length."""
+    """Raises MalformedResponse for placeholders outside the prompt, odd hashes, logprobs that do not cover the ids."""
     num_ids = len(message.expanded_ids)
+    for name in ("prompt_logprobs", "prompt_top_logprobs"):
+        if len(getattr(message, name)) not in (0, num_ids):
+            raise MalformedResponse(f"prompt.{name}: {len(getattr(message, name))} for {num_ids} expanded ids")
     return PromptInfo(
         group_id=message.group_id,
         actor_id=message.actor_id,
@@ -64,12 +72,14 @@ def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
         expanded_ids=_ids(message.expanded_ids),
         media=tuple(_media_use_from_proto(use, f"prompt.media[{i}]", num_ids) for i, use in enumerate(message.media)),
         suppressed_token_ids=tuple(message.suppressed_token_ids),
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        prompt_top_logprobs=tuple(_top_from_proto(top) for top in message.prompt_top_logprobs),
     )
 
 
 def completion_to_proto(completion: Completion) -> pb.Completion:
     """`Completion` as a message."""
-    return pb.Completion(
+    message = pb.Completion(
         trajectory_id=completion.trajectory_id,
         index=completion.index,
         token_ids=completion.token_ids.tolist(),
@@ -81,7 +91,15 @@ def completion_to_proto(completion: Completion) -> pb.Completion:
         ],
         timing=pb.Timing(first_token_s=completion.first_token_s, finished_s=completion.finished_s),
         text=completion.text,
+        top_logprobs=[_top_to_proto(top) for top in completion.top_logprobs],
     )
+    if isinstance(completion.stop, int):
+        message.stop_token_id = completion.stop
+    elif completion.stop is not None:
+        message.stop_string = completion.stop
+    if (beam := completion.beam) is not None:
+        message.beam.CopyFrom(pb.Beam(cumulative_logprob=beam.cumulative_logprob, score=beam.score))
+    return message
 
 
 def completion_from_proto(message: pb.Completion) -> Completion:
@@ -91,6 +109,9 @@ def completion_from_proto(message: pb.Completion) -> Completion:
         raise MalformedResponse(f"completion: {len(message.logprobs)} logprobs for {num_tokens} tokens")
     if message.finish_reason not in _FINISH_BACK:
         raise MalformedResponse(f"completion: finish_reason {message.finish_reason} is not known")
+    if len(message.top_logprobs) not in (0, num_tokens):
+        raise MalformedResponse(f"completion: {len(message.top_logprobs)} top_logprobs for {num_tokens} tokens")
+    stop = message.WhichOneof("stop")
     return Completion(
         trajectory_id=message.trajectory_id,
         index=message.index,
@@ -101,7 +122,20 @@ def completion_from_proto(message: pb.Completion) -> Completion:
         first_token_s=message.timing.first_token_s,
         finished_s=message.timing.finished_s,
         text=message.text,
+        top_logprobs=tuple(_top_from_proto(top) for top in message.top_logprobs),
+        stop=getattr(message, stop) if stop is not None else None,
+        beam=BeamScore(message.beam.cumulative_logprob, message.beam.score) if message.HasField("beam") else None,
     )
+
+
+def _top_to_proto(top: TopLogprobs) -> pb.TopLogprobs:
+    return pb.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs)
+
+
+def _top_from_proto(message: pb.TopLogprobs) -> TopLogprobs:
+    if len(message.token_ids) != len(message.logprobs):
+        raise MalformedResponse(f"top_logprobs: {len(message.logprobs)} logprobs for {len(message.token_ids)} ids")
+    return TopLogprobs(tuple(message.token_ids), tuple(message.logprobs))
 
 
 def _spans(messages: Iterable[pb.VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
@@ -123,6 +157,7 @@ def _media_use_to_proto(use: MediaUse) -> pb.MediaUse:
         placeholder=pb.PlaceholderRange(offset=use.placeholder.offset, length=use.placeholder.length),
         num_tokens=use.num_tokens,
         grid_thw=use.grid_thw,
+        processed=named_tensors_to_proto(use.processed),
     )
 
 
@@ -132,7 +167,18 @@ def _media_use_from_proto(message: pb.MediaUse, field: str, num_ids: int) -> Med
         raise MalformedResponse(f"{field}.placeholder: lies outside the {num_ids} expanded ids")
     if len(message.sha256) != 32 or message.modality not in _MODALITY_BACK:
         raise MalformedResponse(f"{field}: sha256 or modality is missing")
-    return MediaUse(message.sha256, run, message.num_tokens, tuple(message.grid_thw), _MODALITY_BACK[message.modality])
+    try:
+        processed = named_tensors_from_proto(message.processed, f"{field}.processed")
+    except InvalidRequest as error:
+        raise MalformedResponse(error.message) from None
+    return MediaUse(
+        sha256=message.sha256,
+        placeholder=run,
+        num_tokens=message.num_tokens,
+        grid_thw=tuple(message.grid_thw),
+        modality=_MODALITY_BACK[message.modality],
+        processed=processed,
+    )
 
 
 def _ids(values: Sequence[int]) -> IntArray:

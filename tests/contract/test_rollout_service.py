@@ -170,9 +170,9 @@ async def test_bad_uploads_keep_nothing(
             "media[0].encoded: 65x65 pixels, more than the limit of 4096",
         ),
         (
-            {"sampling": pb.SamplingParams(top_logprobs=2)},
+            {"returns": pb.ReturnOptions(routed_experts=True)},
             errors.Unimplemented,
-            "sampling.top_logprobs: this version returns the sampled token's logprob only",
+            "returns.routed_experts: routed experts are not returned by this version",
         ),
     ],
 )

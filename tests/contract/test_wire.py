@@ -1,6 +1,7 @@
 """The codec: golden bytes that must never change, round trips, and what it refuses."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from common import wire
 from common.errors import InvalidRequest, MalformedResponse, OutriderError, Unimplemented
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
+from common.tensors import NamedTensor, Tensor, pixels_hash, tensors_hash
 from common.types import (
     ActorState,
     ActorStatus,
+    BeamScore,
     ChatMessage,
     ChatPrompt,
     Completion,
+    Constraint,
     EpochSpec,
     FinishReason,
     Manifest,
@@ -27,13 +31,16 @@ from common.types import (
     MediaUse,
     PlaceholderRange,
     PromptInfo,
+    RepetitionDetection,
     RolloutRequest,
     SamplingParams,
     ServerInfo,
     ServerLimits,
+    StructuredOutput,
     TextPart,
     TextPrompt,
     TokenPrompt,
+    TopLogprobs,
     VersionSpan,
 )
 
@@ -124,6 +131,79 @@ def test_golden_request() -> None:
     assert wire.request_to_proto(REQUEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
 
 
+def test_golden_options_and_tensors() -> None:
+    """As above, for what else a request can say."""
+    pixels = Tensor("U8", (1, 1, 3), b"\1\2\3")
+    grid = NamedTensor("grid", Tensor("I64", (1,), (7).to_bytes(8, "little")))
+    request = RolloutRequest(
+        "g",
+        TokenPrompt((9, 9), (PlaceholderRange(1, 1),)),
+        (MediaItem(b"", pixels=pixels, min_pixels=300), MediaItem(b"", processed=(grid,))),
+        SamplingParams(
+            top_logprobs=3,
+            prompt_logprobs=True,
+            logit_bias=((5, 0.5),),
+            bad_token_ids=(6,),
+            bad_words=("no",),
+            prompt_top_logprobs=4,
+            structured_output=StructuredOutput(Constraint.REGEX, "a+"),
+            num_beams=2,
+            length_penalty=0.5,
+            include_stop_str_in_output=True,
+            skip_special_tokens=True,
+            repetition_detection=RepetitionDetection(5, 1, 3),
+        ),
+        return_processed=True,
+    )
+    sampling = (
+        "0801"  # 1: n
+        "15 0000803f 1d 0000803f 2000 2d 00000000"  # 2 to 5: temperature, top_p, top_k, min_p
+        "6d 0000803f 75 00000000 7d 00000000"  # 13 to 15: penalties
+        "8001 03 8801 01"  # 16, 17: top_logprobs, prompt_logprobs
+        "9201 07 0805 15 0000003f"  # 18: logit_bias { 5: 0.5 }
+        "9a01 01 06 a201 02 6e6f"  # 19, 20: bad_token_ids, bad_words
+        "a801 04"  # 21: prompt_top_logprobs
+        "b201 04 0a02 612b"  # 22: structured_output { 1: regex }
+        "b801 02 c501 0000003f"  # 23, 24: num_beams, length_penalty
+        "c801 01 d001 01"  # 25, 26
+        "da01 06 0805 1001 1803"  # 27: repetition_detection
+    )
+    expected = (
+        "0a01 67"
+        "22 0a 0a02 0909 1204 0801 1001"  # 4: tokens { 1: ids, 2: placeholders { offset, length } }
+        "2a 15 0801 220c 0802 1203 010103 1a03 010203 3203 08ac02"  # 5: { modality, 4: pixels, 6: { 1: min_pixels } }
+        # 5: { 5: { 1: { name, tensor } } }
+        "2a 1d 0801 2a19 0a17 0a04 67726964 120f 0805 1201 01 1a08 0700000000000000"
+        "32" + f"{len(bytes.fromhex(sampling)):02x}" + sampling + "3a 02 0801"
+    )  # fmt: skip
+    assert wire.request_to_proto(request).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
+    assert wire.request_from_proto(wire.request_to_proto(request)) == request
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutput(Constraint.REGEX, "a*"),
+        StructuredOutput(Constraint.JSON_SCHEMA, "{}"),
+        StructuredOutput(Constraint.CHOICE, choices=("a", "b")),
+        StructuredOutput(Constraint.GRAMMAR, 'root ::= "x"'),
+        StructuredOutput(Constraint.JSON_OBJECT),
+    ],
+)
+def test_structures_round_trip(structured: StructuredOutput) -> None:
+    request = RolloutRequest("g", TextPrompt("x"), sampling=SamplingParams(structured_output=structured))
+    assert wire.request_from_proto(wire.request_to_proto(request)) == request
+
+
+def test_the_hash_of_tensors_is_the_documented_one() -> None:
+    """By the words of the proto file."""
+    pixels = Tensor("U8", (1, 2, 3), bytes(range(6)))
+    assert pixels_hash(pixels) == hashlib.sha256(b"pixels UINT8 1,2,3\n" + bytes(range(6))).digest()
+    b, a = NamedTensor("b", Tensor("BF16", (1,), b"xy")), NamedTensor("a", Tensor("I64", (), bytes(8)))
+    expected = hashlib.sha256(b"a INT64 \n" + bytes(8) + b"b BFLOAT16 1\n" + b"xy").digest()
+    assert tensors_hash((b, a)) == tensors_hash((a, b)) == expected
+
+
 def test_golden_completion() -> None:
     expected = (
         "12 39 0a 37"  # GenerateResponse 2: completions { 1: items
@@ -162,7 +242,7 @@ def test_round_trips() -> None:
     for state in ActorState:
         status = ActorStatus("a", state, 3, "run", 4, -1, 5, 6, 7)
         assert wire.status_from_proto(wire.status_to_proto(status)) == status
-    info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7), (8, 9))
+    info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7, 8), (8, 9))
     assert wire.server_info_from_proto(wire.server_info_to_proto(info)) == info
 
 
@@ -186,6 +266,33 @@ def test_responses_round_trip() -> None:
         )
 
 
+def test_what_was_asked_for_round_trips() -> None:
+    top = TopLogprobs((5, 7), (-0.5, -1.5))
+    tensors = (NamedTensor("pixel_values", Tensor("F32", (2, 1), bytes(8))),)
+    info = dataclasses.replace(
+        INFO,
+        media=(dataclasses.replace(INFO.media[0], processed=tensors),),
+        prompt_logprobs=(0.0, -0.5, -1.0, -2.0),
+        prompt_top_logprobs=(TopLogprobs(), top, top, TopLogprobs()),
+    )
+    back = wire.prompt_info_from_proto(wire.prompt_info_to_proto(info))
+    assert (back.media, back.prompt_logprobs) == (info.media, info.prompt_logprobs)
+    assert back.prompt_top_logprobs == info.prompt_top_logprobs
+    for stop in (None, 0, 17, "", "end"):
+        completion = dataclasses.replace(
+            COMPLETION,
+            top_logprobs=(top, TopLogprobs()),
+            stop=stop,
+            beam=BeamScore(-2.5, -0.625),
+            finish_reason=FinishReason.REPETITION,
+        )
+        found = wire.completion_from_proto(wire.completion_to_proto(completion))
+        assert (found.top_logprobs, found.beam) == (completion.top_logprobs, completion.beam)
+        assert found.finish_reason is FinishReason.REPETITION
+        assert found.stop == stop
+        assert type(found.stop) is type(stop)
+
+
 def test_an_empty_request_means_the_documented_defaults() -> None:
     message = pb.GenerateRequest(group_id="g", text="hi")
     assert wire.request_from_proto(message) == RolloutRequest("g", TextPrompt("hi"))
@@ -202,6 +309,15 @@ def _item(**values: object) -> pb.GenerateRequest:
 IMAGE = pb.MODALITY_IMAGE
 
 
+def _tensor(**values: object) -> pb.Tensor:
+    return pb.Tensor(**({"dtype": pb.DTYPE_UINT8, "shape": [1, 2, 3], "data": bytes(6)} | values))  # type: ignore[arg-type]
+
+
+def _processed(*names: str) -> pb.GenerateRequest:
+    tensors = [pb.NamedTensor(name=name, tensor=_tensor()) for name in names]
+    return _item(modality=IMAGE, processed=pb.ProcessedMedia(tensors=tensors))
+
+
 @pytest.mark.parametrize(
     ("message", "code", "field"),
     [
@@ -216,27 +332,39 @@ IMAGE = pb.MODALITY_IMAGE
         (_item(modality=IMAGE), "INVALID_ARGUMENT", "media[1].content"),
         (_item(modality=IMAGE, sha256=b"short"), "INVALID_ARGUMENT", "media[1].sha256"),
         (_item(modality=pb.MODALITY_VIDEO, encoded=b"x"), "UNIMPLEMENTED", "media[1].modality"),
-        (_item(modality=IMAGE, pixels=pb.Tensor()), "UNIMPLEMENTED", "media[1].pixels"),
-        (_item(modality=IMAGE, processed=pb.ProcessedMedia()), "UNIMPLEMENTED", "media[1].processed"),
+        (_item(modality=IMAGE, pixels=pb.Tensor()), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
+        (_item(modality=IMAGE, pixels=_tensor(dtype=99)), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
+        (_item(modality=IMAGE, pixels=_tensor(shape=[2, -1, 3])), "INVALID_ARGUMENT", "media[1].pixels.shape"),
+        (_item(modality=IMAGE, pixels=_tensor(shape=[1] * 9)), "INVALID_ARGUMENT", "media[1].pixels.shape"),
+        (_item(modality=IMAGE, pixels=_tensor(data=bytes(5))), "INVALID_ARGUMENT", "media[1].pixels.data"),
+        (_item(modality=IMAGE, pixels=_tensor(data=b"")), "INVALID_ARGUMENT", "media[1].pixels.data"),
+        # A product that does not fit into 64 bits is not 0.
         (
-            _item(modality=IMAGE, sha256=HASH, processor=pb.ProcessorOptions()),
-            "UNIMPLEMENTED",
-            "media[1].processor",
+            _item(modality=IMAGE, pixels=_tensor(shape=[2**32, 2**32], data=b"")),
+            "INVALID_ARGUMENT",
+            "media[1].pixels.data",
         ),
         (
-            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(top_logprobs=1)),
-            "UNIMPLEMENTED",
-            "sampling.top_logprobs",
+            _item(modality=IMAGE, pixels=_tensor(dtype=pb.DTYPE_BOOL, data=b"\0\1\0\1\0\2")),
+            "INVALID_ARGUMENT",
+            "media[1].pixels.data",
+        ),
+        (_item(modality=IMAGE, processed=pb.ProcessedMedia()), "INVALID_ARGUMENT", "media[1].processed.tensors"),
+        (_processed("pixel values"), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
+        (_processed(""), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
+        (_processed("a", "a"), "INVALID_ARGUMENT", "media[1].processed.tensors[1].name"),
+        (_processed(*(f"t{i}" for i in range(65))), "INVALID_ARGUMENT", "media[1].processed.tensors"),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(structured_output=pb.StructuredOutput())),
+            "INVALID_ARGUMENT",
+            "sampling.structured_output",
         ),
         (
-            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(prompt_logprobs=True)),
-            "UNIMPLEMENTED",
-            "sampling.prompt_logprobs",
-        ),
-        (
-            pb.GenerateRequest(text="x", returns=pb.ReturnOptions(processed_media=True)),
-            "UNIMPLEMENTED",
-            "returns.processed_media",
+            pb.GenerateRequest(
+                text="x", sampling=pb.SamplingParams(structured_output=pb.StructuredOutput(json_object=False))
+            ),
+            "INVALID_ARGUMENT",
+            "sampling.structured_output.json_object",
         ),
         (
             pb.GenerateRequest(text="x", returns=pb.ReturnOptions(routed_experts=True)),
@@ -317,6 +445,30 @@ def test_an_epoch_with_a_rank_outside_the_world() -> None:
             )
         ),
         pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=b"short", modality=1)])),
+        pb.GenerateResponse(prompt=pb.PromptInfo(expanded_ids=[1, 2], prompt_logprobs=[0.0])),
+        pb.GenerateResponse(
+            prompt=pb.PromptInfo(expanded_ids=[1], prompt_top_logprobs=[pb.TopLogprobs(token_ids=[1])])
+        ),
+        pb.GenerateResponse(
+            prompt=pb.PromptInfo(
+                media=[
+                    pb.MediaUse(sha256=HASH, modality=1, processed=[pb.NamedTensor(name="x", tensor=_tensor(data=b""))])
+                ]
+            )
+        ),
+        pb.GenerateResponse(
+            completions=pb.Completions(
+                items=[
+                    pb.Completion(
+                        token_ids=[1, 2],
+                        logprobs=[0, 0],
+                        finish_reason=1,
+                        version_spans=[pb.VersionSpan(end=2)],
+                        top_logprobs=[pb.TopLogprobs()],
+                    )
+                ]
+            )
+        ),
         pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=HASH)])),
     ],
 )
@@ -332,6 +484,22 @@ def test_spans_must_cover_the_tokens(spans: list[tuple[int, int]]) -> None:
     message.version_spans.extend(pb.VersionSpan(start=start, end=end) for start, end in spans)
     with pytest.raises(MalformedResponse, match="version_spans"):
         wire.completion_from_proto(message)
+
+
+@given(
+    st.integers(-1, 11),
+    st.lists(st.one_of(st.integers(-1, 4), st.integers(-(2**63), 2**63 - 1)), max_size=9),
+    st.binary(max_size=64),
+)
+def test_a_tensor_is_taken_only_if_it_adds_up(dtype: int, shape: list[int], data: bytes) -> None:
+    message = pb.Tensor(dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
+    try:
+        tensor = wire.tensor_from_proto(message, "x")
+    except InvalidRequest:
+        return
+    assert wire.tensor_to_proto(tensor) == message
+    assert tensor.widened().shape == tuple(shape)
+    assert tensor.dtype == "BF16" or tensor.array().nbytes == len(data)
 
 
 @given(st.binary(max_size=200))

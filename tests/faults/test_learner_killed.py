@@ -53,7 +53,7 @@ class ProcessorEngine(FakeEngine):
 
     def _prompt_info(self, request: EngineRequest) -> PromptInfo:
         assert isinstance(request.prompt, ChatPrompt)
-        images = tuple(map(png, request.images))
+        images = tuple(png(item.content) for item in request.media if isinstance(item.content, Image.Image))
         processed = self._processor.process(PromptSample(0, request.prompt.messages, images, ""))
         places = np.flatnonzero(processed.input_ids == PLACEHOLDERS[0])
         (length,) = processed.num_image_tokens
@@ -62,7 +62,7 @@ class ProcessorEngine(FakeEngine):
             actor_id="actor",
             unexpanded_ids=processed.input_ids,
             expanded_ids=processed.input_ids,
-            media=(MediaUse(request.sha256[0], PlaceholderRange(int(places[0]), length), length, (1, 4, 4)),),
+            media=(MediaUse(request.media[0].sha256, PlaceholderRange(int(places[0]), length), length, (1, 4, 4)),),
             suppressed_token_ids=PLACEHOLDERS,
         )
 

@@ -3,7 +3,7 @@
 Everything is as in a run but for gRPC: the broadcast goes through a real process group to vLLM's worker process.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actor.config import VllmConfig
-from actor.engine import EngineInfo, EngineRequest
+from actor.engine import EngineInfo, EngineMedia, EngineRequest
 from actor.engine_vllm import VllmEngine
 from actor.weights import PolicyState
 from common.client import RolloutClient, SampledGroup
@@ -52,11 +52,16 @@ CONFIG = VllmConfig(
 )
 
 
+def media_of(images: Iterable[bytes]) -> tuple[EngineMedia, ...]:
+    """Image files as the engine takes them."""
+    return tuple(EngineMedia(content_hash(image), decode_image(image, "image", MAX_PIXELS)) for image in images)
+
+
 class LiveActor:
     """The engine and its policy state; serves the checkpoint as version 0 from the start."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self.engine = VllmEngine(model_dir, CONFIG, "actor-1")
+    def __init__(self, model_dir: Path, **config: Any) -> None:
+        self.engine = VllmEngine(model_dir, CONFIG.model_copy(update=config), "actor-1")
         self.policy = PolicyState(self.engine)
         self.info: EngineInfo
         self._processor = PromptProcessor(model_dir)
@@ -75,11 +80,33 @@ class LiveActor:
         request = EngineRequest(
             group_id=f"g{self._num_groups}",
             prompt=prompt or ChatPrompt(sample.messages),
-            images=tuple(decode_image(image, "image", MAX_PIXELS) for image in sample.images),
-            sha256=tuple(content_hash(image) for image in sample.images),
+            media=media_of(sample.images),
             sampling=sampling,
         )
         return self.engine.generate(request)
+
+    async def ask(
+        self, prompt: Prompt, media: tuple[EngineMedia, ...] = (), *, return_processed: bool = False, **sampling: Any
+    ) -> SampledGroup:
+        """One whole group of any prompt, with its texts; completions by index."""
+        self._num_groups += 1
+        request = EngineRequest(
+            f"g{self._num_groups}",
+            prompt,
+            media,
+            SamplingParams(**sampling),
+            return_text=True,
+            return_processed=return_processed,
+        )
+        infos: list[PromptInfo] = []
+        completions: list[Completion] = []
+        async for event in self.engine.generate(request):
+            if isinstance(event, PromptInfo):
+                infos.append(event)
+            else:
+                completions += event
+        [info] = infos
+        return SampledGroup(info, tuple(sorted(completions, key=lambda completion: completion.index)))
 
     async def sample(self, sample: PromptSample, prompt: Prompt | None = None, **sampling: Any) -> SampledGroup:
         """One whole group; completions in the order in which they came."""

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from actor.config import FakeConfig
-from actor.engine import EngineRequest
+from actor.engine import EngineMedia, EngineRequest
 from actor.engine_fake import EOS_ID, PLACEHOLDER_ID, FakeEngine
 from common.errors import EngineDead, InvalidRequest
 from common.types import (
@@ -23,12 +23,13 @@ from common.types import (
 )
 
 IMAGE = Image.new("RGB", (8, 8))
+MEDIA = (EngineMedia(b"\x01" * 32, IMAGE), EngineMedia(b"\x02" * 32, IMAGE))
 CHAT = ChatPrompt((ChatMessage("u", (TextPart("ab"), MediaPart(0), MediaPart(1))),))
 
 
 def _request(**sampling: object) -> EngineRequest:
     params = SamplingParams(**({"n": 4, "max_tokens": 100} | sampling))  # type: ignore[arg-type]
-    return EngineRequest("g", CHAT, (IMAGE, IMAGE), (b"\x01" * 32, b"\x02" * 32), params, return_text=True)
+    return EngineRequest("g", CHAT, MEDIA, params, return_text=True)
 
 
 async def _run(engine: FakeEngine, request: EngineRequest) -> tuple[PromptInfo, list[Completion]]:
@@ -116,9 +117,9 @@ async def test_it_dies_at_the_configured_group() -> None:
 
 async def test_prompts_that_do_not_fit() -> None:
     engine = FakeEngine(FakeConfig(max_context_tokens=5), "x")
-    too_long = EngineRequest("g", TokenPrompt((2,) * 5), (), (), SamplingParams())
+    too_long = EngineRequest("g", TokenPrompt((2,) * 5), (), SamplingParams())
     with pytest.raises(InvalidRequest, match="5 tokens; the context has 5"):
         await _run(engine, too_long)
-    no_place = EngineRequest("g", TokenPrompt((2,)), (IMAGE,), (bytes(32),), SamplingParams())
+    no_place = EngineRequest("g", TokenPrompt((2,)), MEDIA[:1], SamplingParams())
     with pytest.raises(InvalidRequest, match="1 items came, the prompt has room for 0"):
         await _run(engine, no_place)

@@ -4,16 +4,19 @@ from typing import Any
 import pytest
 
 from actor.validation import check_request
-from common.errors import OutriderError
+from common.errors import OutriderError, TooLarge
 from common.types import (
     ChatMessage,
     ChatPrompt,
+    Constraint,
     MediaItem,
     MediaPart,
     PlaceholderRange,
+    RepetitionDetection,
     RolloutRequest,
     SamplingParams,
     ServerLimits,
+    StructuredOutput,
     TextPart,
     TextPrompt,
     TokenPrompt,
@@ -33,7 +36,7 @@ def _chat(*parts: TextPart | MediaPart) -> ChatPrompt:
 
 def _problem(request: RolloutRequest) -> str:
     with pytest.raises(OutriderError) as raised:
-        check_request(request, LIMITS, vocab_size=320)
+        check_request(request, LIMITS, vocab_size=320, suppressed_token_ids=(318, 319))
     return str(raised.value)
 
 
@@ -82,12 +85,21 @@ def test_good_requests_pass() -> None:
         ({"prompt": TokenPrompt((-1,))}, "tokens.ids[0]: is -1; the vocabulary has 320 ids"),
         (
             {"prompt": TokenPrompt((0,), (PlaceholderRange(0, 1),))},
-            "tokens.placeholders: this version takes unexpanded ids only",
+            "tokens.placeholders: 1 ranges for 0 media items",
         ),
     ],
 )
 def test_the_field_is_named(values: dict[str, Any], problem: str) -> None:
     assert _problem(_request(**values)) == problem
+
+
+def test_logprobs_of_one_group_are_bounded() -> None:
+    limits = dataclasses.replace(LIMITS, max_context_tokens=2**17, max_group_size=64)
+    sampling = SamplingParams(n=64, max_tokens=2**13, top_logprobs=15)
+    check_request(_request(sampling=sampling), limits, 320)
+    for change in ({"n": 64, "max_tokens": 2**13 + 1}, {"max_tokens": 0}, {"top_logprobs": 16}):
+        with pytest.raises(TooLarge, match=r"sampling\.top_logprobs: n \* max_tokens"):
+            check_request(_request(sampling=dataclasses.replace(sampling, **change)), limits, 320)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,64 @@ def test_the_field_is_named(values: dict[str, Any], problem: str) -> None:
         ({"allowed_token_ids": (1, -2)}, "sampling.allowed_token_ids[1]: is -2; the vocabulary has 320 ids"),
         ({"stop": ("",)}, "sampling.stop[0]: must have 1 to 128 characters"),
         ({"stop": ("x",) * 17}, "sampling.stop: 17 strings; the limit is 16"),
+        ({"temperature": 0.005}, "sampling.temperature: is 0.005; must be 0, or 0.01 or more"),
+        ({"bad_words": ("x", "")}, "sampling.bad_words[1]: must have 1 to 128 characters"),
+        ({"bad_token_ids": (1, 320)}, "sampling.bad_token_ids[1]: is 320; the vocabulary has 320 ids"),
+        ({"bad_token_ids": (1,) * 4097}, "sampling.bad_token_ids: 4097 ids; the limit is 4096"),
+        ({"bad_token_ids": tuple(range(318))}, "sampling.bad_token_ids: no id is left to sample"),
+        ({"allowed_token_ids": (318, 319)}, "sampling.allowed_token_ids: no id is left to sample"),
+        ({"allowed_token_ids": (5,), "bad_token_ids": (5,)}, "sampling.allowed_token_ids: no id is left to sample"),
+        ({"logit_bias": ((320, 1.0),)}, "sampling.logit_bias[320]: the vocabulary has 320 ids"),
+        ({"logit_bias": ((5, 101.0),)}, "sampling.logit_bias[5]: is 101; must be -100 to 100"),
+        ({"logit_bias": ((5, float("-inf")),)}, "sampling.logit_bias[5]: is -inf; must be -100 to 100"),
+        ({"logit_bias": ((5, 1.0),) * 1025}, "sampling.logit_bias: 1025 ids; the limit is 1024"),
+        ({"top_logprobs": 65}, "sampling.top_logprobs: is 65; must be 0 to 64"),
+        ({"prompt_top_logprobs": 65}, "sampling.prompt_top_logprobs: is 65; must be 0 to 64"),
+        ({"length_penalty": 1.0}, "sampling.length_penalty: has no effect without num_beams"),
+        ({"num_beams": 33}, "sampling.num_beams: is 33; must be 1 to 32"),
+        ({"num_beams": 2, "n": 3}, "sampling.n: is 3; must be 1 to 2"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "sampling.length_penalty: is nan; must be -100 to 100"),
+        ({"num_beams": 2, "temperature": 0.5}, "sampling.temperature: does not go with num_beams; leave it unset"),
+        ({"num_beams": 2, "top_k": 5}, "sampling.top_k: does not go with num_beams"),
+        ({"num_beams": 2, "seed": 0}, "sampling.seed: does not go with num_beams"),
+        ({"num_beams": 2, "stop": ("x",)}, "sampling.stop: does not go with num_beams"),
+        ({"num_beams": 2, "top_logprobs": 1}, "sampling.top_logprobs: does not go with num_beams"),
+        (
+            {"repetition_detection": RepetitionDetection(0)},
+            "sampling.repetition_detection.max_pattern_size: is 0; must be 1 to 256",
+        ),
+        (
+            {"repetition_detection": RepetitionDetection(4, 5)},
+            "sampling.repetition_detection.min_pattern_size: is 5; must be 1 to 4",
+        ),
+        (
+            {"repetition_detection": RepetitionDetection(4, 1, 1)},
+            "sampling.repetition_detection.min_count: is 1; must be 2 to 256",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.CHOICE)},
+            "sampling.structured_output.choice.texts: must be 1 to 1024 strings",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.CHOICE, choices=("a", ""))},
+            "sampling.structured_output.choice.texts[1]: is empty",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.CHOICE, choices=("a" * 16385,))},
+            "sampling.structured_output.choice.texts: more than 16384 characters",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.REGEX, "a" * 4097)},
+            "sampling.structured_output.regex: must have 1 to 4096 characters",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.JSON_SCHEMA, "")},
+            "sampling.structured_output.json_schema: must have 1 to 16384 characters",
+        ),
+        (
+            {"structured_output": StructuredOutput(Constraint.JSON_OBJECT), "allowed_token_ids": (5,)},
+            "sampling.allowed_token_ids: does not go with structured_output",
+        ),
     ],
 )
 def test_the_sampling_field_is_named(values: dict[str, Any], problem: str) -> None:

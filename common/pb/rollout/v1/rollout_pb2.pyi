@@ -67,6 +67,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The end-of-sequence id, a stop id or a stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens or the context length."""
+    FINISH_REASON_REPETITION: _FinishReason.ValueType  # 3
+    """SamplingParams.repetition_detection."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -75,6 +77,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The end-of-sequence id, a stop id or a stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the context length."""
+FINISH_REASON_REPETITION: FinishReason.ValueType  # 3
+"""SamplingParams.repetition_detection."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _Dtype:
@@ -249,7 +253,8 @@ class TokenPrompt(_message.Message):
     @_builtins.property
     def placeholders(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceholderRange]:
         """Empty: `ids` hold one placeholder token for each media item and the server expands them. Given: `ids` are already
-        expanded, and placeholders[i] is the run that media[i] fills.
+        expanded, and placeholders[i] is the run that media[i] fills. The server expands nothing then; a run that is not
+        what the model's processor yields for the item is an error that names both.
         """
 
     def __init__(
@@ -302,8 +307,10 @@ class MediaItem(_message.Message):
     PROCESSOR_FIELD_NUMBER: _builtins.int
     modality: Global___Modality.ValueType
     sha256: _builtins.bytes
-    """sha256 of the bytes, 32 bytes. May be left empty with `encoded`; must be given alone to refer to cached bytes;
-    with both, they must agree.
+    """sha256 of the content, 32 bytes. May be left empty with content; must be given alone to refer to cached content;
+    with both, they must agree. Of `encoded` it is the hash of the file. Of tensors it is the hash of, for each tensor
+    in ascending order of names, the ASCII line "<name> <dtype> <shape>\\n" and then its data; the dtype as in Dtype
+    without its prefix, the shape with commas, the name of `pixels` being "pixels". Example: "pixels UINT8 56,56,3\\n".
     """
     encoded: _builtins.bytes
     """A PNG, JPEG or WebP file."""
@@ -313,11 +320,13 @@ class MediaItem(_message.Message):
 
     @_builtins.property
     def processed(self) -> Global___ProcessedMedia:
-        """What the model's own processor yields for this item, by name (`pixel_values`, `image_grid_thw`, ...)."""
+        """What the model's own processor yields for this item, by name (`pixel_values`, `image_grid_thw`, ...): handed to
+        the model as it is. Names, dtypes and shapes must be those that the processor of this server would give.
+        """
 
     @_builtins.property
     def processor(self) -> Global___ProcessorOptions:
-        """Processor options of this item."""
+        """Processor options of this item; not with `processed`."""
 
     def __init__(
         self,
@@ -366,7 +375,7 @@ class ProcessorOptions(_message.Message):
     MIN_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
     min_pixels: _builtins.int
-    """Bounds on height * width after resizing. Unset: the model's own."""
+    """Bounds on height * width after resizing, for models whose processor resizes by them. Unset: the model's own."""
     max_pixels: _builtins.int
     def __init__(
         self,
@@ -393,6 +402,26 @@ Global___ProcessorOptions: _TypeAlias = ProcessorOptions  # noqa: Y015
 class SamplingParams(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     N_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
@@ -410,8 +439,18 @@ class SamplingParams(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    BAD_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
+    NUM_BEAMS_FIELD_NUMBER: _builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    REPETITION_DETECTION_FIELD_NUMBER: _builtins.int
     n: _builtins.int
-    """Completions of the group, 1 to the server's limit. 0 means 1."""
+    """Completions of the group, 1 to the server's limit. 0 means 1. With num_beams: the n best beams."""
     temperature: _builtins.float
     """0 = greedy. Unset: 1.0."""
     top_p: _builtins.float
@@ -429,9 +468,26 @@ class SamplingParams(_message.Message):
     presence_penalty: _builtins.float
     frequency_penalty: _builtins.float
     top_logprobs: _builtins.int
-    """Alternatives per token in Completion.top_logprobs. 0: none. The sampled token's own logprob always comes."""
+    """Alternatives per token in Completion.top_logprobs, up to Limits.max_logprobs. 0: none. The sampled token's own
+    logprob always comes.
+    """
     prompt_logprobs: _builtins.bool
     """Logprobs of the prompt's tokens."""
+    prompt_top_logprobs: _builtins.int
+    """Alternatives per token in PromptInfo.prompt_top_logprobs, up to Limits.max_logprobs. 0: none."""
+    num_beams: _builtins.int
+    """Beam search over this many beams instead of sampling, up to half of Limits.max_logprobs. 0: off. Beams are ranked by
+    the model's own probabilities, so that of the fields above only n, max_tokens, ignore_eos, allowed_token_ids,
+    bad_token_ids, logit_bias and the prompt's logprobs go with it.
+    """
+    length_penalty: _builtins.float
+    """A beam's score is its summed logprob / (prompt and completion tokens without the last end-of-sequence id) ^
+    length_penalty, as in vLLM. Unset: 1.0. Only with num_beams.
+    """
+    include_stop_str_in_output: _builtins.bool
+    """Completion.text ends with the stop string or the text of the stop id, instead of before it."""
+    skip_special_tokens: _builtins.bool
+    """Completion.text leaves out special tokens."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -439,6 +495,26 @@ class SamplingParams(_message.Message):
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Only these ids may be sampled. Empty: all."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of these ids, before penalties and temperature; each -100 to 100."""
+
+    @_builtins.property
+    def bad_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """These ids are never sampled."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These words, tokenized with and without a space before them, are never completed."""
+
+    @_builtins.property
+    def structured_output(self) -> Global___StructuredOutput:
+        """What every completion must match."""
+
+    @_builtins.property
+    def repetition_detection(self) -> Global___RepetitionDetection:
+        """Ends completions that repeat themselves."""
 
     def __init__(
         self,
@@ -460,13 +536,25 @@ class SamplingParams(_message.Message):
         frequency_penalty: _builtins.float | None = ...,
         top_logprobs: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        bad_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_top_logprobs: _builtins.int = ...,
+        structured_output: Global___StructuredOutput | None = ...,
+        num_beams: _builtins.int = ...,
+        length_penalty: _builtins.float | None = ...,
+        include_stop_str_in_output: _builtins.bool = ...,
+        skip_special_tokens: _builtins.bool = ...,
+        repetition_detection: Global___RepetitionDetection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_length_penalty", b"_length_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "length_penalty", b"length_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_detection", b"repetition_detection", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structured_output", b"structured_output", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allowed_token_ids", b"allowed_token_ids", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_length_penalty", b"_length_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allowed_token_ids", b"allowed_token_ids", "bad_token_ids", b"bad_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop_str_in_output", b"include_stop_str_in_output", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "num_beams", b"num_beams", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_top_logprobs", b"prompt_top_logprobs", "repetition_detection", b"repetition_detection", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "structured_output", b"structured_output", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
+    _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
@@ -484,6 +572,8 @@ class SamplingParams(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_penalty) -> _WhichOneofReturnType__length_penalty | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
@@ -499,6 +589,100 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class StructuredOutput(_message.Message):
+    """A constraint on the text of a completion: ids that cannot lead to a match have probability 0. Logprobs are of the
+    distribution without them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGEX_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    regex: _builtins.str
+    json_schema: _builtins.str
+    """A JSON schema, as JSON."""
+    grammar: _builtins.str
+    """A context-free grammar in EBNF, whose start is `root`."""
+    json_object: _builtins.bool
+    """true: any JSON object."""
+    @_builtins.property
+    def choice(self) -> Global___Choice:
+        """One of these strings."""
+
+    def __init__(
+        self,
+        *,
+        regex: _builtins.str = ...,
+        json_schema: _builtins.str = ...,
+        choice: Global___Choice | None = ...,
+        grammar: _builtins.str = ...,
+        json_object: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["regex", "json_schema", "choice", "grammar", "json_object"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
+
+Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
+
+@_typing.final
+class RepetitionDetection(_message.Message):
+    """A completion ends, with FINISH_REASON_REPETITION, when its last tokens are one pattern of min_pattern_size to
+    max_pattern_size tokens, min_count times in a row.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PATTERN_SIZE_FIELD_NUMBER: _builtins.int
+    MIN_PATTERN_SIZE_FIELD_NUMBER: _builtins.int
+    MIN_COUNT_FIELD_NUMBER: _builtins.int
+    max_pattern_size: _builtins.int
+    min_pattern_size: _builtins.int
+    """0 means 1."""
+    min_count: _builtins.int
+    """2 or more."""
+    def __init__(
+        self,
+        *,
+        max_pattern_size: _builtins.int = ...,
+        min_pattern_size: _builtins.int = ...,
+        min_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_pattern_size", b"max_pattern_size", "min_count", b"min_count", "min_pattern_size", b"min_pattern_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepetitionDetection: _TypeAlias = RepetitionDetection  # noqa: Y015
 
 @_typing.final
 class ReturnOptions(_message.Message):
@@ -573,6 +757,7 @@ class PromptInfo(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     SUPPRESSED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     actor_id: _builtins.str
     """One random id of this server process; changes at every restart."""
@@ -592,7 +777,13 @@ class PromptInfo(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Logprob of each expanded id given those before it; the first is 0. Only on request."""
+        """Natural log of the model's own probability (temperature 1, nothing masked) of each expanded id given those before
+        it; the first is 0. Only on request.
+        """
+
+    @_builtins.property
+    def prompt_top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprobs]:
+        """One for each expanded id, the first of them empty. Only on request."""
 
     def __init__(
         self,
@@ -604,10 +795,11 @@ class PromptInfo(_message.Message):
         media: _abc.Iterable[Global___MediaUse] | None = ...,
         suppressed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        prompt_top_logprobs: _abc.Iterable[Global___TopLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "expanded_ids", b"expanded_ids", "group_id", b"group_id", "media", b"media", "prompt_logprobs", b"prompt_logprobs", "suppressed_token_ids", b"suppressed_token_ids", "unexpanded_ids", b"unexpanded_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "expanded_ids", b"expanded_ids", "group_id", b"group_id", "media", b"media", "prompt_logprobs", b"prompt_logprobs", "prompt_top_logprobs", b"prompt_top_logprobs", "suppressed_token_ids", b"suppressed_token_ids", "unexpanded_ids", b"unexpanded_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -626,7 +818,7 @@ class MediaUse(_message.Message):
     GRID_THW_FIELD_NUMBER: _builtins.int
     PROCESSED_FIELD_NUMBER: _builtins.int
     sha256: _builtins.bytes
-    """Of the bytes that were used."""
+    """Of the content that was used."""
     modality: Global___Modality.ValueType
     num_tokens: _builtins.int
     """Tokens in the placeholder that carry an embedding of this item."""
@@ -692,12 +884,17 @@ class Completion(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ROUTED_EXPERTS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
+    BEAM_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     """Unique for ever: group id, index and actor id. A caller that sees it twice drops the second."""
     index: _builtins.int
     """0 to n - 1."""
     finish_reason: Global___FinishReason.ValueType
     text: _builtins.str
+    stop_token_id: _builtins.int
+    stop_string: _builtins.str
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids sampled, the end-of-sequence id included."""
@@ -705,7 +902,8 @@ class Completion(_message.Message):
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Natural log of the probability of each id under the distribution that it was sampled from: after temperature,
-        penalties, top-k/p and suppression. Greedy: under temperature 1.
+        penalties, top-k/p, constraints and suppression. Greedy and beams: under temperature 1. (Of beams it is no
+        probability of having been sampled: see `beam`.)
         """
 
     @_builtins.property
@@ -722,6 +920,10 @@ class Completion(_message.Message):
     def routed_experts(self) -> Global___Tensor:
         """If asked for: int16 or int32 [tokens, layers, experts per token]."""
 
+    @_builtins.property
+    def beam(self) -> Global___Beam:
+        """Set if this was found by beam search, and so is no sample of the policy."""
+
     def __init__(
         self,
         *,
@@ -735,14 +937,43 @@ class Completion(_message.Message):
         top_logprobs: _abc.Iterable[Global___TopLogprobs] | None = ...,
         routed_experts: Global___Tensor | None = ...,
         text: _builtins.str = ...,
+        stop_token_id: _builtins.int = ...,
+        stop_string: _builtins.str = ...,
+        beam: Global___Beam | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["routed_experts", b"routed_experts", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beam", b"beam", "routed_experts", b"routed_experts", "stop", b"stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "routed_experts", b"routed_experts", "text", b"text", "timing", b"timing", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "trajectory_id", b"trajectory_id", "version_spans", b"version_spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam", b"beam", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "routed_experts", b"routed_experts", "stop", b"stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "timing", b"timing", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "trajectory_id", b"trajectory_id", "version_spans", b"version_spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_stop: _TypeAlias = _typing.Literal["stop_token_id", "stop_string"]  # noqa: Y015
+    _WhichOneofArgType_stop: _TypeAlias = _typing.Literal["stop", b"stop"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stop) -> _WhichOneofReturnType_stop | None: ...
+
+Global___Completion: _TypeAlias = Completion  # noqa: Y015
+
+@_typing.final
+class Beam(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CUMULATIVE_LOGPROB_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    cumulative_logprob: _builtins.float
+    """Sum of `logprobs`."""
+    score: _builtins.float
+    """What beams are ranked by; the best has index 0. See SamplingParams.length_penalty."""
+    def __init__(
+        self,
+        *,
+        cumulative_logprob: _builtins.float = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cumulative_logprob", b"cumulative_logprob", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Completion: _TypeAlias = Completion  # noqa: Y015
+Global___Beam: _TypeAlias = Beam  # noqa: Y015
 
 @_typing.final
 class VersionSpan(_message.Message):
@@ -773,6 +1004,8 @@ Global___VersionSpan: _TypeAlias = VersionSpan  # noqa: Y015
 
 @_typing.final
 class TopLogprobs(_message.Message):
+    """The most likely ids, most likely first; those of probability 0 are left out. Of the same distribution as `logprobs`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -945,6 +1178,7 @@ class Limits(_message.Message):
     MAX_MEDIA_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_COMPLETIONS_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
     max_group_size: _builtins.int
     max_context_tokens: _builtins.int
     max_media_items: _builtins.int
@@ -953,6 +1187,8 @@ class Limits(_message.Message):
     max_message_bytes: _builtins.int
     max_queued_completions: _builtins.int
     """Completions that may run or wait at once before QUEUE_FULL."""
+    max_logprobs: _builtins.int
+    """Alternatives per token."""
     def __init__(
         self,
         *,
@@ -963,10 +1199,11 @@ class Limits(_message.Message):
         max_media_pixels: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         max_queued_completions: _builtins.int = ...,
+        max_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "max_group_size", b"max_group_size", "max_media_bytes", b"max_media_bytes", "max_media_items", b"max_media_items", "max_media_pixels", b"max_media_pixels", "max_message_bytes", b"max_message_bytes", "max_queued_completions", b"max_queued_completions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "max_group_size", b"max_group_size", "max_logprobs", b"max_logprobs", "max_media_bytes", b"max_media_bytes", "max_media_items", b"max_media_items", "max_media_pixels", b"max_media_pixels", "max_message_bytes", b"max_message_bytes", "max_queued_completions", b"max_queued_completions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

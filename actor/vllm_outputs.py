@@ -1,0 +1,99 @@
+"""What vLLM reports of one completion, piece by piece, and the `Completion` that it makes in the end."""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actor.engine import EngineRequest
+from common.errors import EngineDead, InvalidRequest
+from common.types import Completion, FinishReason, TopLogprobs, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+_REASONS = {reason.value: reason for reason in FinishReason}
+
+
+class NothingSampled(EngineDead):
+    """vLLM gave a completion up before its first token."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """What vLLM has reported of one completion so far."""
+
+    first_token_s: float
+    num_top: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    text: str = ""
+
+    def add(self, part: "CompletionOutput") -> None:
+        """Append what is new."""
+        flat: Any = part.logprobs
+        self.token_ids.extend(part.token_ids)
+        self.text += part.text
+        if flat is None:
+            return
+        self.logprobs.extend(flat.logprobs[start] for start in flat.start_indices)  # the sampled token comes first
+        if self.num_top:
+            self.top_logprobs.extend(top_logprobs(flat, place) for place in range(len(flat.start_indices)))
+
+    def completion(
+        self, last: "CompletionOutput", request: EngineRequest, trajectory_id: str, *, finished_s: float
+    ) -> Completion:
+        """The whole, when `last` was its end. Raises InvalidRequest if no token could be sampled, and EngineDead."""
+        if last.finish_reason == "error" and not self.token_ids:
+            raise NothingSampled("the engine could not begin a completion")
+        reason = _finish_reason(last.finish_reason)
+        if not all(map(math.isfinite, self.logprobs)):
+            raise InvalidRequest("sampling", "its constraints together leave no token to sample")
+        return Completion(
+            trajectory_id=trajectory_id,
+            index=last.index,
+            token_ids=np.asarray(self.token_ids, np.int32),
+            logprobs=np.asarray(self.logprobs, np.float32),
+            finish_reason=reason,
+            version_spans=tuple(
+                VersionSpan(int(span.version), span.start, span.end) for span in last.weight_versions or []
+            ),
+            first_token_s=self.first_token_s,
+            finished_s=finished_s,
+            text=self.text if request.return_text else "",
+            top_logprobs=tuple(self.top_logprobs),
+            stop=last.stop_reason if reason is FinishReason.STOP else None,
+        )
+
+
+def top_logprobs(flat: Any, place: int) -> TopLogprobs:
+    """The most likely ids at one place of vLLM's flat logprobs, without those of probability 0."""
+    start, end = flat.start_indices[place], flat.end_indices[place]
+    pairs = [
+        (token_id, logprob)
+        for token_id, logprob in zip(flat.token_ids[start + 1 : end], flat.logprobs[start + 1 : end], strict=True)
+        if logprob > -math.inf
+    ]
+    return TopLogprobs(tuple(token_id for token_id, _ in pairs), tuple(logprob for _, logprob in pairs))
+
+
+def spans_of(versions: tuple[int, ...]) -> tuple[VersionSpan, ...]:
+    """The policy version of each token as spans.
+
+    Example: `(3, 3, 4)` is `VersionSpan(3, 0, 2), VersionSpan(4, 2, 3)`.
+    """
+    spans: list[VersionSpan] = []
+    for version, run in itertools.groupby(versions):
+        start = spans[-1].end if spans else 0
+        spans.append(VersionSpan(version, start, start + len(list(run))))
+    return tuple(spans)
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    """Raises EngineDead for a completion that vLLM broke off: what there is of it is no sample of the policy."""
+    if reason not in _REASONS:
+        raise EngineDead(f"the engine broke a completion off ({reason})")
+    return _REASONS[reason]

@@ -1,0 +1,82 @@
+"""What a request can ask for beside tokens, over a real socket, with the fake engine."""
+
+import math
+from typing import Any
+
+import pytest
+
+from common.client import GrpcClient
+from common.errors import TooLarge, Unimplemented
+from common.types import Constraint, RolloutRequest, SamplingParams, StructuredOutput, TextPrompt
+from tests.contract.conftest import FakeActor, StartActor
+
+FAST = {"token_s": 0.0}
+
+
+async def _ask(actor: FakeActor, **sampling: Any) -> Any:
+    client = GrpcClient(actor.address)
+    try:
+        params = SamplingParams(**({"max_tokens": 16, "seed": 1} | sampling))
+        return await client.generate(RolloutRequest("g", TextPrompt("hello"), sampling=params), timeout_s=10)
+    finally:
+        await client.close()
+
+
+async def test_top_and_prompt_logprobs(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST)
+    plain = await _ask(actor, n=3)
+    assert plain.prompt.prompt_logprobs == plain.prompt.prompt_top_logprobs == ()
+    assert all(completion.top_logprobs == () and completion.beam is None for completion in plain.completions)
+    asked = await _ask(actor, n=3, top_logprobs=4, prompt_logprobs=True, prompt_top_logprobs=2)
+    assert asked.prompt.prompt_logprobs[0] == 0
+    assert asked.prompt.prompt_logprobs[1:] == pytest.approx([-math.log(320)] * 4)
+    assert [len(top.token_ids) for top in asked.prompt.prompt_top_logprobs] == [0, 2, 2, 2, 2]
+    for before, completion in zip(plain.completions, asked.completions, strict=True):
+        assert completion.token_ids.tolist() == before.token_ids.tolist()
+        assert [top.token_ids[0] for top in completion.top_logprobs] == completion.token_ids.tolist()
+        assert [top.logprobs[0] for top in completion.top_logprobs] == completion.logprobs.tolist()
+        assert {len(top.token_ids) for top in completion.top_logprobs} == {4}
+
+
+async def test_beams(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST)
+    group = await _ask(actor, n=3, num_beams=5, seed=None, length_penalty=0.5)
+    scores = [completion.beam.score for completion in group.completions]
+    assert scores == sorted(scores, reverse=True)
+    for completion in group.completions:
+        assert completion.beam.cumulative_logprob == pytest.approx(float(completion.logprobs.sum()), rel=1e-5)
+    every = await _ask(actor, n=5, num_beams=5, seed=None, length_penalty=0.5)
+    assert [completion.beam.score for completion in every.completions][:3] == scores
+
+
+async def test_beams_count_in_the_queue(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST, limits={"max_queued_completions": 4})
+    with pytest.raises(Exception, match="is 5; this actor queues 4 completions at most"):
+        await _ask(actor, n=1, num_beams=5, seed=None)
+
+
+async def test_what_the_fake_engine_cannot_do(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST)
+    with pytest.raises(Unimplemented, match=r"sampling\.structured_output"):
+        await _ask(actor, structured_output=StructuredOutput(Constraint.REGEX, "a"))
+
+
+async def test_a_response_that_no_client_would_take(start_actor: StartActor) -> None:
+    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 9000}, limits={"max_message_bytes": 2**20})
+    with pytest.raises(TooLarge, match="returns: a response of"):
+        await _ask(actor, max_tokens=8000, ignore_eos=True, top_logprobs=64)
+    assert len((await _ask(actor)).completions) == 1
+
+
+async def test_limits_tell_what_may_be_asked_for(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST | {"max_logprobs": 7})
+    client = GrpcClient(actor.address)
+    assert (await client.server_info()).limits.max_logprobs == 7
+    await client.close()
+    for sampling, problem in (
+        ({"top_logprobs": 8}, "sampling.top_logprobs: is 8; must be 0 to 7"),
+        ({"prompt_top_logprobs": 8}, "sampling.prompt_top_logprobs: is 8; must be 0 to 7"),
+        ({"num_beams": 4, "seed": None}, "sampling.num_beams: is 4; must be 1 to 3"),
+    ):
+        with pytest.raises(Exception, match=problem):
+            await _ask(actor, **sampling)

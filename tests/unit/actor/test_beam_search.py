@@ -1,0 +1,89 @@
+"""The search against every sequence that there is, written out."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from actor.beam_search import BeamSearch, FoundBeam, NextTokens
+
+EOS = 0
+VOCABULARY = 4
+
+
+class Model:
+    """A distribution over four tokens for each prefix, made up from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.num_steps = 0
+
+    def logprobs(self, prefix: tuple[int, ...]) -> np.ndarray:
+        logits = np.random.default_rng([self.seed, len(prefix), *prefix]).normal(0, 2, VOCABULARY)
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+    async def extend(self, beams: Sequence[FoundBeam]) -> list[NextTokens]:
+        self.num_steps += 1
+        rows = [self.logprobs(beam.token_ids) for beam in beams]
+        orders = [np.argsort(-row) for row in rows]
+        return [
+            NextTokens(self.num_steps, tuple(order.tolist()), tuple(row[order].tolist()))
+            for row, order in zip(rows, orders, strict=True)
+        ]
+
+
+def _score(model: Model, ids: tuple[int, ...], num_prompt: int, penalty: float) -> float:
+    total = sum(float(model.logprobs(ids[:t])[token_id]) for t, token_id in enumerate(ids))
+    return total / math.pow(num_prompt + len(ids) - (ids[-1] == EOS), penalty)
+
+
+def _search(model: Model, num_beams: int, max_tokens: int, penalty: float, eos: tuple[int, ...] = (EOS,)) -> BeamSearch:
+    return BeamSearch(
+        num_beams=num_beams, max_tokens=max_tokens, num_prompt_tokens=3, eos_ids=eos, length_penalty=penalty
+    )
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -2.0])
+@pytest.mark.parametrize("seed", range(5))
+async def test_wide_enough_it_finds_the_best_of_all(seed: int, penalty: float) -> None:
+    model = Model(seed)
+    everything = [
+        ids
+        for length in range(1, 4)
+        for ids in itertools.product(range(VOCABULARY), repeat=length)
+        if EOS not in ids[:-1] and (length == 3 or ids[-1] == EOS)
+    ]
+    expected = sorted(everything, key=lambda ids: _score(model, ids, 3, penalty), reverse=True)
+    search = _search(model, len(everything), 3, penalty)
+    found = await search.run(model.extend)
+    assert [beam.token_ids for beam in found] == expected
+    for beam in found:
+        assert search.score(beam) == pytest.approx(_score(model, beam.token_ids, 3, penalty))
+        assert beam.cumulative_logprob == pytest.approx(sum(beam.logprobs))
+        assert beam.is_finished == (beam.token_ids[-1] == EOS)
+        assert beam.versions == tuple(range(1, len(beam.token_ids) + 1))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -2.0])
+async def test_stopping_early_changes_nothing(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = 0
+    for seed in range(20):
+        model, patient = Model(seed), Model(seed)
+        found = await _search(model, 2, 12, penalty).run(model.extend)
+        with monkeypatch.context() as patch:
+            patch.setattr(BeamSearch, "_can_improve", lambda _search, live, _finished: bool(live))
+            expected = await _search(patient, 2, 12, penalty).run(patient.extend)
+        assert [beam.token_ids for beam in found] == [beam.token_ids for beam in expected]
+        saved += patient.num_steps - model.num_steps
+    # A penalty that favours length so much leaves hope to the last token.
+    assert (saved > 20) == (penalty < 3)
+
+
+async def test_without_ends_it_goes_to_the_last_token() -> None:
+    model = Model(1)
+    found = await _search(model, 3, 5, 1.0, eos=()).run(model.extend)
+    assert [len(beam.token_ids) for beam in found] == [5, 5, 5]
+    assert not any(beam.is_finished for beam in found)
+    assert found[0].cumulative_logprob >= found[1].cumulative_logprob > -math.inf

@@ -1,0 +1,89 @@
+"""vLLM's reports as completions, without vLLM: pieces as it hands them out."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actor.engine import EngineRequest
+from actor.vllm_outputs import NothingSampled, Sample, spans_of, top_logprobs
+from common.errors import EngineDead, InvalidRequest
+from common.types import FinishReason, SamplingParams, TextPrompt, TopLogprobs, VersionSpan
+
+REQUEST = EngineRequest("g", TextPrompt("x"), (), SamplingParams(), return_text=True)
+
+
+def _flat(*places: list[tuple[int, float]]) -> Any:
+    """At each place the sampled id and then the likeliest, as vLLM lays them out."""
+    ends = [sum(map(len, places[: i + 1])) for i in range(len(places))]
+    return SimpleNamespace(
+        start_indices=[end - len(place) for end, place in zip(ends, places, strict=True)],
+        end_indices=ends,
+        token_ids=[token_id for place in places for token_id, _ in place],
+        logprobs=[logprob for place in places for _, logprob in place],
+    )
+
+
+def _part(ids: list[int], flat: Any, reason: str | None = None, **values: Any) -> Any:
+    spans = [SimpleNamespace(version="3", start=0, end=2), SimpleNamespace(version="4", start=2, end=3)]
+    return SimpleNamespace(
+        **{"index": 1, "token_ids": ids, "logprobs": flat, "text": "t" * len(ids), "finish_reason": reason}
+        | {"weight_versions": spans, "stop_reason": None}
+        | values
+    )
+
+
+def test_pieces_make_a_completion() -> None:
+    sample = Sample(0.25, num_top=2)
+    sample.add(_part([5], _flat([(5, -2.0), (6, -0.5), (5, -2.0)])))
+    last = _part(
+        [7, 8],
+        _flat([(7, -1.0), (7, -1.0), (9, -math.inf)], [(8, 0.0), (8, 0.0), (1, -math.inf)]),
+        "stop",
+        stop_reason=8,
+    )
+    sample.add(last)
+    completion = sample.completion(last, REQUEST, "name", finished_s=0.5)
+    assert (completion.trajectory_id, completion.index, completion.text) == ("name", 1, "ttt")
+    assert completion.token_ids.tolist() == [5, 7, 8]
+    assert completion.logprobs.tolist() == [-2.0, -1.0, 0.0]
+    assert completion.top_logprobs == (
+        TopLogprobs((6, 5), (-0.5, -2.0)),
+        TopLogprobs((7,), (-1.0,)),
+        TopLogprobs((8,), (0.0,)),
+    )
+    assert completion.version_spans == (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3))
+    assert (completion.finish_reason, completion.stop) == (FinishReason.STOP, 8)
+    assert (completion.first_token_s, completion.finished_s) == (0.25, 0.5)
+
+
+def test_what_ended_for_another_reason_has_no_stop() -> None:
+    sample = Sample(0.0)
+    last = _part([5], _flat([(5, -2.0)]), "repetition", stop_reason="repetition_detected")
+    sample.add(last)
+    completion = sample.completion(last, REQUEST, "name", finished_s=0.5)
+    assert (completion.finish_reason, completion.stop, completion.top_logprobs) == (FinishReason.REPETITION, None, ())
+
+
+def test_what_is_no_sample() -> None:
+    with pytest.raises(NothingSampled):
+        Sample(0.0).completion(_part([], None, "error"), REQUEST, "name", finished_s=1)
+    for reason in ("error", "abort", None):
+        sample = Sample(0.0)
+        sample.add(_part([5], _flat([(5, -2.0)])))
+        with pytest.raises(EngineDead, match=f"broke a completion off \\({reason}\\)"):
+            sample.completion(_part([], None, reason), REQUEST, "name", finished_s=1)
+    for logprob in (math.nan, -math.inf):
+        sample = Sample(0.0)
+        last = _part([5], _flat([(5, logprob)]), "length")
+        sample.add(last)
+        with pytest.raises(InvalidRequest, match="leave no token to sample"):
+            sample.completion(last, REQUEST, "name", finished_s=1)
+
+
+def test_places_and_spans() -> None:
+    flat = _flat([(5, -2.0)], [(5, -2.0), (6, -0.5)])
+    assert [top_logprobs(flat, place).token_ids for place in (0, 1)] == [(), (6,)]
+    assert spans_of((3, 3, 4, 3)) == (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3), VersionSpan(3, 3, 4))
+    assert spans_of(()) == ()
