@@ -12,6 +12,9 @@ from kubernetes_validate.utils import all_versions
 
 from tests.manifests.rendered import VARIANTS, Manifest, find, render, render_text, tool
 
+# checkov alone takes seconds, and more on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 _SCHEMAS = Path(__file__).resolve().parents[2] / "manifests" / "schemas"
 VERSIONS = sorted({version.rpartition(".")[0] for version in all_versions()}, key=lambda text: int(text.split(".")[1]))[
     -5:
