@@ -20,7 +20,7 @@ ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print must not mix with the answers
 
 
-def _load_shim(path: str) -> None:
+def load_shim(path: str) -> None:
     """Make torchvision importable, as Outrider does for itself (see the shim's own docstring)."""
     spec = importlib.util.spec_from_file_location("torchvision_ops", path)
     assert spec is not None
@@ -34,7 +34,7 @@ def _load_shim(path: str) -> None:
 def main() -> None:
     """Build the trainer, say that it is ready, then obey."""
     folder = Path(sys.argv[1])
-    _load_shim(sys.argv[2])
+    load_shim(sys.argv[2])
     workload = json.loads((folder / "workload.json").read_text())
 
     import torch  # torchvision's operators come first

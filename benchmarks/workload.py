@@ -66,7 +66,7 @@ def build(folder: Path, case: str) -> Workload:
     else:
         build_model(model, seed=0)
         _make_uniform(model)
-    _rows().to_parquet(folder / "train.parquet")
+    training_rows().to_parquet(folder / "train.parquet")
     (folder / "workload.json").write_text(json.dumps(asdict(workload)))
     return workload
 
@@ -79,7 +79,7 @@ def _make_uniform(model: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _rows() -> Dataset:
+def training_rows() -> Dataset:
     """The digits' training rows in verl's convention."""
     rows, _ = data.split()
     return Dataset.from_list(

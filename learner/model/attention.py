@@ -1,9 +1,10 @@
 """Attention of the text model over a packed batch, as a function that `transformers` calls by name.
 
 The model runs on one long sequence [1, T]. Only here do rows matter: rows of similar length are laid side by side as
-[rows, longest], with a boolean mask from the branches (see `learner.batch.packing`), and go through
-`scaled_dot_product_attention`. Where every row has the same length that is a view, otherwise a gather. The vision tower
-keeps its own attention, and a forward without a layout is plain causal attention.
+[rows, longest], and go through `scaled_dot_product_attention` with a boolean mask from the branches (see
+`learner.batch.packing`); rows of a single completion need none, they are causal. Where every row has the same length
+that is a view, otherwise a gather. The vision tower keeps its own attention, and a forward without a layout is plain
+causal attention.
 
 A query sees a key of its row that comes no later and is of the prompt or of the query's own branch. Two things that
 some models add: layers with a sliding window see only the last so many tokens (counted along prompt and branch), and
@@ -28,8 +29,10 @@ NAME = "outrider_packed"
 # What the attention of some models has beside; unknown to `packed_attention`, so refused.
 _UNKNOWN = ("softcap", "s_aux", "head_mask", "position_bias")
 
-# Rows share a block while the shortest is at least this part of the longest: fewer, larger calls against padding.
-_MIN_FILL = 0.7
+# Rows share a block while its padding adds no more pairs of tokens than this: what another call costs, and more of them
+# on a GPU, which computes many pairs in the time of a call.
+_CALL_PAIRS_CPU = 2**14
+_CALL_PAIRS = 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,10 +47,17 @@ class Block:
     """int64 [rows, length]: place of the token in its own sequence, prompt and branch."""
     spans: Tensor
     """int64 [rows, length]: number of the image that sees itself in both directions, 0 elsewhere."""
+    causal: bool
+    """Every token sees all of its row that come no later; padding is behind them all."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """bool [rows, 1, length, length]: query may see key. A padding place sees itself only, so nothing is NaN."""
+    def mask(self, window: int | None) -> Tensor | None:
+        """bool [rows, 1, length, length]: query may see key; None where causal attention is just that.
+
+        A padding place sees itself only, so nothing is NaN.
+        """
+        if self.causal and (window is None or window >= self.length):
+            return None
         if window not in self._masks:
             self._masks[window] = _mask(self.branches, self.orders, self.spans, window)
         return self._masks[window]
@@ -86,16 +96,22 @@ def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor, seen_whole: Te
     if sum(row_lengths) != len(branch_ids):
         raise ValueError(f"rows hold {sum(row_lengths)} tokens, the pack {len(branch_ids)}")
     device = branch_ids.device
-    orders = _orders(row_lengths, branch_ids)
+    branches_of_rows = branch_ids.cpu().split(list(row_lengths))
+    orders = _orders(branches_of_rows).to(device)
     spans = torch.zeros_like(branch_ids) if seen_whole is None else _number_runs(seen_whole)
     starts = torch.tensor([0, *row_lengths]).cumsum(0)
-    groups = _similar(row_lengths)
+    is_causal = [seen_whole is None and bool(branches.max() <= 1) for branches in branches_of_rows]
+    max_padding = _CALL_PAIRS_CPU if device.type == "cpu" else _CALL_PAIRS
+    groups = _similar(row_lengths, is_causal, max_padding)
     gathers: list[Tensor] = []
     for rows in groups:
         steps = torch.arange(row_lengths[rows[0]])
         lengths = torch.tensor([row_lengths[row] for row in rows])
         gathers.append(torch.where(steps < lengths[:, None], starts[rows][:, None] + steps, -1))
-    blocks = tuple(_block(gather.to(device), branch_ids, orders, spans) for gather in gathers)
+    blocks = tuple(
+        _block(gather.to(device), branch_ids, orders, spans, is_causal[rows[0]])
+        for rows, gather in zip(groups, gathers, strict=True)
+    )
     joined = torch.cat([gather.flatten() for gather in gathers])
     if torch.equal(joined, torch.arange(len(branch_ids))):
         return PackedLayout(blocks, None, None)
@@ -153,8 +169,9 @@ def packed_attention(
         groups = queries.shape[1] // keys.shape[1]
         if groups > 1:
             keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
+        mask = block.mask(sliding_window)
         attended = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=block.mask(sliding_window), dropout_p=dropout, scale=scaling
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -174,26 +191,33 @@ def _unpad(states: Tensor, scatter: Tensor) -> Tensor:
     return unpadded
 
 
-def _similar(row_lengths: Sequence[int]) -> list[list[int]]:
-    """Row numbers in blocks, longest first; rows of equal length keep their order."""
+def _similar(row_lengths: Sequence[int], is_causal: Sequence[bool], max_padding: int) -> list[list[int]]:
+    """Row numbers in blocks, longest first, those that need a mask in other blocks than those that need none.
+
+    Rows of equal length keep their order. The padding of a block adds at most `max_padding` pairs of tokens.
+    """
     blocks: list[list[int]] = []
-    for row in sorted(range(len(row_lengths)), key=lambda row: -row_lengths[row]):
-        if blocks and row_lengths[row] >= _MIN_FILL * row_lengths[blocks[-1][0]]:
-            blocks[-1].append(row)
-        else:
-            blocks.append([row])
+    padding = 0
+    for row in sorted(range(len(row_lengths)), key=lambda row: (is_causal[row], -row_lengths[row])):
+        if blocks and is_causal[row] == is_causal[blocks[-1][0]]:
+            padding += row_lengths[blocks[-1][0]] ** 2 - row_lengths[row] ** 2
+            if padding <= max_padding:
+                blocks[-1].append(row)
+                continue
+        blocks.append([row])
+        padding = 0
     return blocks
 
 
-def _orders(row_lengths: Sequence[int], branch_ids: Tensor) -> Tensor:
+def _orders(branches_of_rows: Sequence[Tensor]) -> Tensor:
     """int64 `[T]`: place of each token in its own sequence: in the prompt, or behind it in its branch."""
     orders = []
-    for branches in branch_ids.cpu().split(list(row_lengths)):
+    for branches in branches_of_rows:
         steps = torch.arange(len(branches))
         lengths = torch.bincount(branches)
         firsts = lengths.cumsum(0) - lengths  # branches are contiguous and ascending
         orders.append(torch.where(branches > 0, steps - firsts[branches] + lengths[0], steps))
-    return torch.cat(orders).to(branch_ids.device)
+    return torch.cat(orders)
 
 
 def _number_runs(flags: Tensor) -> Tensor:
@@ -202,11 +226,12 @@ def _number_runs(flags: Tensor) -> Tensor:
     return starts.long().cumsum(0) * flags
 
 
-def _block(gather: Tensor, branch_ids: Tensor, orders: Tensor, spans: Tensor) -> Block:
+def _block(gather: Tensor, branch_ids: Tensor, orders: Tensor, spans: Tensor, causal: bool) -> Block:
     """The tokens `gather` `[rows, L]`, -1 in padding."""
     places = gather.clamp(min=0)
     branches = torch.where(gather >= 0, branch_ids[places], -1)
-    return Block(len(gather), gather.shape[1], branches, orders[places], torch.where(gather >= 0, spans[places], 0))
+    spans = torch.where(gather >= 0, spans[places], 0)
+    return Block(len(gather), gather.shape[1], branches, orders[places], spans, causal)
 
 
 def _mask(branches: Tensor, orders: Tensor, spans: Tensor, window: int | None) -> Tensor:

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from common.placeholders import image_token_id
 from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
+from learner.model.fused_logprobs import SUPPRESSED_LOGIT, fused_logprobs
 from learner.model.sequence_parallel import SequenceGroup
 
 # Float32 logits that exist at once, in elements; more are computed piece by piece and again in the backward pass.
 _MAX_LOGIT_ELEMENTS = 2**26
-_MAX_FUSED_LOGIT_ELEMENTS = 2**24
 # What some models do with the output layer's logits, by the names of the settings; `fused` does not do it.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -42,8 +42,8 @@ def completion_logprobs(
         pack: on the model's device.
         temperature: of the sampling; 0 (greedy) counts as 1, as on the actor.
         suppressed_token_ids: ids that the actor could not sample (image placeholders).
-        fused: apply the output layer piece by piece too, and again in the backward pass, so that `[N, V]` logits never
-            exist. `check_fused` says whether the model allows it.
+        fused: apply the output layer slice by slice, and again in the backward pass, so that `[N, V]` logits never
+            exist (`learner.model.fused_logprobs`). `check_fused` says whether the model allows it.
         sequence_group: the ranks that share the pack (`split_sequences`); each applies the output layer to its part.
 
     Returns:
@@ -56,7 +56,7 @@ def completion_logprobs(
     if fused:
         with _without_output_layer(model) as output_layer:
             hidden = model(**inputs).logits[0]
-        result = _fused_logprobs(output_layer, hidden, targets, temperature or 1.0, suppressed_token_ids)
+        result = fused_logprobs(output_layer, hidden, targets, temperature or 1.0, suppressed_token_ids)
     else:
         result = token_logprobs(model(**inputs).logits[0], targets, temperature or 1.0, suppressed_token_ids)
     if sequence_group is not None:
@@ -87,22 +87,6 @@ def _without_output_layer(model: Any) -> Iterator[nn.Module]:
         yield output_layer
     finally:
         model.lm_head = output_layer
-
-
-def _fused_logprobs(
-    output_layer: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, suppressed_token_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    def piece_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _token_logprobs(output_layer(hidden), targets, temperature, suppressed)
-
-    suppressed = torch.tensor(suppressed_token_ids, dtype=torch.int64, device=hidden.device)
-    vocab_size: Any = output_layer.out_features
-    rows = max(1, _MAX_FUSED_LOGIT_ELEMENTS // int(vocab_size))
-    pieces = [
-        checkpoint(piece_logprobs, *piece, use_reentrant=False)
-        for piece in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
 def forward_inputs(pack: PackedBatch, config: Any) -> dict[str, Any]:
@@ -138,8 +122,7 @@ def token_logprobs(
 def _token_logprobs(logits: Tensor, targets: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor, Tensor]:
     scaled = logits.float() / temperature
     if len(suppressed):
-        # Far below every logit but finite: p is exactly 0, and p * log(p) in the entropy stays 0 instead of NaN.
-        scaled = scaled.index_fill(1, suppressed, torch.finfo(torch.float32).min / 2)
+        scaled = scaled.index_fill(1, suppressed, SUPPRESSED_LOGIT)
     all_logprobs = torch.log_softmax(scaled, dim=-1)
     logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)

@@ -45,6 +45,8 @@ def naive_attention(
         ([1, 7, 3, 2], [0, 0, 0, 1, 1, 2, 2, 3, 0, 0, 1, 0, 0]),  # several blocks, out of order
         ([5, 4], [0, 0, 1, 1, 2, 0, 1, 2, 2]),  # one block with padding
         ([3], [0, 1, 2]),
+        ([3, 3], [0, 1, 1, 0, 0, 1]),  # no mask, no gather
+        ([2, 5, 4, 5], [0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 2, 2]),  # three rows without a mask, padded; one with
     ],
 )
 def test_values_and_gradients_are_those_of_a_naive_loop(row_lengths: list[int], branches: list[int]) -> None:
@@ -87,9 +89,24 @@ def test_attention_that_is_not_understood_is_refused() -> None:
         packed_attention(nn.Identity(), states, states, states, None, packed_layout=layout, softcap=30.0)
 
 
-def test_rows_of_very_different_length_do_not_share_a_block() -> None:
-    layout = packed_layout([100, 3, 90, 4], torch.zeros(197, dtype=torch.int64))
-    assert [(block.num_rows, block.length) for block in layout.blocks] == [(2, 100), (2, 4)]
+def test_rows_share_a_block_while_padding_costs_less_than_a_call() -> None:
+    row_lengths = [200, 30, 190, 130, 20]
+    layout = packed_layout(row_lengths, torch.zeros(570, dtype=torch.int64))
+    # 200^2 - 190^2 = 3900 pairs, 200^2 - 130^2 = 23100 more than 2^14; 130^2 - 30^2 = 16000, with 20^2 more than 2^14.
+    assert [(block.num_rows, block.length) for block in layout.blocks] == [(2, 200), (2, 130), (1, 20)]
+
+
+def test_only_rows_of_one_completion_need_no_mask() -> None:
+    layout = packed_layout([3, 4, 3], torch.tensor([0, 1, 1, 0, 1, 2, 2, 0, 0, 0]))
+    assert [(block.num_rows, block.length, block.causal) for block in layout.blocks] == [(1, 4, False), (2, 3, True)]
+    branched, plain = layout.blocks
+    assert branched.mask(None) is not None
+    assert plain.mask(None) is plain.mask(3) is None
+    window = plain.mask(2)
+    assert window is not None
+    assert window[0, 0].tolist() == [[True, False, False], [True, True, False], [False, True, True]]
+    seen_whole = packed_layout([3], torch.zeros(3, dtype=torch.int64), torch.tensor([False, True, True]))
+    assert not seen_whole.blocks[0].causal
 
 
 def test_rows_must_fill_the_pack() -> None:

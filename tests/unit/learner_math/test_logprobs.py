@@ -9,6 +9,7 @@ from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, policy_loss
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
+from learner.model import fused_logprobs as fused_module
 from learner.model import logprobs as logprobs_module
 from learner.model.attention import NAME
 from learner.model.logprobs import check_fused, completion_logprobs, token_logprobs
@@ -140,7 +141,7 @@ def test_logits_in_pieces_give_the_same_values_and_gradients(monkeypatch: pytest
 def test_fused_logprobs_are_the_plain_ones(
     make_policy: Callable[[], Any], processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs_module, "_MAX_FUSED_LOGIT_ELEMENTS", 3 * 320)  # several pieces
+    monkeypatch.setattr(fused_module, "_MAX_ELEMENTS_CPU", 3 * 320)  # several slices
     pack = one_pack(processor, mixed_groups(processor), True)
     results: list[Any] = []
     for fused in (False, True):

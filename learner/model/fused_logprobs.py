@@ -1,0 +1,148 @@
+"""Log-probabilities straight from hidden states: the `[N, V]` logits of a pack never exist at once.
+
+The vocabulary is taken in slices: so each row of the output layer's gradient is written once, where slices of tokens
+would add to all of it again and again. With z the logits of a slice s, l_s the log of the sum of exp(z), and H_s the
+entropy within it, the whole distribution has
+
+    l = logsumexp(l_s)        H = sum_s w_s (H_s - log w_s)   with w_s = exp(l_s - l), the slice's share
+
+The backward pass computes the logits of each slice again. With p the probability of token v, g and e the gradients of
+the target's log-probability and of the entropy,
+
+    gradient of z_v = g (1[v is the target] - p) - e p (log p + H)
+
+Slices are small enough for a CPU's cache and pass over their logits fewer times than autograd would, which makes up for
+the matrix product that is done twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Logits that exist at once; a GPU wants larger pieces of work.
+_MAX_ELEMENTS_CPU = 2**22
+_MAX_ELEMENTS = 2**24
+
+# The logit of an id that could not be sampled. Far below every other but finite: p is exactly 0, and p * log(p) is too.
+SUPPRESSED_LOGIT = torch.finfo(torch.float32).min / 2
+
+
+def fused_logprobs(
+    output_layer: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, suppressed_token_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(logprob of each target `[N]`, entropy of each distribution `[N]`), float32, both with gradient.
+
+    Args:
+        output_layer: `nn.Linear` from hidden states `[N, H]` to logits `[N, V]`. Under FSDP2 its parameters are whole.
+        hidden: `[N, H]`.
+        targets: int64 `[N]`.
+        temperature: logits are divided by it.
+        suppressed_token_ids: ids with probability 0.
+    """
+    weight: Any = output_layer.weight
+    bias: Any = output_layer.bias
+    suppressed = None
+    if suppressed_token_ids:
+        suppressed = torch.zeros(len(weight), dtype=torch.bool)
+        suppressed[torch.tensor(suppressed_token_ids)] = True
+        suppressed = suppressed.to(hidden.device)
+    results: tuple[Tensor, Tensor] = _FusedLogprobs.apply(hidden, weight, bias, targets, temperature, suppressed)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _FusedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        suppressed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        target_logits = torch.zeros(len(hidden), device=hidden.device)
+        normalizers, entropies = [], []
+        for part in _slices(hidden, len(weight)):
+            logits = _logits(hidden, weight, bias, temperature, suppressed, part)
+            inside, columns = _columns(targets, part)
+            target_logits = torch.where(inside, logits.gather(1, columns).squeeze(1), target_logits)
+            highest = logits.amax(1)
+            logits -= highest[:, None]
+            exponentials = logits.exp()
+            sums = exponentials.sum(1)
+            normalizers.append(highest + sums.log())
+            entropies.append(sums.log() - exponentials.mul_(logits).sum(1) / sums)
+        slice_normalizers = torch.stack(normalizers)
+        normalizer = slice_normalizers.logsumexp(0)
+        log_shares = slice_normalizers - normalizer
+        entropy = (log_shares.exp() * (torch.stack(entropies) - log_shares)).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, targets, suppressed, normalizer, entropy)
+        ctx.temperature = temperature
+        return target_logits - normalizer, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, suppressed, normalizer, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        grad_target = grad_logprobs / ctx.temperature
+        slope = -grad_entropy / ctx.temperature
+        offset = slope * entropy - grad_target
+        for part in _slices(hidden, len(weight)):
+            logprobs = _logits(hidden, weight, bias, ctx.temperature, suppressed, part)
+            logprobs -= normalizer[:, None]
+            probabilities = logprobs.exp()
+            # p (slope * log p + offset), in place of the logits.
+            grad = torch.addcmul(offset[:, None], logprobs, slope[:, None], out=logprobs).mul_(probabilities)
+            inside, columns = _columns(targets, part)
+            grad.scatter_add_(1, columns, torch.where(inside, grad_target, 0.0)[:, None])
+            if suppressed is not None:
+                grad.masked_fill_(suppressed[part], 0.0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                _add_product(grad_hidden, grad, weight[part])
+            if grad_weight is not None:
+                torch.mm(grad.T, hidden, out=grad_weight[part])
+            if grad_bias is not None:
+                grad_bias[part] = grad.sum(0)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+
+
+def _slices(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
+    elements = _MAX_ELEMENTS_CPU if hidden.device.type == "cpu" else _MAX_ELEMENTS
+    width = max(1, elements // max(1, len(hidden)))
+    for start in range(0, vocab_size, width):
+        yield slice(start, min(start + width, vocab_size))
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, suppressed: Tensor | None, part: slice
+) -> Tensor:
+    """float32 `[N, slice]`, a tensor of its own."""
+    logits = nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).float()
+    if temperature != 1.0:
+        logits /= temperature
+    if suppressed is not None:
+        logits.masked_fill_(suppressed[part], SUPPRESSED_LOGIT)
+    return logits
+
+
+def _columns(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """(bool `[N]`: the target is in this slice; int64 `[N, 1]`: its column there, any column if it is not)."""
+    inside = (targets >= part.start) & (targets < part.stop)
+    return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)[:, None]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with the sum over slices in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
