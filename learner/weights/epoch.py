@@ -11,14 +11,12 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from common.collective import BroadcastGroup
 from common.errors import OutriderError
 from common.log import get_logger
 from common.types import EpochSpec
 from learner.rollouts.members import Member
 from learner.weights.snapshot import Snapshot
+from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
 
@@ -44,10 +42,10 @@ class UpdateTimes:
 class Epoch:
     """An open epoch; made by `open_epoch`."""
 
-    def __init__(self, spec: EpochSpec, members: tuple[Member, ...], group: BroadcastGroup) -> None:
+    def __init__(self, spec: EpochSpec, members: tuple[Member, ...], sender: Sender) -> None:
         self.members = members
         self._spec = spec
-        self._group = group
+        self._sender = sender
 
     async def update(self, snapshot: Snapshot, *, full: bool) -> UpdateTimes:
         """Bring every member to the snapshot's version. Those that serve it already receive it too, as the broadcast
@@ -61,7 +59,7 @@ class Epoch:
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
         manifest, buffers = snapshot.update(full=full)
         started_at = loop.time()
-        broadcast = asyncio.ensure_future(asyncio.to_thread(self._broadcast, buffers))
+        broadcast = asyncio.ensure_future(self._sender.send(buffers))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
         await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
         staged_at = loop.time()
@@ -72,17 +70,13 @@ class Epoch:
         pauses = await _all_or_fail(f"committing version {snapshot.version}", behind, commits)
         return UpdateTimes(staged_at - started_at, max(pauses))
 
-    def _broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
-        for buffer in buffers:
-            self._group.broadcast(buffer.to(self._group.device))
-
     async def abort(self) -> None:
         """Leave, and tell the members to; those that do not answer are none of our concern any more."""
-        self._group.abort()
+        self._sender.abort()
         await abort_members(self._spec, self.members)
 
 
-async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
+async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Transport) -> Epoch:
     """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
 
     Raises:
@@ -92,7 +86,7 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
     for member in members:
         joins.append(member.client.open_epoch(replace(spec, rank=rank)))
         rank += num_workers(member)
-    joined = asyncio.ensure_future(asyncio.to_thread(BroadcastGroup, spec, 0))
+    joined = asyncio.ensure_future(transport.join(spec))
     try:
         await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
     except BaseException:
@@ -144,6 +138,6 @@ async def _all_or_fail(
     raise EpochFailed(f"{what} failed: {reason}", culprits)
 
 
-def _abort_late(joined: "asyncio.Future[BroadcastGroup]") -> None:
+def _abort_late(joined: "asyncio.Future[Sender]") -> None:
     if not joined.cancelled() and joined.exception() is None:
         joined.result().abort()

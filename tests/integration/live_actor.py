@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from actor.config import VllmConfig
@@ -36,6 +35,7 @@ from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
 from learner.weights.epoch import Epoch, open_epoch
 from learner.weights.snapshot import Snapshot, Snapshotter
+from learner.weights.transport import TorchTransport
 from tests.unit.learner_math.groups import SUPPRESSED, reference_logits
 
 MAX_PIXELS = 2**20
@@ -130,7 +130,7 @@ class WeightSource:
         client = cast("RolloutClient", _PolicyClient(actor.policy))
         status = ActorStatus("actor-1", ActorState.SERVING, 0, "", 0, -1, 0, 0, num_workers=actor.info.num_workers)
         self._member = Member("in-process", client, 1, "actor-1", ActorState.SERVING, status=status)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._transport = TorchTransport("127.0.0.1")
         self._last_epoch = 0
         self._epoch: Epoch | None = None
         self.version = 0
@@ -138,13 +138,13 @@ class WeightSource:
     def spec(self, epoch: int, timeout_s: float = TIMEOUT_S) -> EpochSpec:
         """Of an epoch with this actor alone."""
         world_size = 1 + self._actor.info.num_workers
-        return EpochSpec("run", epoch, "127.0.0.1", self._store.port, world_size, 0, "gloo", timeout_s)
+        return EpochSpec("run", epoch, "127.0.0.1", self._transport.port, world_size, 0, "gloo", timeout_s)
 
     async def open(self) -> Epoch:
         """The epoch that is open, or the next one."""
         if self._epoch is None:
             self._last_epoch += 1
-            self._epoch = await open_epoch(self.spec(self._last_epoch), [self._member])
+            self._epoch = await open_epoch(self.spec(self._last_epoch), [self._member], self._transport)
         return self._epoch
 
     async def abort(self) -> None:
