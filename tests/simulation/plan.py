@@ -1,0 +1,68 @@
+"""What one schedule is: sizes, settings and faults, all of them a function of its seed."""
+
+import random
+from dataclasses import dataclass
+
+from tests.simulation.faults import KINDS
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """At `at_s`, to actor number `actor`, for `for_s`."""
+
+    at_s: float
+    kind: str
+    actor: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run of `total_steps` with `faults` in it."""
+
+    num_actors: int
+    uses_dns: bool
+    slots: int
+    batch: int
+    n: int
+    max_staleness: int
+    total_steps: int
+    checkpoint_every: int
+    train_s: float
+    group_timeout_s: float
+    max_attempts: int
+    drop_uniform_groups: bool
+    faults: tuple[Fault, ...]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ("dns:///actors:1",) if self.uses_dns else self.addresses
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(f"10.0.0.{i}:1" for i in range(self.num_actors))
+
+
+def make_plan(rng: random.Random) -> Plan:
+    """A random plan. Faults come in bursts, so that they meet each other."""
+    num_actors = rng.choice((1, 2, 2, 3, 3, 4))
+    kinds = rng.sample([*KINDS], rng.randrange(1, 6))
+    faults = []
+    at_s = rng.uniform(0, 2)
+    for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 9))):
+        faults.append(Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.5, 2, 5, 10))))
+        at_s += rng.choice((0.0, 0.01, 0.05, 0.2, 1, 3)) * rng.random()
+    return Plan(
+        num_actors=num_actors,
+        uses_dns=rng.random() < 0.3,
+        slots=rng.choice((1, 2, 4)),
+        batch=rng.choice((1, 2, 3)),
+        n=rng.choice((1, 2)),
+        max_staleness=rng.choice((0, 1, 2)),
+        total_steps=rng.choice((2, 3, 4)),
+        checkpoint_every=rng.choice((1, 2, 3)),
+        train_s=rng.choice((0.05, 0.5)),
+        group_timeout_s=rng.choice((3.0, 10.0)),
+        max_attempts=rng.choice((2, 8)),
+        drop_uniform_groups=rng.random() < 0.2,
+        faults=tuple(faults),
+    )
