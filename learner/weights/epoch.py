@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.errors import OutriderError
+from common.errors import OutriderError, Unreachable
 from common.log import get_logger
 from common.types import EpochSpec
 from learner.rollouts.members import Member
@@ -84,7 +84,7 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     """
     joins, rank = [], 1
     for member in members:
-        joins.append(member.client.open_epoch(replace(spec, rank=rank)))
+        joins.append(_join(member, replace(spec, rank=rank)))
         rank += num_workers(member)
     joined = asyncio.ensure_future(transport.join(spec))
     try:
@@ -95,6 +95,14 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
         await abort_members(spec, members)
         raise
     return Epoch(spec, tuple(members), joined.result())
+
+
+async def _join(member: Member, spec: EpochSpec) -> None:
+    """Have a member come in. It must be the process that the fleet knows: another one at its address has no weights."""
+    await member.client.open_epoch(spec)
+    status = await member.client.status()
+    if status.actor_id != member.actor_id:
+        raise Unreachable(f"{member.address} was restarted: {member.actor_id} is {status.actor_id} now")
 
 
 async def abort_members(spec: EpochSpec, members: Sequence[Member]) -> None:
@@ -120,22 +128,33 @@ async def _all_or_fail(
     """
     tasks = [asyncio.ensure_future(call) for call in calls]
     waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
-    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-    failed = [future for future in done if future.exception() is not None]
-    if not failed:
-        return [task.result() for task in tasks]
-    if failed == [own]:
-        await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
-    culprits = []
-    for member, task in zip(members, tasks, strict=True):
-        error = task.exception() if task.done() and not task.cancelled() else None
-        if isinstance(error, OutriderError):
-            culprits.append((member, error))
-        elif error is not None:
-            raise error
-        task.cancel()
-    reason = culprits[0][1] if culprits else failed[0].exception()
-    raise EpochFailed(f"{what} failed: {reason}", culprits)
+    try:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [future for future in done if future.exception() is not None]
+        if not failed:
+            return [task.result() for task in tasks]
+        if failed == [own]:
+            await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
+        culprits = []
+        for member, task in zip(members, tasks, strict=True):
+            error = task.exception() if task.done() else None
+            if isinstance(error, OutriderError):
+                culprits.append((member, error))
+            elif error is not None:
+                raise error
+        reason = culprits[0][1] if culprits else failed[0].exception()
+        raise EpochFailed(f"{what} failed: {reason}", culprits)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for future in waiting:
+            future.add_done_callback(_look_at)
+
+
+def _look_at(future: "asyncio.Future[Any]") -> None:
+    """Whatever it still says is no news: the epoch is over."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _abort_late(joined: "asyncio.Future[Sender]") -> None:

@@ -112,6 +112,10 @@ class _PolicyClient:
     async def open_epoch(self, spec: EpochSpec) -> None:
         await self._policy.open_epoch(spec)
 
+    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+        policy = self._policy
+        return ActorStatus("actor-1", policy.state, policy.policy_version, policy.run_id, policy.epoch, -1, 0, 0, 1)
+
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
         return (await self._policy.stage(run_id, epoch, manifest, timeout_s))[0]
 

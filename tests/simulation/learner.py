@@ -76,9 +76,9 @@ class SimLearner:
             run_id=self.run_id,
             connect=lambda address: SimClient(world.actors[address], self),
             slots_per_actor=plan.slots,
-            poll_s=1.0,
+            poll_s=2.0,
             status_timeout_s=2.0,
-            discover_s=2.0,
+            discover_s=3.0,
             resolve=world.resolve,
         )
         self._buffer = SignallingBuffer((plan.max_staleness + 1) * plan.batch)

@@ -21,6 +21,23 @@ class Stuck(AssertionError):
     """The program waits for something that will never come, or not in time."""
 
 
+class Handle:
+    """A callback to come. Contexts are left out: nothing here has context variables."""
+
+    __slots__ = ("args", "callback", "is_cancelled")
+
+    def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.callback = callback
+        self.args = args
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+
 class VirtualLoop(asyncio.AbstractEventLoop):
     """As much of an event loop as the learner's and the actor's state machines use.
 
@@ -32,8 +49,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.errors: list[dict[str, Any]] = []
         """What would have been logged as an error of the loop: exceptions that nobody looked at."""
         self._thread_s = thread_s
-        self._ready: collections.deque[asyncio.Handle] = collections.deque()
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._ready: collections.deque[Handle] = collections.deque()
+        self._timers: list[tuple[float, int, Handle]] = []
         self._num_timers = 0
 
     def run(self, main: Coroutine[Any, Any, T], *, until: float) -> T:
@@ -41,17 +58,22 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         task = self.create_task(main)
         events._set_running_loop(self)
         turns = 0
+        ready = self._ready
         try:
             while not task.done():
-                if not self._ready:
+                if not ready:
                     self._jump(until)
                     turns = 0
-                handle = self._ready.popleft()
-                if not handle._cancelled:  # type: ignore[attr-defined]
-                    handle._run()
+                handle = ready.popleft()
+                if handle.is_cancelled:
+                    continue
+                try:
+                    handle.callback(*handle.args)
+                except Exception as error:  # noqa: BLE001 - as every event loop: it goes on, and says so
+                    self.call_exception_handler({"message": "Exception in callback", "exception": error})
                 turns += 1
                 if turns > _MAX_TURNS:
-                    raise Stuck(f"at {self.now:.3f} s the loop turns without end: {handle}")
+                    raise Stuck(f"at {self.now:.3f} s the loop turns without end: {handle.callback}")
         finally:
             events._set_running_loop(None)
         return task.result()
@@ -60,7 +82,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """To the next timer."""
         while self._timers:
             when, _, handle = heapq.heappop(self._timers)
-            if handle._cancelled:  # type: ignore[attr-defined]
+            if handle.is_cancelled:
                 continue
             if when > until:
                 raise Stuck(f"not done after {until:.0f} s of virtual time")
@@ -85,8 +107,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+    ) -> Handle:
+        handle = Handle(callback, args)
         self._ready.append(handle)
         return handle
 
@@ -94,19 +116,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
-        return self.call_at(self.now + delay, callback, *args, context=context)
+    ) -> Handle:
+        return self.call_at(self.now + delay, callback, *args)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+    ) -> Handle:
+        handle = Handle(callback, args)
         self._num_timers += 1
         heapq.heappush(self._timers, (when, self._num_timers, handle))
         return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
 
     def create_future(self) -> "asyncio.Future[Any]":
         return asyncio.Future(loop=self)

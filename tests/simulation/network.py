@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DeadlineExceeded, OutriderError, Unreachable
+from common.errors import DeadlineExceeded, Internal, OutriderError, Unreachable
 
 if TYPE_CHECKING:
     from tests.simulation.actors import SimActor
@@ -141,10 +141,8 @@ class Call:
         error = task.exception()
         if error is None:
             self._reply(self._succeed, task.result())
-        elif isinstance(error, OutriderError):
-            self._reply(self.fail, error)
         else:
-            raise error
+            self._reply(self.fail, error if isinstance(error, OutriderError) else Internal(repr(error)))
 
     def _reply(self, how: Callable[[Any], None], what: Any) -> None:
         if self._link.actor.up and self._link.actor.incarnation == self._incarnation:

@@ -49,7 +49,7 @@ def make_plan(rng: random.Random) -> Plan:
     faults = []
     at_s = rng.uniform(0, 2)
     for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 9))):
-        faults.append(Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.5, 2, 5, 10))))
+        faults.append(Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.05, 0.5, 0.5, 2, 2, 4, 10))))
         at_s += rng.choice((0.0, 0.01, 0.05, 0.2, 1, 3)) * rng.random()
     return Plan(
         num_actors=num_actors,

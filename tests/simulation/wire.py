@@ -4,7 +4,7 @@ A bucket is one number, which stands for its bytes; its checksum is the number i
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,20 +25,16 @@ class Peer:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     broken: bool = False
 
-    def carry(self, message: "asyncio.Event | None" = None) -> None:
-        (message or self.news).set()
-
     async def receive(self, num_buckets: int) -> list[int]:
         """The next buckets, as they came. Raises RuntimeError if somebody left or was silent for too long."""
-        await self._wait(lambda: len(self.inbox) >= num_buckets)
+        await self.until(lambda: len(self.inbox) >= num_buckets)
         received, self.inbox = self.inbox[:num_buckets], self.inbox[num_buckets:]
         return received
 
     async def opened(self) -> None:
-        await self._wait(lambda: self.group.is_open)
+        await self.until(lambda: self.group.is_open)
 
-    async def _wait(self, condition: "object") -> None:
-        assert callable(condition)
+    async def until(self, condition: Callable[[], bool]) -> None:
         try:
             async with asyncio.timeout(self.group.timeout_s):
                 while not condition():
@@ -90,7 +86,6 @@ class Wire:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, int], Group] = {}
-        self._learner_latency_s = 0.001
 
     def enter(self, spec: EpochSpec, rank: int, link: Link | None) -> Peer:
         """Knock; `Peer.opened` says when everybody is in."""
@@ -115,48 +110,38 @@ class Sender:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self._num_sent = 0
+        self._num_missing = 0
 
     async def send(self, buffers: Sequence[torch.Tensor]) -> None:
         """Returns when everybody has everything."""
         receivers = [peer for peer in self.peer.group.peers.values() if peer is not self.peer]
-        missing = len(buffers) * len(receivers)
+        self._num_missing = len(buffers) * len(receivers)
+        values = [int(buffer) for buffer in buffers]
+        for peer in receivers:
+            self._stream(peer, values)
+        await self.peer.until(lambda: not self._num_missing)
 
-        def arrived(peer: Peer, value: int) -> None:
-            nonlocal missing
-            if peer.link is not None and peer.link.actor.corrupt_next:
-                peer.link.actor.corrupt_next = False
-                value += 1
-            peer.inbox.append(value)
-            peer.news.set()
-            missing -= 1
-            self.peer.news.set()
+    def _stream(self, peer: Peer, values: list[int]) -> None:
+        """One bucket after the other."""
+        if values and not self.peer.broken:
+            _carry(peer.link, lambda: self._deliver(peer, values))
 
-        async def stream(peer: Peer) -> None:
-            for buffer in buffers:
-                delivered = asyncio.Event()
-                value = int(buffer)
-
-                def deliver(value: int = value, delivered: asyncio.Event = delivered) -> None:
-                    arrived(peer, value)
-                    delivered.set()
-
-                _carry(peer.link, deliver)
-                await delivered.wait()
-
-        streams = [asyncio.ensure_future(stream(peer)) for peer in receivers]
-        try:
-            await self.peer._wait(lambda: not missing)
-        finally:
-            for task in streams:
-                task.cancel()
+    def _deliver(self, peer: Peer, values: list[int]) -> None:
+        value = values[0]
+        if peer.link is not None and peer.link.actor.corrupt_next:
+            peer.link.actor.corrupt_next = False
+            value += 1
+        peer.inbox.append(value)
+        peer.news.set()
+        self._num_missing -= 1
+        self.peer.news.set()
+        self._stream(peer, values[1:])
 
     def abort(self) -> None:
         self.peer.abort()
 
 
-def _carry(link: Link | None, message: object) -> None:
-    assert callable(message)
+def _carry(link: Link | None, message: Callable[[], None]) -> None:
     if link is None:
         asyncio.get_running_loop().call_soon(message)
     else:

@@ -25,7 +25,7 @@ from learner.ledger import Ledger
 from learner.types import Group, PromptSample
 from tests.fakes import make_sample
 from tests.simulation.actors import SimActor, SimEngine
-from tests.simulation.faults import KINDS, LONGEST_S
+from tests.simulation.faults import EXTRA_S, KINDS
 from tests.simulation.learner import SimLearner
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.plan import Fault, make_plan
@@ -139,7 +139,8 @@ class World:
             await asyncio.sleep(max(0.0, fault.at_s - self._loop.now))
             actor = self.actors[self.plan.addresses[fault.actor]]
             KINDS[fault.kind](self, actor, fault.for_s)
-        await asyncio.sleep(LONGEST_S)
+        over_s = max((fault.at_s + fault.for_s + EXTRA_S for fault in self.plan.faults), default=0.0)
+        await asyncio.sleep(max(0.0, over_s - self._loop.now))
         self.quiet.set()
 
     def deploy(self, actor: SimActor) -> None:
