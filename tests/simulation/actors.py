@@ -1,4 +1,4 @@
-"""Simulated actors: the real state machine of the weights (`actor.weights`) around an engine that only waits and counts.
+"""Simulated actors: the real state machine of the weights (`actor.weights`) around an engine that only waits.
 
 The engine knows which bytes its live weights are made of. A token that is sampled from anything but one whole policy of
 the version that is said ends the schedule.
@@ -7,8 +7,8 @@ the version that is said ends the schedule.
 import asyncio
 import itertools
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actor.weights import PolicyState
 from common.client import SampledGroup
@@ -30,6 +30,8 @@ from tests.simulation.wire import Peer, Wire
 if TYPE_CHECKING:
     from tests.simulation.learner import SimLearner
     from tests.simulation.world import World
+
+T = TypeVar("T")
 
 NUM_TOKENS = 3
 
@@ -66,10 +68,10 @@ class SimEngine:
         self._staged = (manifest.policy_version, received[0])
         return tuple(received[0])
 
-    async def _all(self, waits: Sequence[object]) -> list[list[int]]:
+    async def _all(self, waits: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(wait) for wait in waits]  # type: ignore[var-annotated, arg-type]
+                running = [tasks.create_task(wait) for wait in waits]
         except BaseExceptionGroup as errors:
             raise StageTimeout(f"a worker could not finish its part: {errors.exceptions[0]}") from errors
         await self._actor.awake()
@@ -137,7 +139,6 @@ class SimActor:
         self._awake.set()
         self._working = asyncio.Event()
         self._num_running = 0
-        self._media: set[bytes] = set()
 
     @property
     def actor_id(self) -> str:
@@ -151,7 +152,6 @@ class SimActor:
         self.up, self.busy, self.corrupt_next = True, False, False
         self._working.set()
         self._num_running = 0
-        self._media.clear()
         self.engine = SimEngine(self, self.world.wire, self.rng)
         self.policy = PolicyState(self.engine)  # type: ignore[arg-type]
         self.policy.on_change = self._exit_if_failed
@@ -274,35 +274,39 @@ class SimClient:
         self._learner = learner
         self.address = actor.address
 
-    async def _call(self, serve: object, timeout_s: float) -> object:
+    async def _call(self, serve: Callable[[SimActor], Any], timeout_s: float) -> Any:
         if self._learner.dead:
             raise Unreachable("the dead do not speak")
-        return await Call(self._actor.link, serve, timeout_s).result()  # type: ignore[arg-type]
+        return await Call(self._actor.link, serve, timeout_s).result()
 
-    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
-        return await self._call(lambda actor: actor.generate(request), timeout_s)  # type: ignore[return-value, no-any-return]
+    async def generate(
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = lambda: None
+    ) -> SampledGroup:
+        return await self._call(lambda actor: actor.generate(request), timeout_s)
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
-        return await self._call(SimActor.status, timeout_s)  # type: ignore[return-value]
+        return await self._call(SimActor.status, timeout_s)
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         await self._call(lambda actor: actor.policy.open_epoch(spec), spec.timeout_s + 2)
 
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
         answer = await self._call(lambda actor: actor.policy.stage(run_id, epoch, manifest, timeout_s), timeout_s + 2)
-        return answer[0]  # type: ignore[index, no-any-return]
+        return answer[0]
 
     async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
-        commit = await self._call(
+        return await self._call(
             lambda actor: actor.policy.commit(run_id, epoch, policy_version, timeout_s), timeout_s + 2
         )
-        return commit  # type: ignore[return-value]
 
     async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
         await self._call(lambda actor: actor.policy.abort(run_id, epoch), timeout_s)
 
     async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
         raise NotImplementedError
+
+    def holds(self, media: Sequence[bytes]) -> bool:
+        return False
 
     def forget_media(self) -> None:
         pass

@@ -78,6 +78,7 @@ class SimLearner:
             slots_per_actor=plan.slots,
             poll_s=2.0,
             status_timeout_s=2.0,
+            hung_s=plan.hung_s,
             discover_s=3.0,
             resolve=world.resolve,
         )
@@ -134,7 +135,9 @@ class SimLearner:
         while True:
             self._buffer.news.clear()
             with contextlib.suppress(TimeoutError):
-                return self._buffer.take(plan.batch, version=self.version, max_staleness=plan.max_staleness, timeout_s=0)
+                return self._buffer.take(
+                    plan.batch, version=self.version, max_staleness=plan.max_staleness, timeout_s=0
+                )
             await self._buffer.news.wait()
 
     async def _all_serve(self) -> None:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 _MAX_TURNS = 20_000
 
 
-class Stuck(AssertionError):
+class Stuck(AssertionError):  # noqa: N818 - says what is wrong
     """The program waits for something that will never come, or not in time."""
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tests.simulation.faults import KINDS
 
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """At `at_s`, to actor number `actor`, for `for_s`."""
@@ -30,6 +31,7 @@ class Plan:
     train_s: float
     group_timeout_s: float
     max_attempts: int
+    hung_s: float
     drop_uniform_groups: bool
     faults: tuple[Fault, ...]
 
@@ -49,7 +51,9 @@ def make_plan(rng: random.Random) -> Plan:
     faults = []
     at_s = rng.uniform(0, 2)
     for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 9))):
-        faults.append(Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.05, 0.5, 0.5, 2, 2, 4, 10))))
+        faults.append(
+            Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.05, 0.5, 0.5, 2, 2, 4, 10)))
+        )
         at_s += rng.choice((0.0, 0.01, 0.05, 0.2, 1, 3)) * rng.random()
     return Plan(
         num_actors=num_actors,
@@ -63,6 +67,7 @@ def make_plan(rng: random.Random) -> Plan:
         train_s=rng.choice((0.05, 0.5)),
         group_timeout_s=rng.choice((3.0, 10.0)),
         max_attempts=rng.choice((2, 8)),
+        hung_s=rng.choice((2.0, 100.0)),
         drop_uniform_groups=rng.random() < 0.2,
         faults=tuple(faults),
     )

@@ -40,7 +40,9 @@ class Policy:
 def snapshot(run: int, version: int) -> Snapshot:
     """What the trainer hands over. Runs count from 1."""
     first = run * _PER_RUN + version * 10
-    return Snapshot(version, _buckets("trained", [first, first + 1]), _buckets("frozen", [_FROZEN]), trains_vision=False)
+    return Snapshot(
+        version, _buckets("trained", [first, first + 1]), _buckets("frozen", [_FROZEN]), trains_vision=False
+    )
 
 
 def _buckets(name: str, values: list[int]) -> Buckets:

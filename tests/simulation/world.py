@@ -1,13 +1,13 @@
 """One schedule from its seed to its end, and what must hold all along.
 
-| invariant | where it is checked |
+| invariant | checked |
 |---|---|
-| no token is sampled from torn, corrupt or half-loaded weights, nor from others than the version that is said | each token |
+| no token is sampled from torn, corrupt or half-loaded weights, nor from another version than is said | each token |
 | the fleet believes a version of an actor only if that very process serves it, whole | each commit |
-| a trained group is whole, of one process, of its row, sampled by this run, by weights fresh enough, and was really sampled | each batch |
-| each sequence number is trained exactly once or dropped with a counted reason, also over a killed learner | the end |
-| nobody waits for ever: steps go on, and once faults stop every actor comes to serve the newest version | virtual time is bounded |
-| no exception goes unseen | the end |
+| a trained group is whole, of one process, of its row, really sampled, by this run, fresh enough | each batch |
+| each sequence number is trained once, or dropped and counted, also if the learner is killed | the end |
+| nobody waits for ever, and once faults stop every actor comes to serve the newest version | bounded virtual time |
+| no exception goes unseen, no task and no slot is left | the end |
 """
 
 import asyncio
@@ -23,7 +23,6 @@ from actor.weights import PolicyState
 from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, TextPart
 from learner.ledger import Ledger
 from learner.types import Group, PromptSample
-from tests.fakes import make_sample
 from tests.simulation.actors import SimActor, SimEngine
 from tests.simulation.faults import EXTRA_S, KINDS
 from tests.simulation.learner import SimLearner
@@ -36,7 +35,7 @@ from tests.simulation.wire import Wire
 LIMIT_S = 1500.0
 
 
-class Broken(AssertionError):
+class Broken(AssertionError):  # noqa: N818 - says what an invariant is
     """An invariant does not hold."""
 
 
@@ -225,4 +224,3 @@ class World:
     def _now(self, holds: bool, message: str) -> None:
         if not holds:
             raise Broken(message)
-
