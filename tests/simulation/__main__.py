@@ -1,6 +1,8 @@
 """`python -m tests.simulation --seeds 100000 --start 0 --jobs 2`: many schedules, and the first seed that fails.
 
-One seed again, with its faults and its traceback: `python -m tests.simulation --seed 17`.
+One seed again, with its faults and its log: `python -m tests.simulation --seed 17`.
+A run in which actors are killed 2,000 times: `python -m tests.simulation --kills 2000`.
+1, then 64, 3 and 32 actors: `python -m tests.simulation --scale`.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import traceback
 from collections import Counter
 
 from common.log import configure
+from tests.simulation.plan import make_kill_plan, make_scale_plan
 from tests.simulation.world import Result, simulate
 
 _CHUNK = 50
@@ -20,17 +23,35 @@ _CHUNK = 50
 
 def main() -> int:
     """The exit code is 1 if a schedule fails."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10_000, help="how many schedules")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, help="only this one, in full")
+    parser.add_argument("--kills", type=int, help="one run with so many kills of actors")
+    parser.add_argument("--scale", action="store_true", help="one run with 1, 64, 3 and 32 actors")
     options = parser.parse_args()
+    if options.kills or options.scale:
+        configure("critical")
+        plan = (lambda rng: make_kill_plan(rng, options.kills)) if options.kills else (lambda _: make_scale_plan())
+        _tell(simulate(options.start, plan))
+        return 0
     if options.seed is not None:
         configure("info", sys.stdout)
         print(simulate(options.seed))
         return 0
     return _run_many(range(options.start, options.start + options.seeds), options.jobs)
+
+
+def _tell(result: Result) -> None:
+    print(
+        f"{len(result.faults)} faults in {result.virtual_s:.0f} s: {result.num_trained} groups trained once each, "
+        f"dropped {dict(result.dropped)}, fabricated 0; sent again {dict(result.retries)}; "
+        f"refused by actors that do not serve {dict(result.refused)}; "
+        f"longest time between two steps {result.longest_gap_s:.1f} s"
+    )
 
 
 def _run_many(seeds: range, jobs: int) -> int:

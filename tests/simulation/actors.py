@@ -237,6 +237,8 @@ class SimActor:
 
     async def generate(self, request: RolloutRequest) -> SampledGroup:
         """As `actor.service_rollout`, with all completions in step."""
+        if self.policy.state is not ActorState.SERVING:
+            self.world.refused[self.policy.state.value] += 1
         match self.policy.state:
             case ActorState.DRAINING:
                 raise Draining("this actor is draining")

@@ -70,6 +70,7 @@ class SimLearner:
         self.run_id = f"run{number}"
         self.trained: list[int] = []
         self.dead = False
+        self.longest_gap_s = 0.0
         plan = world.plan
         self.fleet = Fleet(
             plan.targets,
@@ -118,6 +119,8 @@ class SimLearner:
     async def _train(self, publisher: Publisher) -> None:
         plan, world = self._world.plan, self._world
         publisher.submit(snapshot(self.number, self.version))
+        loop = asyncio.get_running_loop()
+        last_s = loop.time()
         while self.version < plan.total_steps:
             groups = await self._take()
             world.check_batch(self, groups)
@@ -125,6 +128,9 @@ class SimLearner:
             self.ledger.mark_trained(group.sequence for group in groups)
             self.trained += [group.sequence for group in groups]
             self.version += 1
+            if self.version > 1:  # the first one waits for the actors
+                self.longest_gap_s = max(self.longest_gap_s, loop.time() - last_s)
+            last_s = loop.time()
             self.dispatcher.set_version(self.version)
             publisher.submit(snapshot(self.number, self.version))
             if self.version % plan.checkpoint_every == 0:

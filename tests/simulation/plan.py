@@ -34,6 +34,8 @@ class Plan:
     hung_s: float
     drop_uniform_groups: bool
     faults: tuple[Fault, ...]
+    scale: tuple[tuple[float, int], ...] = ()
+    """From this time on, so many actors."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -70,4 +72,46 @@ def make_plan(rng: random.Random) -> Plan:
         hung_s=rng.choice((2.0, 100.0)),
         drop_uniform_groups=rng.random() < 0.2,
         faults=tuple(faults),
+    )
+
+
+def make_kill_plan(rng: random.Random, num_kills: int) -> Plan:
+    """Eight actors under full load, one of which is killed every 0.3 s on average, and comes back soon."""
+    faults = []
+    at_s = 2.0
+    for _ in range(num_kills):
+        faults.append(Fault(at_s, "kill", rng.randrange(8), rng.choice((0.05, 0.5, 2, 4))))
+        at_s += rng.random() * 0.6
+    return _loaded(8, num_steps=num_kills // 2 + 10, faults=tuple(faults))
+
+
+def make_scale_plan() -> Plan:
+    """1 -> 64 -> 3 -> 32 actors."""
+    return _loaded(64, num_steps=150, scale=((0.0, 1), (5.0, 64), (15.0, 3), (25.0, 32)), uses_dns=True)
+
+
+def _loaded(
+    num_actors: int,
+    *,
+    num_steps: int,
+    faults: tuple[Fault, ...] = (),
+    scale: tuple[tuple[float, int], ...] = (),
+    uses_dns: bool = False,
+) -> Plan:
+    return Plan(
+        num_actors=num_actors,
+        uses_dns=uses_dns,
+        slots=4,
+        batch=8,
+        n=2,
+        max_staleness=1,
+        total_steps=num_steps,
+        checkpoint_every=num_steps,
+        train_s=0.2,
+        group_timeout_s=30.0,
+        max_attempts=8,
+        hung_s=100.0,
+        drop_uniform_groups=False,
+        faults=faults,
+        scale=scale,
     )

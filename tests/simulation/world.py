@@ -27,7 +27,7 @@ from tests.simulation.actors import SimActor, SimEngine
 from tests.simulation.faults import EXTRA_S, KINDS
 from tests.simulation.learner import SimLearner
 from tests.simulation.loop import VirtualLoop
-from tests.simulation.plan import Fault, make_plan
+from tests.simulation.plan import Fault, Plan, make_plan
 from tests.simulation.policy import Policy
 from tests.simulation.wire import Wire
 
@@ -47,29 +47,35 @@ class Result:
     faults: tuple[Fault, ...]
     num_trained: int
     dropped: Counter[str]
+    retries: Counter[str]
+    """Groups that were sent again, by reason."""
+    refused: Counter[str]
+    """Requests that came to an actor that does not serve, by its state."""
+    longest_gap_s: float
+    """Between two optimizer steps."""
 
 
-def simulate(seed: int) -> Result:
+def simulate(seed: int, plan: Callable[[random.Random], Plan] = make_plan) -> Result:
     """Run one schedule. Raises `Broken` or `Stuck`."""
     rng = random.Random(seed)
     loop = VirtualLoop(lambda: rng.random() * 0.01)
-    world = World(rng, loop)
-    loop.run(world.main(), until=LIMIT_S)
-    world.check_end()
-    return Result(loop.now, world.plan.faults, len(world.timeline), world.dropped)
+    world = World(rng, loop, plan(rng))
+    loop.run(world.main(), until=LIMIT_S + world.last_s)
+    return world.check_end()
 
 
 class World:
     """The machines of one schedule."""
 
-    def __init__(self, rng: random.Random, loop: VirtualLoop) -> None:
+    def __init__(self, rng: random.Random, loop: VirtualLoop, plan: Plan) -> None:
         self.rng = rng
-        self.plan = make_plan(rng)
+        self.plan = plan
         self.num_rows = rng.choice((3, 7, 20))
         self.wire = Wire()
         self.processes: dict[str, tuple[PolicyState, SimEngine]] = {}
         self.actors = {address: SimActor(self, address, rng) for address in self.plan.addresses}
-        self.deployed = set(self.plan.addresses)
+        self.deployed = set(() if plan.scale else plan.addresses)
+        self.refused: Counter[str] = Counter()
         self.dns_works = True
         self.timeline: list[int] = []
         """Sequence numbers trained, by those learners whose work was not lost."""
@@ -87,12 +93,14 @@ class World:
     # ---------------------------------------------------------------------------------------------- the course of it
 
     async def main(self) -> None:
-        for actor in self.actors.values():
+        for actor in [self.actors[address] for address in sorted(self.deployed)]:
             if len(self.actors) == 1 or self.rng.random() < 0.8:
                 actor.start()
             else:
                 self.later(self.rng.uniform(0.1, 5), actor.restart)
         faults = asyncio.create_task(self._faults())
+        for at_s, num_actors in self.plan.scale:
+            self.later(at_s, lambda num_actors=num_actors: self._scale(num_actors))  # type: ignore[misc]
         run = 0
         while True:
             run += 1
@@ -138,9 +146,23 @@ class World:
             await asyncio.sleep(max(0.0, fault.at_s - self._loop.now))
             actor = self.actors[self.plan.addresses[fault.actor]]
             KINDS[fault.kind](self, actor, fault.for_s)
-        over_s = max((fault.at_s + fault.for_s + EXTRA_S for fault in self.plan.faults), default=0.0)
-        await asyncio.sleep(max(0.0, over_s - self._loop.now))
+        await asyncio.sleep(max(0.0, self.last_s - self._loop.now))
         self.quiet.set()
+
+    @property
+    def last_s(self) -> float:
+        """When the last fault is over."""
+        ends = [fault.at_s + fault.for_s for fault in self.plan.faults] + [at_s for at_s, _ in self.plan.scale]
+        return max(ends, default=-EXTRA_S) + EXTRA_S
+
+    def _scale(self, num_actors: int) -> None:
+        """As a Deployment: the first `num_actors` run, the others get SIGTERM."""
+        for i, (address, actor) in enumerate(self.actors.items()):
+            if i < num_actors:
+                self.deploy(actor)
+            elif address in self.deployed:
+                self.deployed.discard(address)
+                actor.drain(1.0)
 
     def deploy(self, actor: SimActor) -> None:
         self.deployed.add(actor.address)
@@ -204,9 +226,10 @@ class World:
             and (member.version, member.state) == (learner.version, ActorState.SERVING)
             and actor.engine.policy == Policy(learner.number, learner.version)
             for actor in self.actors.values()
+            if actor.address in self.deployed
         )
 
-    def check_end(self) -> None:
+    def check_end(self) -> Result:
         """The books of the whole run."""
         learner = self._learner
         assert learner is not None
@@ -220,6 +243,15 @@ class World:
         self._now(not self._loop.errors, f"unseen: {self._loop.errors[:1]}")
         left = [task for task in asyncio.all_tasks(self._loop) if not task.done()]
         self._now(not left, f"tasks left: {left[:1]}")
+        return Result(
+            virtual_s=self._loop.now,
+            faults=self.plan.faults,
+            num_trained=len(self.timeline),
+            dropped=self.dropped,
+            retries=Counter(learner.dispatcher.stats().retries),
+            refused=self.refused,
+            longest_gap_s=learner.longest_gap_s,
+        )
 
     def _now(self, holds: bool, message: str) -> None:
         if not holds:
