@@ -19,7 +19,7 @@ from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from learner.weights.epoch import Epoch, EpochFailed, num_workers, open_epoch
+from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
 
@@ -47,6 +47,7 @@ class Publisher:
         backend: str,
         timeout_s: float,
         notify: Callable[[str], None] = lambda _line: None,
+        on_update: Callable[[UpdateTimes], None] = lambda _times: None,
         transport: Transport | None = None,
     ) -> None:
         """Make it; `run` does the work.
@@ -58,6 +59,7 @@ class Publisher:
             backend: "gloo" or "nccl".
             timeout_s: bound on the rendezvous, and on each stage.
             notify: called with one line for each update that fails.
+            on_update: called after each update that is through.
             transport: carries the weights; torch.distributed by default.
         """
         self._fleet = fleet
@@ -66,6 +68,7 @@ class Publisher:
         self._backend = backend
         self._timeout_s = timeout_s
         self._notify = notify
+        self._on_update = on_update
         self._loop = asyncio.get_running_loop()
         self._transport = transport or TorchTransport(host)
         self._snapshot: Snapshot | None = None
@@ -115,6 +118,7 @@ class Publisher:
         full = any(member.version < 0 for member in members)
         times = await self._epoch.update(snapshot, full=full)
         self._num_failures = 0
+        self._on_update(times)
         for member in members:
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
         log.info(
