@@ -8,7 +8,7 @@
 | `outrider_learner_actors` | gauge by `state` | actors in each state, `unreachable` too |
 | `outrider_learner_running_groups` | gauge | being sampled |
 | `outrider_learner_buffered_groups` | gauge | finished, waiting for the trainer |
-| `outrider_learner_dropped_groups_total` | counter by `reason` | groups that will not be trained, or are sampled again |
+| `outrider_learner_dropped_groups_total` | counter by `reason` | groups dropped, or sampled again for staleness |
 | `outrider_learner_retries_total` | counter by `reason` | groups sent to an actor again |
 | `outrider_learner_fleet_events_total` | counter by `kind` | see `learner.rollouts.members.FleetEvent` |
 | `outrider_learner_update_stage_seconds` | histogram | until all actors had staged a weight update |
