@@ -92,7 +92,8 @@ def test_hung_is_who_gets_nowhere_while_others_do() -> None:
 
 async def test_the_groups_of_a_hung_actor_go_elsewhere() -> None:
     """It answers every poll, but its engine stands still."""
-    hung, other = FakeActor("hung", gate=asyncio.Event()), FakeActor("other")
+    gate = asyncio.Event()
+    hung, other = FakeActor("hung", gate=gate), FakeActor("other")
     actors = {"hung": hung, "other": other}
     fleet = Fleet(["hung", "other"], run_id=None, connect=lambda a: actors[a].connect(), poll_s=0.001, hung_s=0.05)
     await fleet.start(startup_timeout_s=10, min_actors=2)
@@ -106,13 +107,15 @@ async def test_the_groups_of_a_hung_actor_go_elsewhere() -> None:
 
     first = [asyncio.ensure_future(sample(number)) for number in range(4)]
     await until(lambda: hung.num_running)
-    number = 4
+    more = []
     while not all(task.done() for task in first):
-        await sample(number)  # the other one gets on
-        number += 1
+        more.append(asyncio.ensure_future(sample(len(more) + 4)))  # the other one gets on
+        await asyncio.sleep(0.001)
     assert {task.result() for task in first} == {"other#1"}
     assert sampler.retries["HUNG"] >= 1
     assert "nothing came from hung for 0.05 s" in reasons
+    gate.set()
+    await asyncio.gather(*more)
     await fleet.close()
 
 
