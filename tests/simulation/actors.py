@@ -284,22 +284,27 @@ class SimClient:
     async def generate(
         self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = lambda: None
     ) -> SampledGroup:
-        return await self._call(lambda actor: actor.generate(request), timeout_s)
+        sampled: SampledGroup = await self._call(lambda actor: actor.generate(request), timeout_s)
+        return sampled
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
-        return await self._call(SimActor.status, timeout_s)
+        status: ActorStatus = await self._call(SimActor.status, timeout_s)
+        return status
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         await self._call(lambda actor: actor.policy.open_epoch(spec), spec.timeout_s + 2)
 
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
-        answer = await self._call(lambda actor: actor.policy.stage(run_id, epoch, manifest, timeout_s), timeout_s + 2)
+        answer: tuple[tuple[int, ...], float] = await self._call(
+            lambda actor: actor.policy.stage(run_id, epoch, manifest, timeout_s), timeout_s + 2
+        )
         return answer[0]
 
     async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
-        return await self._call(
+        pause_s: float = await self._call(
             lambda actor: actor.policy.commit(run_id, epoch, policy_version, timeout_s), timeout_s + 2
         )
+        return pause_s
 
     async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
         await self._call(lambda actor: actor.policy.abort(run_id, epoch), timeout_s)

@@ -107,7 +107,7 @@ async def test_the_groups_of_a_hung_actor_go_elsewhere() -> None:
 
     first = [asyncio.ensure_future(sample(number)) for number in range(4)]
     await until(lambda: hung.num_running)
-    more = []
+    more: list[asyncio.Future[str]] = []
     while not all(task.done() for task in first):
         more.append(asyncio.ensure_future(sample(len(more) + 4)))  # the other one gets on
         await asyncio.sleep(0.001)
