@@ -16,12 +16,11 @@
 import functools
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from actor.engine import Engine
 from actor.weights import PolicyState
-from common.config import ConfigError
-from common.rpc.server import split_address
+from common.metrics import serve_metrics
 from common.types import ActorState, Completion
 
 _PREFIX = "outrider_actor_"
@@ -57,18 +56,7 @@ class ActorMetrics:
 
     def serve(self, listen: str) -> tuple[int, Callable[[], None]]:
         """Answer HTTP at `host:port`; the port, and what stops it. Raises ConfigError if it is taken."""
-        host, port = split_address(listen)
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise ConfigError(f"metrics_listen: {listen}: {error.strerror or error}") from None
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return server.server_port, stop
+        return serve_metrics(self.registry, listen)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}{name}", text, labels, registry=self.registry)

@@ -178,12 +178,12 @@ class PolicyState:
     def _commit_done(self, task: asyncio.Task[float]) -> None:
         if self._commit is not None and self._commit[1] is task:
             self._commit = None
-        if not task.cancelled():
-            task.exception()  # seen, also when every caller has left
+        _look_at(task)
 
     async def _interruptible(self, operation: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Run one operation of the engine; whatever ends it early also ends the epoch here."""
         self._running = task = asyncio.ensure_future(operation)
+        task.add_done_callback(_look_at)
         try:
             return await asyncio.wait_for(task, timeout_s)
         except TimeoutError:
@@ -221,3 +221,9 @@ class PolicyState:
             raise Draining("this actor is draining")
         if self.state is ActorState.FAILED:
             raise EngineDead("the engine of this actor has failed")
+
+
+def _look_at(task: "asyncio.Task[Any]") -> None:
+    """Its error counts as seen, also when every caller has left."""
+    if not task.cancelled():
+        task.exception()

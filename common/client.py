@@ -7,7 +7,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -36,6 +36,10 @@ _OLD_CALLS_S = 600.0
 T = TypeVar("T")
 
 
+def _ignore() -> None:
+    """Nobody asked for progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampledGroup:
     """The whole answer to one request: `completions` are all `n` of them, sorted by index."""
@@ -49,8 +53,13 @@ class RolloutClient(Protocol):
 
     address: str
 
-    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
-        """Sample a group, all or nothing. `request.media` carry their bytes; only what the actor lacks is sent."""
+    async def generate(
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = _ignore
+    ) -> SampledGroup:
+        """Sample a group, all or nothing. `request.media` carry their bytes; only what the actor lacks is sent.
+
+        `on_progress` is called whenever something of it has come.
+        """
         ...
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
@@ -75,6 +84,10 @@ class RolloutClient(Protocol):
 
     async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
         """Have the actor drop what is staged and leave the epoch."""
+        ...
+
+    def holds(self, media: Sequence[bytes]) -> bool:
+        """Whether the actor is believed to have all media of these sha256."""
         ...
 
     def forget_media(self) -> None:
@@ -109,18 +122,20 @@ class GrpcClient:
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
-    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
+    async def generate(
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = _ignore
+    ) -> SampledGroup:
         """See `RolloutClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
         `timeout_s` bounds each of at most two tries: the second one after the actor lacked media.
         """
         try:
-            sampled = await self._collect(await self._prepare(request), timeout_s)
+            sampled = await self._collect(await self._prepare(request), timeout_s, on_progress)
         except MediaMissing:
             # It evicted some, or is not whom it was. Its list may be cut short: send all.
             self._forget(request.media)
             try:
-                sampled = await self._collect(await self._prepare(request), timeout_s)
+                sampled = await self._collect(await self._prepare(request), timeout_s, on_progress)
             except MediaMissing:
                 self._forget(request.media)
                 raise
@@ -152,11 +167,14 @@ class GrpcClient:
         request = rollout_pb2.GetServerInfoRequest()
         return wire.server_info_from_proto(await _call(self._rollouts.GetServerInfo(request, timeout=timeout_s)))
 
-    async def _collect(self, request: RolloutRequest, timeout_s: float) -> SampledGroup:
+    async def _collect(
+        self, request: RolloutRequest, timeout_s: float, on_progress: Callable[[], None]
+    ) -> SampledGroup:
         prompt: PromptInfo | None = None
         completions: dict[int, Completion] = {}
         async with contextlib.aclosing(self.stream(request, timeout_s=timeout_s)) as events:
             async for event in events:
+                on_progress()
                 if isinstance(event, PromptInfo):
                     if prompt is not None or event.group_id != request.group_id:
                         raise MalformedResponse(f"group {request.group_id}: a prompt message for {event.group_id!r}")
@@ -194,6 +212,10 @@ class GrpcClient:
     def _forget(self, media: Sequence[MediaItem]) -> None:
         for item in media:
             self._known_media.pop(item.sha256, None)
+
+    def holds(self, media: Sequence[bytes]) -> bool:
+        """See `RolloutClient.holds`."""
+        return all(sha256 in self._known_media for sha256 in media)
 
     def forget_media(self) -> None:
         """See `RolloutClient.forget_media`."""

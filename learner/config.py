@@ -99,6 +99,9 @@ class RolloutConfig(Config):
     seed: int | None = None
     # A group that takes longer on one actor is sent to another.
     group_timeout_s: float = Field(300.0, gt=0)
+    # An actor that works on groups of which nothing comes for so long, while another actor gets on, is taken for hung:
+    # its groups are sent to others. None: a third of group_timeout_s.
+    hung_s: float | None = Field(None, gt=0)
     # Groups that one actor works on at once.
     slots_per_actor: int = Field(64, ge=1)
     # How long to wait for the first actor to answer, and whether for more than one.
@@ -213,6 +216,8 @@ class LearnerConfig(Config):
     runs_dir: Path = Path("runs")
     # The run folder itself; None: `runs_dir/<name>-<time>`, or the newest unfinished one of this same configuration.
     run_dir: Path | None = None
+    # "host:port" where Prometheus finds the metrics of rank 0 over HTTP (learner/metrics.py); None: nowhere.
+    metrics_listen: str | None = None
     # Continue the newest unfinished run of this same configuration.
     resume: bool = True
 

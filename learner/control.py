@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -23,12 +24,14 @@ import uvloop
 from common.client import GrpcClient
 from common.collective import address_towards
 from common.log import get_logger
+from common.metrics import serve_metrics
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data import PromptDataset
 from learner.evaluate import Evaluation, evaluate
 from learner.ledger import Ledger
+from learner.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
@@ -78,6 +81,7 @@ class Control:
             run_id=self.run_id,
             connect=functools.partial(GrpcClient, tls=config.rollout.tls),
             slots_per_actor=config.rollout.slots_per_actor,
+            hung_s=config.rollout.hung_s or config.rollout.group_timeout_s / 3,
         )
         self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
         self._rewards = RewardRunner(
@@ -102,6 +106,10 @@ class Control:
             sampling_seed=config.rollout.seed,
             drop_uniform_groups=config.rollout.drop_uniform_groups,
         )
+        self._metrics = LearnerMetrics(
+            members=self._fleet.members, stats=self._dispatcher.stats, num_buffered=self._buffer.__len__
+        )
+        self._stop_metrics: Callable[[], None] = lambda: None
         self._publisher: Publisher | None = None
         self._loop = uvloop.new_event_loop()
         self._main: asyncio.Task[None] | None = None
@@ -113,6 +121,9 @@ class Control:
 
     def start(self) -> None:
         """Find the actors; returns when enough of them answer. Raises ConfigError if they do not."""
+        if self._config.metrics_listen is not None:
+            port, self._stop_metrics = serve_metrics(self._metrics.registry, self._config.metrics_listen)
+            log.info("metrics", port=port)
         self._thread.start()
         self._ready.result()
 
@@ -124,11 +135,14 @@ class Control:
     def take_batch(self, version: int) -> list[Group]:
         """Wait for the groups of one step. Raises what broke the rollouts."""
         trainer = self._config.trainer
+        started_at = time.monotonic()
         try:
-            return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+            groups = self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
         except BufferClosed:
             self._raise_failure()
             raise
+        self._metrics.took_batch(groups, version, time.monotonic() - started_at)
+        return groups
 
     def finish_step(
         self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group]
@@ -175,6 +189,7 @@ class Control:
 
     def close(self) -> None:
         """Stop everything; the actors are left as they are."""
+        self._stop_metrics()
         if self._main is not None:
             self._loop.call_soon_threadsafe(self._main.cancel)
         self._thread.join(timeout=_CLOSE_S)
@@ -217,6 +232,7 @@ class Control:
 
     async def _serve(self) -> None:
         self._fleet.subscribe(lambda event: self._on_actor_event(describe(event)))
+        self._fleet.subscribe(self._metrics.fleet_event)
         try:
             await self._fleet.start(
                 startup_timeout_s=self._config.rollout.startup_timeout_s, min_actors=self._config.rollout.min_actors
@@ -227,7 +243,8 @@ class Control:
                 host=self._config.weights.host or _own_address(self._fleet.live()[0].address),
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
-                notify=self._on_actor_event,
+                notify=self._update_failed,
+                on_update=self._metrics.updated,
             )
             self._ready.set_result(None)
             async with asyncio.TaskGroup() as tasks:
@@ -238,6 +255,10 @@ class Control:
         finally:
             await asyncio.to_thread(self._rewards.close)
             await self._fleet.close()
+
+    def _update_failed(self, line: str) -> None:
+        self._metrics.update_failed()
+        self._on_actor_event(line)
 
 
 def sampling_params(config: LearnerConfig) -> SamplingParams:

@@ -166,6 +166,8 @@ class FakeActor:
     """Raised by every Generate as long as it is set."""
     change: Callable[[SampledGroup], SampledGroup] = lambda sampled: sampled
     requests: list[RolloutRequest] = field(default_factory=list)
+    media: set[bytes] = field(default_factory=set)
+    """Hashes of what it has been sent."""
     num_running: int = 0
     gate: asyncio.Event | None = None
     """Groups wait for it, if given."""
@@ -198,7 +200,9 @@ class FakeClient:
         if not self.actor.alive or self.actor.incarnation != incarnation:
             raise Unreachable("connection reset")
 
-    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
+    async def generate(
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = lambda: None
+    ) -> SampledGroup:
         actor, incarnation = self.actor, self.actor.incarnation
         self._check(incarnation)
         actor.requests.append(request)
@@ -208,6 +212,7 @@ class FakeClient:
             raise Draining("about to leave")
         if actor.state is not ActorState.SERVING or actor.version < request.min_policy_version:
             raise WeightsPending("not yet")
+        actor.media.update(item.sha256 for item in request.media)
         first_version = actor.version
         actor.num_running += 1
         try:
@@ -236,6 +241,9 @@ class FakeClient:
         actor = self.actor
         self._check(actor.incarnation)
         return ActorStatus(actor.actor_id, actor.state, actor.version, actor.run_id, 0, -1, actor.num_running, 0, 1)
+
+    def holds(self, media: Sequence[bytes]) -> bool:
+        return self.actor.media.issuperset(media)
 
     def forget_media(self) -> None:
         self.num_forgotten += 1

@@ -121,6 +121,7 @@ class Dispatcher:
         self._drop_uniform_groups = drop_uniform_groups
         self._uniform_groups = 0  # in a row
         self._dropped: collections.Counter[str] = collections.Counter()
+        self._num_stale: collections.Counter[int] = collections.Counter()  # by sequence number
         self._num_groups = self._num_completions = self._num_tokens = 0
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,7 +187,7 @@ class Dispatcher:
         sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
         max_staleness = self._credits.max_staleness
         sampled = await self._sampler.sample(
-            build_request(f"{self._run_id}.{sequence}", sample, self._sampling_of(sequence)),
+            build_request(self._group_id(sequence), sample, self._sampling_of(sequence)),
             # The step that will train it may have moved on while it waited.
             min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
             expected=processed,
@@ -197,6 +198,11 @@ class Dispatcher:
     def _prepare(self, sequence: int) -> tuple[PromptSample, ProcessedPrompt]:
         sample = self._dataset[self._ledger.row(sequence)]
         return sample, self._processor.process(sample)
+
+    def _group_id(self, sequence: int) -> str:
+        """Another one each time that it is handed out, so that no two trajectories of a run share a name."""
+        again = f".again{self._num_stale[sequence]}" if sequence in self._num_stale else ""
+        return f"{self._run_id}.{sequence}{again}"
 
     def _sampling_of(self, sequence: int) -> SamplingParams:
         if self._sampling_seed is None:
@@ -258,6 +264,7 @@ class Dispatcher:
         for group in groups:
             self._credits.take_back()
             self._ledger.give_back(group.sequence)
+            self._num_stale[group.sequence] += 1
         self._dropped["STALE"] += len(groups)
         log.info("groups too stale to train are sampled again", num_groups=len(groups))
         self._changed.set()

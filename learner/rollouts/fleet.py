@@ -13,13 +13,14 @@ another member: what was known of the old one (weights, stored media, running gr
 |---|---|
 | None: unreachable | no; it is polled until it comes (back) |
 | LOADING, PENDING_WEIGHTS, DRAINING, FAILED | no |
-| SERVING, committed version >= what the group needs, a free slot | yes, the least busy first |
+| SERVING, committed version >= what the group needs, a free slot | yes, see `learner.rollouts.scheduling` |
 """
 
 import asyncio
 import collections
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from common.client import GrpcClient, RolloutClient
@@ -29,6 +30,7 @@ from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery, Resolve
 from learner.rollouts.members import FleetEvent, Member
+from learner.rollouts.scheduling import ActorHung, choose, finished, has_slot, is_hung
 
 log = get_logger("learner.rollouts.fleet")
 
@@ -53,7 +55,8 @@ class _Place:
 @dataclass(eq=False, slots=True)
 class _Waiter:
     min_version: Callable[[], int]
-    avoid: frozenset[str]
+    avoid: AbstractSet[str]
+    media: Sequence[bytes]
     future: asyncio.Future[Member]
 
 
@@ -69,6 +72,7 @@ class Fleet:
         slots_per_actor: groups that one actor works on at once.
         poll_s: pause between two GetStatus calls to one actor.
         status_timeout_s: deadline of one such call.
+        hung_s: an actor with groups of which nothing comes for so long, while others get on, is taken for hung.
         discover_s: pause between two look-ups of names.
         resolve: look-up of a name.
     """
@@ -82,6 +86,7 @@ class Fleet:
         slots_per_actor: int = 64,
         poll_s: float = 0.5,
         status_timeout_s: float = 5.0,
+        hung_s: float = 100.0,
         discover_s: float = 2.0,
         resolve: Resolve | None = None,
     ) -> None:
@@ -93,6 +98,7 @@ class Fleet:
         self._slots = slots_per_actor
         self._poll_s = poll_s
         self._status_timeout_s = status_timeout_s
+        self._hung_s = hung_s
         self._places: dict[str, _Place] = {}
         self._discovering: asyncio.Task[None] | None = None
         self._waiters: collections.deque[_Waiter] = collections.deque()
@@ -155,7 +161,7 @@ class Fleet:
         member.version = version
         member.marks += 1
         if member.state in (ActorState.LOADING, ActorState.PENDING_WEIGHTS):
-            self._set_state(member, ActorState.SERVING)
+            self._set_state(member, ActorState.SERVING, f"committed version {version}")
         self._assign()
 
     def report_failure(self, member: Member, error: OutriderError) -> None:
@@ -171,17 +177,23 @@ class Fleet:
             asyncio.get_running_loop().call_later(max(error.retry_after_s, 0.05), self._not_busy, member)
             return
         if isinstance(error, Draining):
-            self._set_state(member, ActorState.DRAINING)
+            self._set_state(member, ActorState.DRAINING, "it refused a call")
         if not member.held:
             rest_s = min(_FIRST_REST_S * (2**member.num_failures - 1), _LONGEST_REST_S)
             member.rests_until = asyncio.get_running_loop().time() + rest_s
             member.num_failures += 1
-        member.held = True
+            member.held = True
+            self._tell(FleetEvent("held", member.address, member.actor_id, member.state, error.message))
         self._places[member.address].wake.set()
 
-    def report_success(self, member: Member) -> None:
-        """It finished a group."""
-        member.num_failures = 0
+    def report_progress(self, member: Member) -> None:
+        """Something of a group came from it."""
+        member.progressed_at = asyncio.get_running_loop().time()
+
+    def report_success(self, member: Member, seconds: float) -> None:
+        """It finished a group in so many seconds."""
+        self.report_progress(member)
+        finished(member, seconds)
 
     def _not_busy(self, member: Member) -> None:
         member.busy = False
@@ -190,12 +202,14 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------------ slots
 
     @contextlib.asynccontextmanager
-    async def slot(self, min_version: Callable[[], int], avoid: frozenset[str] = frozenset()) -> AsyncIterator[Member]:
+    async def slot(
+        self, min_version: Callable[[], int], avoid: AbstractSet[str] = frozenset(), media: Sequence[bytes] = ()
+    ) -> AsyncIterator[Member]:
         """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot.
 
-        Of those that are free, the incarnations in `avoid` come last.
+        Of those that are free, the incarnations in `avoid` come last, and those that hold `media` are preferred.
         """
-        waiter = _Waiter(min_version, avoid, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(min_version, avoid, media, asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         self._assign()
         try:
@@ -218,7 +232,7 @@ class Fleet:
     def _assign(self) -> None:
         """Give free slots to those who wait, first come first served among those whom an actor can serve."""
         passed_over: list[_Waiter] = []
-        while self._waiters and (free := [member for member in self.live() if _has_slot(member)]):
+        while self._waiters and (free := [member for member in self.live() if has_slot(member)]):
             waiter = self._waiters.popleft()
             if waiter.future.done():
                 continue
@@ -226,7 +240,9 @@ class Fleet:
             # A version of -1 is none of ours, whatever the minimum.
             fit = [member for member in free if member.version >= max(0, minimum)]
             if fit:
-                member = min(fit, key=lambda m: (m.actor_id in waiter.avoid, m.in_flight))
+                member = choose(fit, avoid=waiter.avoid, media=waiter.media)
+                if not member.in_flight:
+                    member.busy_since = asyncio.get_running_loop().time()
                 member.in_flight += 1
                 waiter.future.set_result(member)
             else:
@@ -259,7 +275,7 @@ class Fleet:
         if place.member.reachable:  # it came back in this very moment
             self._leave(place, "its address is gone from DNS")
         await place.member.client.close()
-        log.info("address forgotten", address=address)
+        self._tell(FleetEvent("forgotten", address, "", None, "its address is gone from DNS"))
 
     # ------------------------------------------------------------------------------------------------------ polls
 
@@ -287,14 +303,17 @@ class Fleet:
             member = self._join(place, status)
         member.status = status
         if is_news:
-            self._set_state(member, status.state)
+            self._set_state(member, status.state, "it says so")
             if self._run_id is None:
                 member.version = status.policy_version
             elif status.run_id != self._run_id:
                 member.version = -1
         if member.held and asyncio.get_running_loop().time() >= member.rests_until:
             member.held = False
-            self._emit(FleetEvent("recovered", member.address, member.actor_id, member.state))
+            self._tell(FleetEvent("recovered", member.address, member.actor_id, member.state, "it answers"))
+        if is_hung(member, self.live(), asyncio.get_running_loop().time(), self._hung_s):
+            self._interrupt(member)
+            self.report_failure(member, ActorHung(f"nothing came from {member.address} for {self._hung_s:g} s"))
         self._assign()
 
     def _missed(self, place: _Place, error: OutriderError) -> None:
@@ -302,8 +321,7 @@ class Fleet:
         if not place.member.reachable:
             place.member.reason = error.message
             if not place.reported:
-                log.warning("actor unreachable", address=place.member.address, reason=error.message)
-                self._emit(FleetEvent("unreachable", place.member.address, "", None, error.message))
+                self._tell(FleetEvent("unreachable", place.member.address, "", None, error.message))
                 place.reported = True
         elif not isinstance(error, DeadlineExceeded) or place.late_polls >= _MAX_LATE_POLLS:
             self._leave(place, error.message)
@@ -314,8 +332,7 @@ class Fleet:
         place.member = Member(old.address, old.client, self._slots, status.actor_id, reason="")
         place.member.state = status.state
         place.reported = True
-        log.info("actor joined", address=old.address, actor_id=status.actor_id, state=status.state.value)
-        self._emit(FleetEvent("joined", old.address, status.actor_id, status.state))
+        self._tell(FleetEvent("joined", old.address, status.actor_id, status.state))
         if len(self.live()) >= self._min_actors:
             self._enough.set()
         return place.member
@@ -326,21 +343,28 @@ class Fleet:
         old.state = None
         old.reason = reason
         old.left.set()
-        log.warning("actor left", address=old.address, actor_id=old.actor_id, reason=reason)
-        self._emit(FleetEvent("left", old.address, old.actor_id, None, reason))
+        self._interrupt(old)
+        self._tell(FleetEvent("left", old.address, old.actor_id, None, reason))
 
-    def _set_state(self, member: Member, state: ActorState) -> None:
-        if member.state is state:
-            return
-        member.state = state
-        log.info("actor state", address=member.address, actor_id=member.actor_id, state=state.value)
-        self._emit(FleetEvent("state", member.address, member.actor_id, state))
+    def _interrupt(self, member: Member) -> None:
+        """Give up the calls under way to it; the sampler sends their groups elsewhere."""
+        lost, member.interrupted = member.interrupted, asyncio.Event()
+        lost.set()
 
-    def _emit(self, event: FleetEvent) -> None:
+    def _set_state(self, member: Member, state: ActorState, reason: str) -> None:
+        if member.state is not state:
+            member.state = state
+            self._tell(FleetEvent("state", member.address, member.actor_id, state, reason))
+
+    def _tell(self, event: FleetEvent) -> None:
+        """Every transition passes here: into the log, and to those who asked."""
+        log.info(
+            "actor",
+            kind=event.kind,
+            address=event.address,
+            actor_id=event.actor_id,
+            state=event.state.value if event.state is not None else None,
+            reason=event.reason,
+        )
         for callback in self._callbacks:
             callback(event)
-
-
-def _has_slot(member: Member) -> bool:
-    is_willing = member.state is ActorState.SERVING and not member.held and not member.busy
-    return is_willing and member.in_flight < member.slots

@@ -1,6 +1,7 @@
 """What the fleet knows of one actor, and what it tells others about it."""
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +28,8 @@ class Member:
     """Why it is unreachable; empty when it is not."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when this incarnation is gone; its groups will never be finished."""
+    interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the calls under way to it are given up: it left, or hangs. Later calls have another one."""
     held: bool = False
     """A call to it has just failed: it gets nothing new until it has answered a poll after `rests_until`."""
     num_failures: int = 0
@@ -35,6 +38,12 @@ class Member:
     """Time of the event loop."""
     busy: bool = False
     """Its queue is full: it gets no group until the time that it asked for has passed."""
+    group_s: float = 0.0
+    """Mean seconds of its groups, the newest counting most; 0 before the first."""
+    busy_since: float = 0.0
+    """Time of the event loop at which it got a group when it had none."""
+    progressed_at: float = -math.inf
+    """Time of the event loop at which something of a group last came from it."""
     marks: int = 0
     """Counts what the publisher reported; a poll that began before is older news."""
 
@@ -46,12 +55,18 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class FleetEvent:
-    """What happened: an incarnation joined or left, changed its state, or answers again after a failed call.
+    """What happened to an actor, and why.
 
-    "unreachable" is said once of an address that nobody has answered at yet.
+    | kind | |
+    |---|---|
+    | `unreachable` | nobody has answered at this address yet; said once |
+    | `joined`, `left` | an incarnation answers, or does not any more |
+    | `state` | it changed its state |
+    | `held`, `recovered` | it gets no groups after a failed call, or gets them again |
+    | `forgotten` | its address is gone from DNS |
     """
 
-    kind: Literal["joined", "left", "state", "recovered", "unreachable"]
+    kind: Literal["joined", "left", "state", "held", "recovered", "unreachable", "forgotten"]
     address: str
     actor_id: str
     state: ActorState | None

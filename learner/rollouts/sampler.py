@@ -26,6 +26,7 @@ from common.media import content_hash
 from common.types import ChatPrompt, MediaItem, RolloutRequest, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
+from learner.rollouts.scheduling import ActorHung
 from learner.rollouts.tripwire import ImageMismatch, check_images
 from learner.types import ProcessedPrompt, PromptSample
 
@@ -81,18 +82,20 @@ class Sampler:
         failures = 0
         attempt = 0
         failed_on: frozenset[str] = frozenset()
+        media = [item.sha256 for item in request.media]
         while True:
-            async with self.fleet.slot(min_version, failed_on) as member:
+            async with self.fleet.slot(min_version, failed_on, media) as member:
                 asked = dataclasses.replace(
                     request,
                     group_id=f"{request.group_id}.{attempt}",
                     min_policy_version=max(0, min_version()),
                 )
                 try:
+                    started_at = asyncio.get_running_loop().time()
                     sampled = await self._call(member, asked)
                     if expected is not None:
                         check_images(expected, sampled.prompt, sampled.completions)
-                    self.fleet.report_success(member)
+                    self.fleet.report_success(member, asyncio.get_running_loop().time() - started_at)
                     return sampled
                 except ImageMismatch:
                     raise
@@ -114,15 +117,21 @@ class Sampler:
             attempt += 1
 
     async def _call(self, member: Member, request: RolloutRequest) -> SampledGroup:
-        """One call; ends as `Unreachable` as soon as the fleet knows that the actor is gone, not at the deadline."""
-        call = asyncio.ensure_future(member.client.generate(request, timeout_s=self._group_timeout_s))
-        left = asyncio.ensure_future(member.left.wait())
+        """One call; ends as soon as the fleet knows that the actor is gone or hangs, not at the deadline."""
+        call = asyncio.ensure_future(
+            member.client.generate(
+                request, timeout_s=self._group_timeout_s, on_progress=lambda: self.fleet.report_progress(member)
+            )
+        )
+        interrupted = asyncio.ensure_future(member.interrupted.wait())
         try:
-            await asyncio.wait({call, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({call, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
                 return call.result()
-            raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+            if member.left.is_set():
+                raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+            raise ActorHung(f"{member.address} hangs")
         finally:
             call.cancel()
-            left.cancel()
-            await asyncio.gather(call, left, return_exceptions=True)
+            interrupted.cancel()
+            await asyncio.gather(call, interrupted, return_exceptions=True)

@@ -11,14 +11,12 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from common.collective import BroadcastGroup
-from common.errors import OutriderError
+from common.errors import OutriderError, Unreachable
 from common.log import get_logger
 from common.types import EpochSpec
 from learner.rollouts.members import Member
 from learner.weights.snapshot import Snapshot
+from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
 
@@ -44,10 +42,10 @@ class UpdateTimes:
 class Epoch:
     """An open epoch; made by `open_epoch`."""
 
-    def __init__(self, spec: EpochSpec, members: tuple[Member, ...], group: BroadcastGroup) -> None:
+    def __init__(self, spec: EpochSpec, members: tuple[Member, ...], sender: Sender) -> None:
         self.members = members
         self._spec = spec
-        self._group = group
+        self._sender = sender
 
     async def update(self, snapshot: Snapshot, *, full: bool) -> UpdateTimes:
         """Bring every member to the snapshot's version. Those that serve it already receive it too, as the broadcast
@@ -61,7 +59,7 @@ class Epoch:
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
         manifest, buffers = snapshot.update(full=full)
         started_at = loop.time()
-        broadcast = asyncio.ensure_future(asyncio.to_thread(self._broadcast, buffers))
+        broadcast = asyncio.ensure_future(self._sender.send(buffers))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
         await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
         staged_at = loop.time()
@@ -72,17 +70,13 @@ class Epoch:
         pauses = await _all_or_fail(f"committing version {snapshot.version}", behind, commits)
         return UpdateTimes(staged_at - started_at, max(pauses))
 
-    def _broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
-        for buffer in buffers:
-            self._group.broadcast(buffer.to(self._group.device))
-
     async def abort(self) -> None:
         """Leave, and tell the members to; those that do not answer are none of our concern any more."""
-        self._group.abort()
+        self._sender.abort()
         await abort_members(self._spec, self.members)
 
 
-async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
+async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Transport) -> Epoch:
     """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
 
     Raises:
@@ -90,9 +84,9 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
     """
     joins, rank = [], 1
     for member in members:
-        joins.append(member.client.open_epoch(replace(spec, rank=rank)))
+        joins.append(_join(member, replace(spec, rank=rank)))
         rank += num_workers(member)
-    joined = asyncio.ensure_future(asyncio.to_thread(BroadcastGroup, spec, 0))
+    joined = asyncio.ensure_future(transport.join(spec))
     try:
         await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
     except BaseException:
@@ -101,6 +95,14 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member]) -> Epoch:
         await abort_members(spec, members)
         raise
     return Epoch(spec, tuple(members), joined.result())
+
+
+async def _join(member: Member, spec: EpochSpec) -> None:
+    """Have a member come in. It must be the process that the fleet knows: another one at its address has no weights."""
+    await member.client.open_epoch(spec)
+    status = await member.client.status()
+    if status.actor_id != member.actor_id:
+        raise Unreachable(f"{member.address} was restarted: {member.actor_id} is {status.actor_id} now")
 
 
 async def abort_members(spec: EpochSpec, members: Sequence[Member]) -> None:
@@ -126,24 +128,35 @@ async def _all_or_fail(
     """
     tasks = [asyncio.ensure_future(call) for call in calls]
     waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
-    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-    failed = [future for future in done if future.exception() is not None]
-    if not failed:
-        return [task.result() for task in tasks]
-    if failed == [own]:
-        await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
-    culprits = []
-    for member, task in zip(members, tasks, strict=True):
-        error = task.exception() if task.done() and not task.cancelled() else None
-        if isinstance(error, OutriderError):
-            culprits.append((member, error))
-        elif error is not None:
-            raise error
-        task.cancel()
-    reason = culprits[0][1] if culprits else failed[0].exception()
-    raise EpochFailed(f"{what} failed: {reason}", culprits)
+    try:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [future for future in done if future.exception() is not None]
+        if not failed:
+            return [task.result() for task in tasks]
+        if failed == [own]:
+            await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
+        culprits = []
+        for member, task in zip(members, tasks, strict=True):
+            error = task.exception() if task.done() else None
+            if isinstance(error, OutriderError):
+                culprits.append((member, error))
+            elif error is not None:
+                raise error
+        reason = culprits[0][1] if culprits else failed[0].exception()
+        raise EpochFailed(f"{what} failed: {reason}", culprits)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for future in waiting:
+            future.add_done_callback(_look_at)
 
 
-def _abort_late(joined: "asyncio.Future[BroadcastGroup]") -> None:
+def _look_at(future: "asyncio.Future[Any]") -> None:
+    """Whatever it still says is no news: the epoch is over."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _abort_late(joined: "asyncio.Future[Sender]") -> None:
     if not joined.cancelled() and joined.exception() is None:
         joined.result().abort()

@@ -13,17 +13,15 @@ fleet knows an actor's version only through `mark_committed`.
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable
-
-import torch.distributed as dist
 
 from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from learner.weights.epoch import Epoch, EpochFailed, num_workers, open_epoch
+from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
 from learner.weights.snapshot import Snapshot
+from learner.weights.transport import TorchTransport, Transport
 
 log = get_logger(__name__)
 
@@ -49,6 +47,8 @@ class Publisher:
         backend: str,
         timeout_s: float,
         notify: Callable[[str], None] = lambda _line: None,
+        on_update: Callable[[UpdateTimes], None] = lambda _times: None,
+        transport: Transport | None = None,
     ) -> None:
         """Make it; `run` does the work.
 
@@ -59,6 +59,8 @@ class Publisher:
             backend: "gloo" or "nccl".
             timeout_s: bound on the rendezvous, and on each stage.
             notify: called with one line for each update that fails.
+            on_update: called after each update that is through.
+            transport: carries the weights; torch.distributed by default.
         """
         self._fleet = fleet
         self._run_id = run_id
@@ -66,8 +68,9 @@ class Publisher:
         self._backend = backend
         self._timeout_s = timeout_s
         self._notify = notify
+        self._on_update = on_update
         self._loop = asyncio.get_running_loop()
-        self._store = _open_store(host)
+        self._transport = transport or TorchTransport(host)
         self._snapshot: Snapshot | None = None
         self._epoch: Epoch | None = None
         self._last_epoch = 0
@@ -115,6 +118,7 @@ class Publisher:
         full = any(member.version < 0 for member in members)
         times = await self._epoch.update(snapshot, full=full)
         self._num_failures = 0
+        self._on_update(times)
         for member in members:
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
         log.info(
@@ -135,13 +139,13 @@ class Publisher:
             run_id=self._run_id,
             epoch=self._last_epoch,
             master_host=self._host,
-            master_port=self._store.port,
+            master_port=self._transport.port,
             world_size=1 + sum(num_workers(member) for member in members),
             rank=0,
             backend=self._backend,
             timeout_s=self._timeout_s,
         )
-        self._epoch = await open_epoch(spec, members)
+        self._epoch = await open_epoch(spec, members, self._transport)
         log.info("epoch open", epoch=spec.epoch, actors=[member.address for member in members])
 
     async def _end_epoch(self, failure: EpochFailed) -> None:
@@ -166,10 +170,3 @@ class Publisher:
 
     def _updatable(self) -> tuple[Member, ...]:
         return tuple(member for member in self._fleet.live() if member.state in _UPDATABLE and not member.held)
-
-
-def _open_store(host: str) -> dist.TCPStore:
-    """The rendezvous of all epochs. It listens at `host` alone; by itself it would listen at every address."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    port = listener.getsockname()[1]
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

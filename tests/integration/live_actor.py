@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from actor.config import VllmConfig
@@ -36,6 +35,7 @@ from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
 from learner.weights.epoch import Epoch, open_epoch
 from learner.weights.snapshot import Snapshot, Snapshotter
+from learner.weights.transport import TorchTransport
 from tests.unit.learner_math.groups import SUPPRESSED, reference_logits
 
 MAX_PIXELS = 2**20
@@ -139,6 +139,10 @@ class _PolicyClient:
     async def open_epoch(self, spec: EpochSpec) -> None:
         await self._policy.open_epoch(spec)
 
+    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+        policy = self._policy
+        return ActorStatus("actor-1", policy.state, policy.policy_version, policy.run_id, policy.epoch, -1, 0, 0, 1)
+
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
         return (await self._policy.stage(run_id, epoch, manifest, timeout_s))[0]
 
@@ -157,7 +161,7 @@ class WeightSource:
         client = cast("RolloutClient", _PolicyClient(actor.policy))
         status = ActorStatus("actor-1", ActorState.SERVING, 0, "", 0, -1, 0, 0, num_workers=actor.info.num_workers)
         self._member = Member("in-process", client, 1, "actor-1", ActorState.SERVING, status=status)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._transport = TorchTransport("127.0.0.1")
         self._last_epoch = 0
         self._epoch: Epoch | None = None
         self.version = 0
@@ -165,13 +169,13 @@ class WeightSource:
     def spec(self, epoch: int, timeout_s: float = TIMEOUT_S) -> EpochSpec:
         """Of an epoch with this actor alone."""
         world_size = 1 + self._actor.info.num_workers
-        return EpochSpec("run", epoch, "127.0.0.1", self._store.port, world_size, 0, "gloo", timeout_s)
+        return EpochSpec("run", epoch, "127.0.0.1", self._transport.port, world_size, 0, "gloo", timeout_s)
 
     async def open(self) -> Epoch:
         """The epoch that is open, or the next one."""
         if self._epoch is None:
             self._last_epoch += 1
-            self._epoch = await open_epoch(self.spec(self._last_epoch), [self._member])
+            self._epoch = await open_epoch(self.spec(self._last_epoch), [self._member], self._transport)
         return self._epoch
 
     async def abort(self) -> None:

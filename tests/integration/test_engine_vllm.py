@@ -271,7 +271,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
         assert {span.policy_version for c in group.completions for span in c.version_spans} == {old_version}
         assert largest_difference(old, hf, group) <= PARITY
     assert not stage.done()
-    await asyncio.to_thread(epoch._broadcast, buffers)
+    await epoch._sender.send(buffers)
     assert (await stage)[0] == tuple(bucket.crc32 for bucket in manifest.buckets)
     # Staged is not live.
     group = await actor.group(SAMPLES[1], n=2, max_tokens=8)
@@ -396,7 +396,7 @@ async def test_a_stage_that_does_not_end_touches_nothing(
     await _still_serves(actor, source, version, served)
     # It gives up after the first bucket.
     task = await stage(60)
-    await asyncio.to_thread((await source.open())._group.broadcast, buffers[0])
+    await (await source.open())._sender.send(buffers[:1])
     await source.abort()
     await _fails(task, StaleEpoch)
     await _still_serves(actor, source, version, served)

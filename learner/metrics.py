@@ -1,0 +1,110 @@
+"""What the learner tells Prometheus, on an HTTP port of rank 0 (`metrics_listen`).
+
+| metric | type | what |
+|---|---|---|
+| `outrider_learner_batch_wait_seconds` | histogram | how long the trainer starved for a batch |
+| `outrider_learner_group_staleness` | histogram | versions that a trained group was behind |
+| `outrider_learner_policy_version` | gauge | version that trains |
+| `outrider_learner_actors` | gauge by `state` | actors in each state, `unreachable` too |
+| `outrider_learner_running_groups` | gauge | being sampled |
+| `outrider_learner_buffered_groups` | gauge | finished, waiting for the trainer |
+| `outrider_learner_dropped_groups_total` | counter by `reason` | groups dropped, or sampled again for staleness |
+| `outrider_learner_retries_total` | counter by `reason` | groups sent to an actor again |
+| `outrider_learner_fleet_events_total` | counter by `kind` | see `learner.rollouts.members.FleetEvent` |
+| `outrider_learner_update_stage_seconds` | histogram | until all actors had staged a weight update |
+| `outrider_learner_update_pause_seconds` | histogram | longest pause of generation of a weight update |
+| `outrider_learner_update_failures_total` | counter | weight updates that failed |
+"""
+
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from learner.rollouts.dispatcher import DispatchStats
+from learner.rollouts.members import FleetEvent, Member
+from learner.types import Group
+from learner.weights.epoch import UpdateTimes
+
+_PREFIX = "outrider_learner_"
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_VERSIONS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
+
+
+class LearnerMetrics:
+    """Counts where things happen; what can be asked is read when Prometheus asks, on the thread that answers."""
+
+    def __init__(
+        self,
+        *,
+        members: Callable[[], Sequence[Member]],
+        stats: Callable[[], DispatchStats],
+        num_buffered: Callable[[], int],
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._wait_s = self._histogram("batch_wait_seconds", "How long the trainer starved for a batch.", _SECONDS)
+        self._staleness = self._histogram("group_staleness", "Versions that a trained group was behind.", _VERSIONS)
+        self._stage_s = self._histogram("update_stage_seconds", "Until all actors had staged an update.", _SECONDS)
+        self._pause_s = self._histogram("update_pause_seconds", "Longest pause of generation of an update.", _SECONDS)
+        self._version = Gauge(f"{_PREFIX}policy_version", "Policy version that trains.", registry=self.registry)
+        self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
+        self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
+        self.registry.register(_Asked(members, stats, num_buffered))
+
+    def took_batch(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
+        """The trainer got what it trains `version` with."""
+        self._version.set(version)
+        self._wait_s.observe(wait_s)
+        for group in groups:
+            self._staleness.observe(version - group.oldest_version)
+
+    def fleet_event(self, event: FleetEvent) -> None:
+        """A transition of an actor."""
+        self._events.labels(event.kind).inc()
+
+    def updated(self, times: UpdateTimes) -> None:
+        """A weight update is through."""
+        self._stage_s.observe(times.stage_s)
+        self._pause_s.observe(times.pause_s)
+
+    def update_failed(self) -> None:
+        """A weight update failed."""
+        self._failures.inc()
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", text, buckets=buckets, registry=self.registry)
+
+
+class _Asked(Collector):
+    """What others count already."""
+
+    def __init__(
+        self,
+        members: Callable[[], Sequence[Member]],
+        stats: Callable[[], DispatchStats],
+        num_buffered: Callable[[], int],
+    ) -> None:
+        self._members = members
+        self._stats = stats
+        self._num_buffered = num_buffered
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        states = Counts(member.state.value if member.state is not None else "unreachable" for member in self._members())
+        actors = GaugeMetricFamily(f"{_PREFIX}actors", "Actors in each state.", labels=["state"])
+        for state, number in states.items():
+            actors.add_metric([state], number)
+        yield actors
+        stats = self._stats()
+        yield GaugeMetricFamily(f"{_PREFIX}running_groups", "Groups being sampled.", stats.running)
+        yield GaugeMetricFamily(f"{_PREFIX}buffered_groups", "Groups that wait for the trainer.", self._num_buffered())
+        for name, text, counts in (
+            ("dropped_groups", "Groups dropped.", stats.dropped),
+            ("retries", "Groups sent again.", stats.retries),
+        ):
+            family = CounterMetricFamily(f"{_PREFIX}{name}", text, labels=["reason"])
+            for reason, number in counts.items():
+                family.add_metric([reason], number)
+            yield family

@@ -1,0 +1,117 @@
+"""What one schedule is: sizes, settings and faults, all of them a function of its seed."""
+
+import random
+from dataclasses import dataclass
+
+from tests.simulation.faults import KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """At `at_s`, to actor number `actor`, for `for_s`."""
+
+    at_s: float
+    kind: str
+    actor: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run of `total_steps` with `faults` in it."""
+
+    num_actors: int
+    uses_dns: bool
+    slots: int
+    batch: int
+    n: int
+    max_staleness: int
+    total_steps: int
+    checkpoint_every: int
+    train_s: float
+    group_timeout_s: float
+    max_attempts: int
+    hung_s: float
+    drop_uniform_groups: bool
+    faults: tuple[Fault, ...]
+    scale: tuple[tuple[float, int], ...] = ()
+    """From this time on, so many actors."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ("dns:///actors:1",) if self.uses_dns else self.addresses
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(f"10.0.0.{i}:1" for i in range(self.num_actors))
+
+
+def make_plan(rng: random.Random) -> Plan:
+    """A random plan. Faults come in bursts, so that they meet each other."""
+    num_actors = rng.choice((1, 2, 2, 3, 3, 4))
+    kinds = rng.sample([*KINDS], rng.randrange(1, 6))
+    faults = []
+    at_s = rng.uniform(0, 2)
+    for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 9))):
+        faults.append(
+            Fault(at_s, rng.choice(kinds), rng.randrange(num_actors), rng.choice((0.05, 0.05, 0.5, 0.5, 2, 2, 4, 10)))
+        )
+        at_s += rng.choice((0.0, 0.01, 0.05, 0.2, 1, 3)) * rng.random()
+    return Plan(
+        num_actors=num_actors,
+        uses_dns=rng.random() < 0.3,
+        slots=rng.choice((1, 2, 4)),
+        batch=rng.choice((1, 2, 3)),
+        n=rng.choice((1, 2)),
+        max_staleness=rng.choice((0, 1, 2)),
+        total_steps=rng.choice((2, 3, 4)),
+        checkpoint_every=rng.choice((1, 2, 3)),
+        train_s=rng.choice((0.05, 0.5)),
+        group_timeout_s=rng.choice((3.0, 10.0)),
+        max_attempts=rng.choice((2, 8)),
+        hung_s=rng.choice((2.0, 100.0)),
+        drop_uniform_groups=rng.random() < 0.2,
+        faults=tuple(faults),
+    )
+
+
+def make_kill_plan(rng: random.Random, num_kills: int) -> Plan:
+    """Eight actors under full load, one of which is killed every 0.3 s on average, and comes back soon."""
+    faults = []
+    at_s = 2.0
+    for _ in range(num_kills):
+        faults.append(Fault(at_s, "kill", rng.randrange(8), rng.choice((0.05, 0.5, 2, 4))))
+        at_s += rng.random() * 0.6
+    return _loaded(8, num_steps=num_kills // 2 + 10, faults=tuple(faults))
+
+
+def make_scale_plan() -> Plan:
+    """1 -> 64 -> 3 -> 32 actors."""
+    return _loaded(64, num_steps=150, scale=((0.0, 1), (5.0, 64), (15.0, 3), (25.0, 32)), uses_dns=True)
+
+
+def _loaded(
+    num_actors: int,
+    *,
+    num_steps: int,
+    faults: tuple[Fault, ...] = (),
+    scale: tuple[tuple[float, int], ...] = (),
+    uses_dns: bool = False,
+) -> Plan:
+    return Plan(
+        num_actors=num_actors,
+        uses_dns=uses_dns,
+        slots=4,
+        batch=8,
+        n=2,
+        max_staleness=1,
+        total_steps=num_steps,
+        checkpoint_every=num_steps,
+        train_s=0.2,
+        group_timeout_s=30.0,
+        max_attempts=8,
+        hung_s=100.0,
+        drop_uniform_groups=False,
+        faults=faults,
+        scale=scale,
+    )

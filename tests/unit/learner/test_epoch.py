@@ -1,0 +1,90 @@
+"""Opening an epoch, and leaving one, without a wire."""
+
+import asyncio
+import gc
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+from common.client import RolloutClient
+from common.errors import StageTimeout
+from common.types import ActorState, ActorStatus, EpochSpec
+from learner.rollouts.members import Member
+from learner.weights.epoch import EpochFailed, open_epoch
+
+SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
+
+
+class Client:
+    """Joins at once, or fails with `error`; is `actor_id` by now."""
+
+    def __init__(self, actor_id: str, error: Exception | None = None) -> None:
+        self.actor_id = actor_id
+        self.error = error
+        self.aborted = 0
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+
+    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+        return ActorStatus(self.actor_id, ActorState.SERVING, 0, "run", 1, -1, 0, 0, 1)
+
+    async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
+        self.aborted += 1
+
+
+class Transport:
+    """Everybody is in at once; or the join fails `late`."""
+
+    port = 1
+
+    def __init__(self, late: asyncio.Event | None = None) -> None:
+        self.late = late
+
+    async def join(self, spec: EpochSpec) -> "Transport":
+        if self.late is not None:
+            await self.late.wait()
+            raise RuntimeError("nobody came")
+        return self
+
+    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+def member(client: Client) -> Member:
+    return Member("one:1", cast("RolloutClient", client), 1, "one#1", ActorState.SERVING)
+
+
+async def test_the_process_that_the_fleet_knows_comes_in() -> None:
+    known = member(Client("one#1"))
+    assert (await open_epoch(SPEC, [known], Transport())).members == (known,)
+
+
+async def test_another_process_at_the_address_is_no_member() -> None:
+    """It came up between two polls: updated in place of the one before, it would serve without the frozen weights."""
+    client = Client("one#2")
+    restarted = member(client)
+    with pytest.raises(EpochFailed, match="one:1 was restarted: one#1 is one#2 now") as caught:
+        await open_epoch(SPEC, [restarted], Transport())
+    assert [culprit for culprit, _ in caught.value.culprits] == [restarted]
+    assert client.aborted == 1
+
+
+async def test_what_fails_after_the_end_is_no_news() -> None:
+    unseen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    late = asyncio.Event()
+    with pytest.raises(EpochFailed, match="no room"):
+        await open_epoch(SPEC, [member(Client("one#1", StageTimeout("no room")))], Transport(late))
+    late.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not unseen
