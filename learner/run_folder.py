@@ -23,7 +23,7 @@ from learner.config import LearnerConfig
 Role = Literal["launcher", "learner"]
 
 # Settings that say where and with whom a run runs, not what it computes.
-_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights"}
+_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen"}
 _PLACE_OF_ACTORS = {"actors", "tls"}
 
 

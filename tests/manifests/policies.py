@@ -143,6 +143,10 @@ def config_is_read(manifests: list[Manifest]) -> list[str]:
         problems.append("probes have no certificate: the actor needs a health_listen on a port that is declared")
     if actor.metrics_listen != f"0.0.0.0:{ports['metrics']}":
         problems.append(f"metrics are at {actor.metrics_listen}, its container declares port {ports['metrics']}")
+    [trainer] = containers(pod_templates(manifests)["outrider-learner"], init=False)
+    declared = {port["name"]: port["containerPort"] for port in trainer["ports"]}
+    if learner.metrics_listen != f"0.0.0.0:{declared['metrics']}":
+        problems.append(f"the learner's metrics are at {learner.metrics_listen}, not at {declared['metrics']}")
     if actor.model != learner.model.path:
         problems.append(f"the actor loads {actor.model}, the learner {learner.model.path}")
     problems += [

@@ -48,7 +48,7 @@ def main() -> int:
 def _tell(result: Result) -> None:
     print(
         f"{len(result.faults)} faults in {result.virtual_s:.0f} s: {result.num_trained} groups trained once each, "
-        f"dropped {dict(result.dropped)}, fabricated 0; sent again {dict(result.retries)}; "
+        f"dropped {dict(result.dropped)}; sent again {dict(result.retries)}; "
         f"refused by actors that do not serve {dict(result.refused)}; "
         f"longest time between two steps {result.longest_gap_s:.1f} s"
     )

@@ -6,12 +6,15 @@ import tomllib
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from actor.config import ActorConfig
 from actor.metrics import ActorMetrics
 from learner.config import LearnerConfig
+from learner.metrics import LearnerMetrics
 from tests.manifests import policies
 from tests.manifests.rendered import K8S, ROOT, VARIANTS, Manifest, containers, find, pod_templates, render
 
@@ -86,7 +89,7 @@ def test_actors_of_the_demo_are_configured_as_local_ones() -> None:
 
 def test_the_learner_is_told_only_where_it_runs() -> None:
     """Overrides on its command line name places; what the run computes is in the file."""
-    places = {"rollout.actors", "runs_dir", "model.path", "trainer.fsdp_size"}
+    places = {"rollout.actors", "rollout.tls", "runs_dir", "model.path", "trainer.fsdp_size", "metrics_listen"}
     for variant in VARIANTS:
         [container] = containers(pod_templates(render(*variant))["outrider-learner"], init=False)
         overrides = [argument for argument in container["args"] if re.match(r"[a-z_.]+=", argument)]
@@ -103,21 +106,24 @@ def test_overrides_on_the_command_line_count() -> None:
 
 @pytest.fixture(scope="module")
 def metric_names() -> set[str]:
-    """Names that an actor's endpoint shows."""
+    """Names that the endpoints of actor and learner show."""
     from actor.config import FakeConfig
     from actor.engine_fake import FakeEngine
     from actor.weights import PolicyState
 
     engine = FakeEngine(FakeConfig(), "actor")
-    metrics = ActorMetrics(PolicyState(engine), engine)
-    families = metrics.registry.collect()
+    no_groups: Any = SimpleNamespace(running=0, dropped={}, retries={})
+    families = [
+        *ActorMetrics(PolicyState(engine), engine).registry.collect(),
+        *LearnerMetrics(members=tuple, stats=lambda: no_groups, num_buffered=int).registry.collect(),
+    ]
     return {
         name
         for family in families
         for name in {
             "gauge": [family.name],
             "counter": [f"{family.name}_total"],
-            "histogram": [f"{family.name}_bucket"],
+            "histogram": [f"{family.name}_bucket", f"{family.name}_sum"],
         }[family.type]
     }
 
@@ -130,9 +136,12 @@ def test_dashboard_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[
         for target in panel["targets"]
         for name in re.findall(r"outrider_\w+", target["expr"])
     }
-    assert asked == metric_names
-    [pods_metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
-    assert pods_metric["pods"]["metric"]["name"] in metric_names
+    actors_own = {name for name in metric_names if name.startswith("outrider_actor_") and not name.endswith("_sum")}
+    assert asked == actors_own
+    [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    rule = (K8S / "components" / "hpa" / "kustomization.yaml").read_text()
+    assert f"name: {{as: {metric['external']['metric']['name']}}}" in rule
+    assert set(re.findall(r"outrider_learner_batch\w+", rule)) <= metric_names
     [trigger] = find(render("gpu", "keda"), "ScaledObject")["spec"]["triggers"]
     assert set(re.findall(r"outrider_\w+", trigger["metadata"]["query"])) <= metric_names
 

@@ -53,7 +53,7 @@ MISTAKES: list[tuple[Rule, Callable[[list[Manifest]], Any], str]] = [
     ),
     (
         policies.ports_meet,
-        lambda all_: find(all_, "PodMonitor")["spec"]["podMetricsEndpoints"][0].update(port="http"),
+        lambda all_: find(all_, "PodMonitor", "outrider-actor")["spec"]["podMetricsEndpoints"][0].update(port="http"),
         "outrider-actor: no port http in its pods",
     ),
     (

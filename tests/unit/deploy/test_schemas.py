@@ -66,13 +66,13 @@ def _break(manifest: Manifest, path: str, value: Any) -> Manifest:
     [
         (("gpu",), "Deployment", "spec.template.spec.enableServicelinks"),
         (("gpu", "keda"), "ScaledObject", "spec.minReplicas"),
-        (("gpu", "monitoring"), "PodMonitor", "spec.endpoints"),
+        (("gpu", "monitoring"), "PodMonitor/outrider-actor", "spec.endpoints"),
         (("gpu", "jobset"), "JobSet", "spec.maxRestarts"),
     ],
 )
 def test_a_misspelt_field_is_an_error(variant: tuple[str, ...], kind: str, path: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match=path.rpartition(".")[2]):
-        check(_break(find(render(*variant), kind), path, 1), VERSIONS[-1])
+        check(_break(find(render(*variant), *kind.split("/")), path, 1), VERSIONS[-1])
 
 
 def test_a_mistake_inside_a_jobset_is_an_error() -> None:
