@@ -41,8 +41,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "mini_batches": {"trainer": {"mini_batch_prompts": 32, "epochs": 2}},
     "lora": {"model": {"lora_rank": 16, "lora_alpha": 32}, "optimizer": {"lr": 5.0e-3}},
 }
-# These two in every run of the tests.
-ALWAYS = ("dapo", "gspo")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +50,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "algorithm", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in ALGORITHMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_algorithm_reaches_its_accuracy(algorithm: str, model_dir: Path, tmp_path: Path) -> None:
     config = yaml.safe_load(Path("examples/digits/config.yaml").read_text())
     config["model"]["path"] = str(model_dir)

@@ -64,6 +64,7 @@ def test_actors_are_scaled_and_come_back(confinement: dict[str, Any]) -> None:
     assert not any(actor["was_killed"] for actor in confinement["actors"])
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_through_scaling_a_rolling_update_and_a_new_job(demo: dict[str, Any]) -> None:
     steps = demo["steps_at"]
     assert len(steps) == 6
@@ -73,6 +74,7 @@ def test_the_run_goes_on_through_scaling_a_rolling_update_and_a_new_job(demo: di
     assert [step["step"] for step in demo["steps"]] == list(range(1, len(demo["steps"]) + 1))
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_trained_twice(demo: dict[str, Any]) -> None:
     trained = [sequence for step in demo["steps"] for sequence in step["sequences"]]
     assert sorted(trained) == list(range(len(trained)))
@@ -80,10 +82,12 @@ def test_nothing_is_lost_or_trained_twice(demo: dict[str, Any]) -> None:
     assert not any(step["groups_dropped"] for step in demo["steps"])
 
 
+@pytest.mark.slow
 def test_learner_and_actors_agree_at_every_step(demo: dict[str, Any]) -> None:
     assert all(step["parity_max_abs_diff"] < 1e-4 for step in demo["steps"])
 
 
+@pytest.mark.slow
 def test_every_pod_ends_within_its_grace(demo: dict[str, Any]) -> None:
     actors = [pod for pod in demo["pods"] if pod["name"].startswith("outrider-actor")]
     learners = [pod for pod in demo["pods"] if not pod["name"].startswith("outrider-actor")]

@@ -36,7 +36,7 @@ from tests.integration.live_actor import CONFIG, LiveActor, media_of
 from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 PARITY = 1e-4
 # Two images of different sizes, the second too large for the model's own bounds.

@@ -36,7 +36,7 @@ from tests.integration.live_actor import LiveActor, media_of
 from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import SUPPRESSED, image_bytes, reference_logits, sample
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 IM_END = 258
 # The byte-level tokenizer counts printable ASCII from "!".
