@@ -20,6 +20,8 @@ class LimitsConfig(Config):
     max_queued_completions: int = Field(4096, ge=1)
     # Encoded media kept in memory, so that requests can name them by sha256.
     media_store_bytes: int = Field(256 * 2**20, ge=0)
+    # Media of all requests under way, as they came and decoded; more waits with the clients.
+    max_held_media_bytes: int = Field(4 * 2**30, ge=2**20)
 
 
 class VllmConfig(Config):
@@ -104,7 +106,7 @@ class ActorConfig(Config):
             max_context_tokens=max_context_tokens,
             max_media_items=engine.max_images,
             max_logprobs=engine.max_logprobs,
-            **self.limits.model_dump(exclude={"media_store_bytes"}),
+            **self.limits.model_dump(exclude={"media_store_bytes", "max_held_media_bytes"}),
         )
 
 

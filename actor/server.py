@@ -39,7 +39,15 @@ class ActorServer:
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)
         self._stop_metrics: Callable[[], None] = lambda: None
-        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store, self.metrics)
+        self._rollouts = RolloutService(
+            engine,
+            self.policy,
+            server_info,
+            info.vocab_size,
+            store,
+            self.metrics,
+            config.limits.max_held_media_bytes,
+        )
         self._weights = WeightService(engine, self.policy, actor_id, info.num_workers, self.metrics)
 
     async def start(self, address: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from actor.engine import Engine, EngineRequest
+from actor.engine import Engine, EngineMedia, EngineRequest
 from actor.media_intake import MediaIntake
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
@@ -56,13 +56,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         vocab_size: int,
         store: MediaStore,
         metrics: ActorMetrics,
+        max_held_media_bytes: int,
     ) -> None:
         self._engine = engine
         self._policy = policy
         self._info = info
         self._vocab_size = vocab_size
         self._store = store
-        self._intake = MediaIntake(store, info.limits, metrics)
+        self._intake = MediaIntake(store, info.limits, metrics, max_held_media_bytes)
         self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
         self._uploading: dict[_Upload, None] = {}
@@ -84,11 +85,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             rollout = request_from_proto(request)
             check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
-                engine_request = await self._prepare(rollout)
-                outcome = "failed"
-                async with aclosing(self._events(engine_request)) as events:
-                    async for event in events:
-                        yield self._response(event)
+                async with self._intake.taken(rollout.media) as media:
+                    outcome = "failed"
+                    async with aclosing(self._events(_engine_request(rollout, media))) as events:
+                        async for event in events:
+                            yield self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -150,17 +151,6 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     # ------------------------------------------------------------------------------------------------ media
 
-    async def _prepare(self, rollout: RolloutRequest) -> EngineRequest:
-        """The request as the engine takes it, its media decoded."""
-        return EngineRequest(
-            group_id=rollout.group_id,
-            prompt=rollout.prompt,
-            media=await self._intake.take(rollout.media),
-            sampling=rollout.sampling,
-            return_text=rollout.return_text,
-            return_processed=rollout.return_processed,
-        )
-
     async def PutMedia(
         self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
     ) -> pb.PutMediaResponse:
@@ -218,6 +208,17 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """What this server is."""
         return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
+
+
+def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:
+    return EngineRequest(
+        group_id=rollout.group_id,
+        prompt=rollout.prompt,
+        media=media,
+        sampling=rollout.sampling,
+        return_text=rollout.return_text,
+        return_processed=rollout.return_processed,
+    )
 
 
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:

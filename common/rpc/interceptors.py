@@ -1,18 +1,20 @@
-"""What happens around every call of a server: roles are checked, errors become statuses, and activity is counted."""
+"""What happens around every call of a server: roles, parsing, exceptions that become statuses, and a count of calls."""
 # ruff: noqa: BLE001 - this is the boundary that maps every exception
 
 import inspect
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from common.errors import DETAILS_KEY, Internal, OutriderError, to_status
+from common.errors import DETAILS_KEY, Internal, InvalidRequest, OutriderError, to_status
 from common.log import get_logger
 from common.rpc.tls import authorize
+from common.wire import check_bounds
 
 log = get_logger(__name__)
 
@@ -70,17 +72,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if behavior is None:
                 continue
             wrap = self._stream if inspect.isasyncgenfunction(behavior) else self._single
+            # Parsed here: gRPC itself would answer noise with UNKNOWN and the name of an exception.
+            parsing = _parsing_each if kind.startswith("stream") else _parsing
             return getattr(grpc, f"{kind}_rpc_method_handler")(
-                wrap(method, behavior), handler.request_deserializer, handler.response_serializer
+                wrap(method, behavior, parsing(handler.request_deserializer)), None, handler.response_serializer
             )
         return handler
 
-    def _single(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _single(
+        self, method: str, behavior: Callable[..., Awaitable[Any]], parse: Callable[[Any], Any]
+    ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
             with self.activity.call():
                 try:
                     self._authorize(method, context)
-                    return await behavior(request, context)
+                    return await behavior(parse(request), context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -88,20 +94,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return call
 
-    def _stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _stream(
+        self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]], parse: Callable[[Any], Any]
+    ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             with self.activity.call():
-                responses = behavior(request, context)
                 try:
                     self._authorize(method, context)
-                    async for response in responses:
-                        yield response
+                    async with aclosing(behavior(parse(request), context)) as responses:
+                        async for response in responses:
+                            yield response
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
                     await abort(method, context, error)
-                finally:
-                    await responses.aclose()  # type: ignore[attr-defined]
 
         return call
 
@@ -109,6 +115,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if self._checks_roles:
             names = context.auth_context().get("x509_subject_alternative_name", ())
             authorize(method, frozenset(name.decode(errors="replace") for name in names))
+
+
+def _parsing(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    descriptor = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]  # FromString of a message class
+
+    def parse(data: bytes) -> Any:
+        check_bounds(data, descriptor)
+        try:
+            return deserialize(data)
+        except DecodeError:
+            raise InvalidRequest("", f"these {len(data)} bytes are no message of this call") from None
+
+    return parse
+
+
+def _parsing_each(deserialize: Callable[[bytes], Any]) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+    parse = _parsing(deserialize)
+
+    async def parse_each(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield parse(data)
+
+    return parse_each
 
 
 async def abort(method: str, context: Context, error: Exception) -> NoReturn:

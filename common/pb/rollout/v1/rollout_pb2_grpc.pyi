@@ -13,7 +13,8 @@ needs nothing but this file:
 
 Errors are gRPC status codes with google.rpc details, never fields of a response:
 
-  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`.
+  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`; it is
+                      empty where the bytes are no message of the call at all.
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
                       of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
                       again. Reason WEIGHTS_PENDING: the actor does not serve yet.
