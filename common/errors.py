@@ -273,9 +273,11 @@ def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 def _find(status: status_pb2.Status, empty: M) -> M:
-    """The first detail of `empty`'s type, or `empty` itself."""
+    """The first detail of `empty`'s type, or `empty` itself; also where the detail is damaged."""
     for detail in status.details:
         if detail.Is(empty.DESCRIPTOR):
-            detail.Unpack(empty)
-            break
+            try:
+                return type(empty).FromString(detail.value)
+            except DecodeError:
+                return empty
     return empty

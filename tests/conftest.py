@@ -9,8 +9,13 @@ import time
 import uuid
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
+
+# Fewer examples than usual for each property: there are many. None has a deadline: machines are busy at times.
+hypothesis.settings.register_profile("outrider", max_examples=50, deadline=None)
+hypothesis.settings.load_profile("outrider")
 
 _TESTS = Path(__file__).resolve().parent
 # Seconds for one test of each folder, where the test does not say otherwise.
