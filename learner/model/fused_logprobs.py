@@ -71,11 +71,11 @@ class _FusedLogprobs(torch.autograd.Function):
             inside, columns = _columns(targets, part)
             target_logits = torch.where(inside, logits.gather(1, columns).squeeze(1), target_logits)
             highest = logits.amax(1)
-            logits -= highest[:, None]
-            exponentials = torch.exp(logits, out=scratch)
+            below = logits.sub_(highest[:, None])
+            exponentials = torch.exp(below, out=scratch)
             sums = exponentials.sum(1)
             normalizers.append(highest + sums.log())
-            entropies.append(sums.log() - exponentials.mul_(logits).sum(1) / sums)
+            entropies.append(sums.log() - exponentials.mul_(below).sum(1) / sums)
         slice_normalizers = torch.stack(normalizers)
         normalizer = slice_normalizers.logsumexp(0)
         log_shares = slice_normalizers - normalizer
