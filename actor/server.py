@@ -35,7 +35,11 @@ class ActorServer:
         self._config = config
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
-        self.rpc = RpcServer(config.limits.max_message_bytes, tls=config.tls)
+        self.rpc = RpcServer(
+            config.limits.max_message_bytes,
+            tls=config.tls,
+            max_streams_per_peer=config.limits.max_streams_per_peer,
+        )
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)

@@ -171,6 +171,12 @@ class QueueFull(OutriderError):
         return cls(_find(status, error_details_pb2.RetryInfo()).retry_delay.ToNanoseconds() / 1e9, message)
 
 
+class TooManyStreams(QueueFull):
+    """One caller has too many calls under way; others may not."""
+
+    reason = "TOO_MANY_STREAMS"
+
+
 class StageTimeout(OutriderError):
     """A weight operation missed its deadline; nothing live was touched."""
 
@@ -234,6 +240,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         Paused,
         EngineDead,
         QueueFull,
+        TooManyStreams,
         StageTimeout,
         StageCorrupt,
         Internal,
