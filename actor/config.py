@@ -87,6 +87,8 @@ class ActorConfig(Config):
     engine: Literal["vllm", "fake"] = "vllm"
     # "host:port" where Prometheus finds the metrics over HTTP; None: nowhere.
     metrics_listen: str | None = None
+    # OpenTelemetry spans (common/tracing.py); the variables OTEL_* say where they go.
+    tracing: bool = False
     # Serve the checkpoint as version 0 without a learner.
     standalone: bool = False
     # Directory with tls.crt, tls.key and ca.crt: mutual TLS, and roles by certificate (common/rpc/tls.py).

@@ -10,6 +10,7 @@ from PIL import Image
 from actor.engine import EngineMedia
 from actor.media_store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
+from common import tracing
 from common.errors import InvalidRequest, MediaMissing, QueueFull, TooLarge
 from common.media import check_image, content_hash, decode_image
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensors_hash
@@ -50,7 +51,8 @@ class MediaIntake:
             raise QueueFull(_RETRY_AFTER_S, f"media of {self._held_bytes} bytes are held for the requests under way")
         self._held_bytes += num_bytes
         try:
-            decoded = await asyncio.to_thread(_decode, media, contents, max_pixels)
+            with tracing.span("actor.decode_media", num_items=len(media)):
+                decoded = await asyncio.to_thread(_decode, media, contents, max_pixels)
             for item, content in zip(decoded, contents, strict=True):
                 if content_bytes(content) <= self._store.max_bytes:
                     self._store.put(item.sha256, content)

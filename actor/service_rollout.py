@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
+from common import tracing
 from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
 from common.media import check_image, content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
@@ -99,6 +101,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
+        started_ns = time.time_ns()
+        first_token_s: list[float] = []
         # The engine's generator is closed with this one, which aborts what still runs.
         generator: Any = self._engine.generate(request)
         async with aclosing(generator):
@@ -107,8 +111,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                     yield event
                     continue
                 self._metrics.finished(event)
+                first_token_s += (completion.first_token_s for completion in event)
                 for part in _split(event):
                     yield part
+        if first_token_s:
+            _trace(started_ns, min(first_token_s))
 
     def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
@@ -221,6 +228,13 @@ def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> 
         return_text=rollout.return_text,
         return_processed=rollout.return_processed,
     )
+
+
+def _trace(started_ns: int, first_token_s: float) -> None:
+    """Of a group that has just finished: until its first token, and from there on."""
+    first_ns = started_ns + round(first_token_s * 1e9)
+    tracing.past_span("actor.queue", started_ns, first_ns)
+    tracing.past_span("actor.generate", first_ns, time.time_ns())
 
 
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:

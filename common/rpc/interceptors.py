@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
+from common import tracing
 from common.errors import DETAILS_KEY, Internal, InvalidRequest, OutriderError, to_status
 from common.log import get_logger
 from common.rpc.peers import Context, StreamLimit, names_of, peer_of
@@ -124,7 +125,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Around the handler of a call that its caller may make. Raises PermissionDenied and TooManyStreams."""
         if self._checks_roles:
             authorize(method, names_of(context))
-        with self._streams.stream(peer_of(context)) if is_stream else nullcontext():
+        with (
+            self._streams.stream(peer_of(context)) if is_stream else nullcontext(),
+            tracing.call_received(method, context.invocation_metadata() or (), is_stream=is_stream),
+        ):
             yield
 
 
