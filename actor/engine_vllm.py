@@ -74,6 +74,8 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """Start vLLM's processes, load the model and generate once; tens of seconds."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Its processes speak msgpack to each other; what that does not know would go as a pickle.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
         import transformers
         import vllm

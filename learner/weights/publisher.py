@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from common import tracing
 from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
@@ -116,7 +117,8 @@ class Publisher:
         if all(member.version >= snapshot.version for member in members):
             return
         full = any(member.version < 0 for member in members)
-        times = await self._epoch.update(snapshot, full=full)
+        with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
+            times = await self._epoch.update(snapshot, full=full)
         self._num_failures = 0
         self._on_update(times)
         for member in members:
