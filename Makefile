@@ -130,4 +130,4 @@ format: setup  ## format the code and apply the safe fixes
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
 clean:  ## remove what make built (runs/ stays)
-	rm -rf $(VENV) .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-peers-grpc build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

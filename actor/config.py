@@ -18,6 +18,7 @@ class LimitsConfig(Config):
 
     max_group_size: int = Field(256, ge=1)
     max_media_bytes: int = Field(32 * 2**20, ge=1)
+    # Of an image, or of all frames of a video together.
     max_media_pixels: int = Field(16 * 2**20, ge=1)
     max_message_bytes: int = Field(64 * 2**20, ge=2**20, lt=2**31)
     max_queued_completions: int = Field(4096, ge=1)
@@ -48,11 +49,16 @@ class VllmConfig(Config):
     cpu_cores: str | None = Field(None, pattern=r"^[0-9]+(-[0-9]+)?([,|][0-9]+(-[0-9]+)?)*$")
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
+    # Videos of one prompt, where the model takes them, and frames of one. vLLM reserves room for the longest video.
+    max_videos: int = Field(0, ge=0)
+    max_video_frames: int = Field(64, ge=1)
     # Models that can rescale and normalize pixels themselves do so: less is sent to them. But processed tensors, those
     # taken and those returned, are then the processor's without these two steps (uint8). False: with them, as usual.
     normalize_on_device: bool = True
     # Alternatives per token that a request may ask for; a beam search takes two for each beam.
     max_logprobs: int = Field(64, ge=0)
+    # MoE models on GPUs: requests may ask which experts each token went through. Keeps them for what is in the cache.
+    return_routed_experts: bool = False
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 
@@ -63,7 +69,10 @@ class FakeConfig(Config):
     vocab_size: int = Field(320, ge=2)
     max_context_tokens: int = Field(4096, ge=2)
     max_images: int = Field(16, ge=0)
+    max_videos: int = Field(4, ge=0)
+    max_video_frames: int = Field(64, ge=1)
     max_logprobs: int = Field(64, ge=0)
+    # Of a video: of each frame.
     tokens_per_image: int = Field(4, ge=1)
     # Lengths are uniform on 1 to 2 * mean_tokens - 1.
     mean_tokens: int = Field(8, ge=1)
@@ -106,12 +115,14 @@ class ActorConfig(Config):
     vllm: VllmConfig = VllmConfig()
     fake: FakeConfig = FakeConfig()
 
-    def server_limits(self, max_context_tokens: int) -> ServerLimits:
-        """The limits as clients see them."""
+    def server_limits(self, max_context_tokens: int, *, takes_videos: bool = True) -> ServerLimits:
+        """The limits as clients see them; `takes_videos`: whether the model does."""
         engine = self.vllm if self.engine == "vllm" else self.fake
         return ServerLimits(
             max_context_tokens=max_context_tokens,
             max_media_items=engine.max_images,
+            max_videos=engine.max_videos if takes_videos else 0,
+            max_video_frames=engine.max_video_frames,
             max_logprobs=engine.max_logprobs,
             **self.limits.model_dump(exclude=_NOT_TOLD),
         )

@@ -129,6 +129,6 @@ def _server_info(info: EngineInfo, config: ActorConfig, actor_id: str) -> Server
         engine_version=info.version,
         server_version=version,
         policy_version=0,
-        limits=config.server_limits(info.max_context_tokens),
+        limits=config.server_limits(info.max_context_tokens, takes_videos=info.takes_videos),
         suppressed_token_ids=info.suppressed_token_ids,
     )

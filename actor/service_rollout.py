@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
@@ -17,10 +18,10 @@ from actor.validation import check_request
 from actor.weights import PolicyState
 from common import tracing
 from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
-from common.media import check_image, content_hash
+from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
-from common.types import ActorState, Completion, PromptInfo, RolloutRequest, ServerInfo
+from common.types import ActorState, Completion, Frames, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
@@ -29,14 +30,16 @@ _MAX_CHUNK_BYTES = 2**20
 _MAX_ITEMS_PER_UPLOAD = 4096
 # A response of some hundred KiB: large ones hold up the event loop.
 _MAX_TOKENS_PER_RESPONSE = 2**15
+_BYTES_PER_TOKEN = 8
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
-    """A media item on its way here."""
+    """A media item on its way here: an image file, or the frames of a video end to end."""
 
     sha256: bytes
     num_bytes: int
+    frame_num_bytes: tuple[int, ...] = ()
     data: bytearray = dataclasses.field(default_factory=bytearray)
 
     def append(self, chunk: bytes) -> None:
@@ -45,6 +48,14 @@ class _Upload:
         if len(self.data) + len(chunk) > self.num_bytes:
             raise InvalidRequest("chunk", f"more bytes than the {self.num_bytes} of num_bytes")
         self.data += chunk
+
+    def content(self) -> bytes | Frames:
+        """What has come, of which nothing is missing."""
+        data = bytes(self.data)
+        if not self.frame_num_bytes:
+            return data
+        ends = list(itertools.accumulate(self.frame_num_bytes))
+        return Frames(tuple(data[start:end] for start, end in itertools.pairwise([0, *ends])))
 
 
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
@@ -170,7 +181,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             async for request in request_iterator:
                 if request.sha256:
                     await self._finish(upload)
-                    upload = self._begin(request.sha256, request.num_bytes)
+                    upload = self._begin(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
                     stored[request.sha256] = None
                     if len(stored) > _MAX_ITEMS_PER_UPLOAD:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
@@ -183,12 +194,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 self._uploading.pop(upload, None)
         return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
 
-    def _begin(self, sha256: bytes, num_bytes: int) -> "_Upload":
+    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: tuple[int, ...]) -> "_Upload":
         """Room for one item. Raises QueueFull when too many bytes are on their way already."""
         self._check_item(sha256, num_bytes)
+        if frame_num_bytes and sum(frame_num_bytes) != num_bytes:
+            raise InvalidRequest("frame_num_bytes", f"make {sum(frame_num_bytes)} bytes; num_bytes is {num_bytes}")
         if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
             raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
-        upload = _Upload(sha256, num_bytes)
+        upload = _Upload(sha256, num_bytes, frame_num_bytes)
         self._uploading[upload] = None
         return upload
 
@@ -203,13 +216,19 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         """Check and store what has come."""
         if upload is None:
             return
-        data = bytes(upload.data)
-        if len(data) != upload.num_bytes:
-            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(data)} bytes came")
-        if await asyncio.to_thread(content_hash, data) != upload.sha256:
-            raise InvalidRequest("sha256", f"{upload.sha256.hex()} is not the hash of the {len(data)} bytes that came")
-        await asyncio.to_thread(check_image, data, "chunk", self._info.limits.max_media_pixels)
-        self._store.put(upload.sha256, data)
+        if len(upload.data) != upload.num_bytes:
+            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(upload.data)} bytes came")
+        content, limits = upload.content(), self._info.limits
+        if await asyncio.to_thread(media_hash, content) != upload.sha256:
+            raise InvalidRequest(
+                "sha256", f"{upload.sha256.hex()} is not the hash of the {upload.num_bytes} bytes that came"
+            )
+        if isinstance(content, Frames):
+            frame_limits = limits.max_video_frames, limits.max_media_pixels
+            await asyncio.to_thread(check_frames, content, "chunk", *frame_limits)
+        else:
+            await asyncio.to_thread(check_image, content, "chunk", limits.max_media_pixels)
+        self._store.put(upload.sha256, content)
         self._uploading.pop(upload, None)
 
     # ------------------------------------------------------------------------------------------------ server
@@ -227,6 +246,7 @@ def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> 
         sampling=rollout.sampling,
         return_text=rollout.return_text,
         return_processed=rollout.return_processed,
+        return_routed_experts=rollout.return_routed_experts,
     )
 
 
@@ -242,6 +262,8 @@ def _split(completions: list[Completion]) -> Iterator[list[Completion]]:
     num_tokens = 0
     for completion in completions:
         size = len(completion.token_ids) + sum(len(top.token_ids) for top in completion.top_logprobs)
+        if completion.routed_experts is not None:
+            size += len(completion.routed_experts.data) // _BYTES_PER_TOKEN
         if part and num_tokens + size > _MAX_TOKENS_PER_RESPONSE:
             yield part
             part, num_tokens = [], 0

@@ -1,6 +1,6 @@
 """`GenerateRequest` and `RolloutRequest`."""
 
-from common.errors import InvalidRequest, Unimplemented
+from common.errors import InvalidRequest
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import (
     ChatMessage,
@@ -34,6 +34,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
     )
     message.returns.text = request.return_text
     message.returns.processed_media = request.return_processed
+    message.returns.routed_experts = request.return_routed_experts
     match request.prompt:
         case ChatPrompt(messages):
             message.chat.messages.extend(_chat_message_to_proto(chat_message) for chat_message in messages)
@@ -48,9 +49,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
 
 
 def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
-    """Raises InvalidRequest and Unimplemented, naming the field."""
-    if message.returns.routed_experts:
-        raise Unimplemented("returns.routed_experts", "routed experts are not returned by this version")
+    """Raises InvalidRequest, naming the field."""
     check_count(message.media, "media", _MAX_MEDIA)
     return RolloutRequest(
         group_id=message.group_id,
@@ -60,6 +59,7 @@ def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
         min_policy_version=message.min_policy_version,
         return_text=message.returns.text,
         return_processed=message.returns.processed_media,
+        return_routed_experts=message.returns.routed_experts,
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from common.dtypes import DTYPE_NAMES
 from common.types import Manifest, ManifestBucket, ManifestParameter
 from learner.model.lora import adapted_weight, merge, own_name
+from learner.model.names import CheckpointForm
 
 _ALIGNMENT = 16
 
@@ -83,6 +84,8 @@ class Snapshotter:
             if parameter.requires_grad or adapted_weight(model, name) is not None
         ]
         self._trained = frozenset(trained)
+        own_names = [own for name, _ in model.named_parameters() if (own := own_name(name)) is not None]
+        self._form = CheckpointForm(model, own_names)
         self._trains_vision = any(name.startswith(f"{module}.") for name in trained for module in vision_modules)
         self._frozen = self._gather(trained=False)
 
@@ -101,7 +104,7 @@ class Snapshotter:
         return builder.finish() if self._is_sender else None
 
     def _full_tensors(self, trained: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """By their names in the model without adapter, which is merged."""
+        """In the form that they have in the checkpoint. An adapter is merged."""
         for name, parameter in self._model.named_parameters():
             own = own_name(name)
             if own is None or (name in self._trained) is not trained:
@@ -110,7 +113,7 @@ class Snapshotter:
             if (adapted := adapted_weight(self._model, name)) is not None:
                 a, b, scaling = adapted
                 tensor = merge(tensor, _full(a), _full(b), scaling)
-            yield own, tensor
+            yield from self._form.tensors(own, tensor)
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
