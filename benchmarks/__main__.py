@@ -12,6 +12,9 @@ BENCHMARKS = (
     "actor_vs_inprocess",
     "actor_vs_http",
     "actor_vs_vllm_grpc",
+    "image_ingress",
+    "bad_requests",
+    "event_loop_stall",
     "packed_step",
     "fused_logprobs",
 )
