@@ -46,6 +46,10 @@ class VllmConfig(Config):
     normalize_on_device: bool = True
     # Alternatives per token that a request may ask for; a beam search takes two for each beam.
     max_logprobs: int = Field(64, ge=0)
+    # LoRA: take adapters up to this rank through the weight service. 0: none, which makes every layer a little faster.
+    max_lora_rank: int = Field(0, ge=0, le=512)
+    # Adapters that can be at hand, and in one batch, at the same time.
+    max_loras: int = Field(1, ge=1)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 
@@ -67,6 +71,9 @@ class FakeConfig(Config):
     # Completions that run at once; further ones wait.
     max_num_seqs: int = Field(256, ge=1)
     num_workers: int = Field(1, ge=1)
+    # As those of vLLM.
+    max_lora_rank: int = Field(0, ge=0)
+    max_loras: int = Field(1, ge=1)
     # The engine dies when this group (counted from 1) starts; 0: never.
     die_at_group: int = Field(0, ge=0)
 

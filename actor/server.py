@@ -40,7 +40,7 @@ class ActorServer:
         self.metrics = ActorMetrics(self.policy, engine)
         self._stop_metrics: Callable[[], None] = lambda: None
         self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store, self.metrics)
-        self._weights = WeightService(engine, self.policy, actor_id, info.num_workers, self.metrics)
+        self._weights = WeightService(engine, self.policy, actor_id, info, self.metrics)
 
     async def start(self, address: str) -> int:
         """Open the ports, with the engine ready; the port of gRPC. Raises ConfigError if one is taken."""

@@ -159,6 +159,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             sampling=rollout.sampling,
             return_text=rollout.return_text,
             return_processed=rollout.return_processed,
+            model=rollout.model,
         )
 
     async def PutMedia(
@@ -217,7 +218,10 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """What this server is."""
-        return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
+        info = dataclasses.replace(
+            self._info, policy_version=self._policy.policy_version, adapters=self._engine.adapters()
+        )
+        return server_info_to_proto(info)
 
 
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:

@@ -1,6 +1,7 @@
 """`weights.v1` over a real socket: a real broadcast over Gloo into the fake engine."""
 
 import asyncio
+import dataclasses
 import socket
 import threading
 import zlib
@@ -192,3 +193,32 @@ async def test_a_restarted_learner_takes_over(start_actor: StartActor) -> None:
     await new.commit(1, 50, "new")
     status = await new.status()
     assert (status.state, status.policy_version, status.run_id) == (pb.ACTOR_STATE_SERVING, 50, "new")
+
+
+async def test_requests_name_adapters(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0, "max_lora_rank": 3})
+    learner = Learner(actor)
+    assert (await learner.status()).max_lora_rank == 3
+    await learner.open(1)
+    await learner.stage(1, _manifest(1))
+    await learner.commit(1, 1)
+
+    async def versions(model: str) -> set[int]:
+        request = rollout_pb2.GenerateRequest(group_id="g", text="hi", model=model)
+        events = [event async for event in actor.rollouts.Generate(request)]
+        return {span.policy_version for item in events[1].completions.items for span in item.version_spans}
+
+    refused = await _error(versions("judge"))
+    assert isinstance(refused, errors.InvalidRequest)
+    assert (refused.field, refused.message) == ("model", "model: 'judge' is not here; there is 'fake'")
+    a = ManifestParameter("x.lora_A.weight", "F32", (3, 1), bucket=0, offset=0)
+    b = ManifestParameter("x.lora_B.weight", "BF16", (1, 3), bucket=0, offset=16)
+    await learner.stage(1, dataclasses.replace(_manifest(2), parameters=(a, b), adapter="judge"))
+    await learner.commit(1, 2)
+    info = await actor.rollouts.GetServerInfo(rollout_pb2.GetServerInfoRequest())
+    assert list(info.adapters) == ["judge"]
+    for model in ("judge", "fake", ""):
+        assert await versions(model) == {2}
+    await learner.stage(1, _manifest(3))
+    await learner.commit(1, 3)
+    assert isinstance(await _error(versions("judge")), errors.InvalidRequest)

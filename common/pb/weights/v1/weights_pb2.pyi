@@ -111,6 +111,7 @@ class GetStatusResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     """One random id of this server process; changes at every restart."""
     state: Global___ActorState.ValueType
@@ -125,6 +126,8 @@ class GetStatusResponse(_message.Message):
     num_waiting: _builtins.int
     num_workers: _builtins.int
     """Processes that join an epoch: the engine's workers."""
+    max_lora_rank: _builtins.int
+    """Largest rank of an adapter that it takes; 0: it takes none."""
     def __init__(
         self,
         *,
@@ -137,10 +140,11 @@ class GetStatusResponse(_message.Message):
         num_running: _builtins.int = ...,
         num_waiting: _builtins.int = ...,
         num_workers: _builtins.int = ...,
+        max_lora_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "epoch", b"epoch", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_workers", b"num_workers", "policy_version", b"policy_version", "run_id", b"run_id", "staged_version", b"staged_version", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "epoch", b"epoch", "max_lora_rank", b"max_lora_rank", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_workers", b"num_workers", "policy_version", b"policy_version", "run_id", b"run_id", "staged_version", b"staged_version", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -238,7 +242,8 @@ Global___StageRequest: _TypeAlias = StageRequest  # noqa: Y015
 @_typing.final
 class Manifest(_message.Message):
     """What one update sends. Parameters have Hugging Face checkpoint names, and lie end to end in the buckets, in this
-    order, each aligned to 16 bytes and never across two buckets.
+    order, each aligned to 16 bytes and never across two buckets. Each commit makes what it brought the policy: model
+    weights, or the model with the adapter. Adapters of other names stay at hand, for requests that name them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -252,7 +257,12 @@ class Manifest(_message.Message):
     updates_vision: _builtins.bool
     """True if a parameter of the vision tower or its projector is among them: embeddings of images are then stale."""
     adapter: _builtins.str
-    """LoRA: the parameters are an adapter of this name, to be applied on the base model. Empty: model weights."""
+    """LoRA: name of the adapter that this update brings or replaces; empty: none. Its parameters are those with the names
+    of PEFT's files, "base_model.model.<module>.lora_A.weight" ([rank, inputs]) and "....lora_B.weight"
+    ([outputs, rank]); B is multiplied by the scaling already. Other parameters are weights of the base model below it.
+    Weights of the base model void all adapters that were loaded before: requests under way that named one go on
+    without.
+    """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
     @_builtins.property
