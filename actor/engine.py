@@ -88,7 +88,7 @@ class Engine(Protocol):
         ...
 
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
-        """Receive one update into staging memory while generation goes on; the crc32 of each bucket received.
+        """Receive one update into staging memory while generation goes on; the checksum of each bucket received.
 
         Raises `common.errors.StageTimeout`, and `common.errors.InvalidRequest` for an adapter that does not fit. The
         live weights are untouched in every case.

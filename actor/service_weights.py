@@ -68,7 +68,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         manifest = await asyncio.to_thread(manifest_from_proto, request.manifest)
         timeout_s = _timeout_s(request.timeout_ms)
         checksums, receive_s = await self._policy.stage(request.run_id, request.epoch, manifest, timeout_s)
-        return pb.StageResponse(crc32=checksums, receive_s=receive_s)
+        return pb.StageResponse(xxh3=checksums, receive_s=receive_s)
 
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         """Make the staged version live."""

@@ -9,13 +9,13 @@ late or corrupt update never touches the model. Two buffers take turns: one is r
 
 import math
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 
+from common.checksum import checksum
 from common.collective import BroadcastGroup
 from common.dtypes import TORCH_DTYPES
 from common.types import EpochSpec, Manifest, ManifestParameter
@@ -74,7 +74,7 @@ class WeightReceiver:
         return _run_in_thread(job, f"join-epoch-{spec.epoch}")
 
     def receive(self, manifest: Manifest, staging: Staging) -> "Future[tuple[int, ...]]":
-        """Receive every bucket of one update into `staging`; the crc32 of each, as received.
+        """Receive every bucket of one update into `staging`; the checksum of each, as received.
 
         `manifest` adds up: `common.wire` has checked it.
         """
@@ -87,26 +87,26 @@ class WeightReceiver:
             by_bucket[parameter.bucket].append(parameter)
 
         def work(buffer: torch.Tensor, parameters: Sequence[ManifestParameter]) -> int:
-            checksum = zlib.crc32(buffer.cpu().numpy().data)
+            received = checksum(buffer)
             staging.add([(parameter.name, _view(buffer, parameter)) for parameter in parameters])
-            return checksum
+            return received
 
         def job() -> tuple[int, ...]:
-            checksums: list[Future[int]] = []
+            results: list[Future[int]] = []
             with ThreadPoolExecutor(1, thread_name_prefix="stage") as worker:
                 for i, bucket in enumerate(manifest.buckets):
                     if i >= _NUM_BUFFERS:
-                        checksums[i - _NUM_BUFFERS].result()  # its buffer is free
+                        results[i - _NUM_BUFFERS].result()  # its buffer is free
                     buffer = memory.take(i % _NUM_BUFFERS, bucket.num_bytes, group.device)
                     group.broadcast(buffer)
-                    checksums.append(worker.submit(work, buffer, by_bucket[i]))
-                results = tuple(checksum.result() for checksum in checksums)
+                    results.append(worker.submit(work, buffer, by_bucket[i]))
+                checksums = tuple(result.result() for result in results)
                 worker.submit(staging.finish).result()
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")
                 self._staged = (manifest.policy_version, staging)
-            return results
+            return checksums
 
         return _run_in_thread(job, f"receive-version-{manifest.policy_version}")
 

@@ -366,10 +366,10 @@ class ManifestParameter:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBucket:
-    """One flat buffer of an update and the crc32 of its bytes."""
+    """One flat buffer of an update and the checksum of its bytes (`common.checksum`)."""
 
     num_bytes: int
-    crc32: int
+    xxh3: int
 
 
 @dataclass(frozen=True, slots=True)

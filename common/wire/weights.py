@@ -64,7 +64,7 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
             pb.Parameter(name=item.name, dtype=item.dtype, shape=item.shape, bucket=item.bucket, offset=item.offset)
             for item in manifest.parameters
         ],
-        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, crc32=bucket.crc32) for bucket in manifest.buckets],
+        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, xxh3=bucket.xxh3) for bucket in manifest.buckets],
         updates_vision=manifest.updates_vision,
         adapter=manifest.adapter,
     )
@@ -79,7 +79,7 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         raise InvalidRequest("manifest.policy_version", "must not be negative")
     if not message.parameters:
         raise InvalidRequest("manifest.parameters", "is empty")
-    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.crc32) for bucket in message.buckets)
+    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.xxh3) for bucket in message.buckets)
     parameters = []
     position = (0, 0)
     ends = [0] * len(buckets)

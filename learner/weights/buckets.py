@@ -3,12 +3,12 @@
 import concurrent.futures
 import math
 import weakref
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from common.checksum import checksum
 from common.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from common.types import ManifestBucket, ManifestParameter
 
@@ -17,7 +17,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Buckets:
-    """Some tensors, end to end. `buffers[i]` is uint8 on the CPU, with `checksums[i]` its crc32."""
+    """Some tensors, end to end. `buffers[i]` is uint8 on the CPU, with `checksums[i]` its checksum."""
 
     parameters: tuple[ManifestParameter, ...]
     buffers: tuple[torch.Tensor, ...]
@@ -91,10 +91,10 @@ class BucketWriter:
             for parameter, (name, tensor) in zip(self.parameters, tensors, strict=True):
                 assert name == parameter.name
                 while len(checksums) < parameter.bucket:
-                    checksums.append(thread.submit(_checksum, buffers[len(checksums)]))
+                    checksums.append(thread.submit(checksum, buffers[len(checksums)]))
                 tensor_of(buffers, parameter).copy_(tensor)
-            checksums += [thread.submit(_checksum, buffer) for buffer in buffers[len(checksums) :]]
-            buckets = Buckets(self.parameters, buffers, tuple(checksum.result() for checksum in checksums))
+            checksums += [thread.submit(checksum, buffer) for buffer in buffers[len(checksums) :]]
+            buckets = Buckets(self.parameters, buffers, tuple(result.result() for result in checksums))
         self._used.append((weakref.ref(buckets), buffers))
         return buckets
 
@@ -104,7 +104,3 @@ class BucketWriter:
                 del self._used[i]
                 return buffers
         return tuple(torch.zeros(size, dtype=torch.uint8) for size in self._sizes)  # zeros: what is between tensors
-
-
-def _checksum(buffer: torch.Tensor) -> int:
-    return zlib.crc32(buffer.numpy().data)

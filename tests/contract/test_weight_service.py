@@ -4,13 +4,13 @@ import asyncio
 import dataclasses
 import socket
 import threading
-import zlib
 from typing import Any
 
 import grpc
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 
 from common import errors
 from common.collective import BroadcastGroup
@@ -24,9 +24,9 @@ from tests.contract.conftest import FakeActor, StartActor
 VALUES = torch.arange(6, dtype=torch.float32)
 
 
-def _manifest(version: int, crc32: int | None = None) -> Manifest:
+def _manifest(version: int, xxh3: int | None = None) -> Manifest:
     parameter = ManifestParameter("w", "F32", (2, 3), bucket=0, offset=0)
-    checksum = zlib.crc32(VALUES.numpy().tobytes()) if crc32 is None else crc32
+    checksum = xxhash.xxh3_64_intdigest(VALUES.numpy().tobytes()) if xxh3 is None else xxh3
     return Manifest(version, (parameter,), (ManifestBucket(24, checksum),), updates_vision=False)
 
 
@@ -87,7 +87,7 @@ async def test_stage_and_commit(start_actor: StartActor, num_workers: int) -> No
     assert (status.run_id, status.epoch, status.staged_version) == ("", 0, -1)
     await learner.open(1)
     response = await learner.stage(1, _manifest(7))
-    assert list(response.crc32) == [zlib.crc32(VALUES.numpy().tobytes())]
+    assert list(response.xxh3) == [xxhash.xxh3_64_intdigest(VALUES.numpy().tobytes())]
     assert (await learner.status()).staged_version == 7
     committed = await learner.commit(1, 7)
     assert committed.policy_version == 7
@@ -114,7 +114,7 @@ async def test_corrupt_weights_are_never_served(start_actor: StartActor) -> None
     await learner.open(1)
     await learner.stage(1, _manifest(1))
     await learner.commit(1, 1)
-    error = await _error(learner.stage(1, _manifest(2, crc32=123)))
+    error = await _error(learner.stage(1, _manifest(2, xxh3=123)))
     assert isinstance(error, errors.StageCorrupt)
     status = await learner.status()
     assert (status.state, status.policy_version, status.staged_version) == (pb.ACTOR_STATE_SERVING, 1, -1)

@@ -226,7 +226,7 @@ def test_golden_manifest() -> None:
         "12 13 0a08" + b"visual.w".hex() + "1203 463332 1a02 0203"  # 2: { name, dtype, shape }; bucket 0, offset 0
         "12 14 0a07" + b"model.b".hex() + "1204 42463136 1a01 04 2820"
         "12 12 0a07" + b"model.s".hex() + "1203 463136 2001 2810"
-        "1a 07 0828 15 efbeadde 1a 07 0812 15 01000000"  # 3: buckets; crc32 is fixed32, little-endian
+        "1a 0b 0828 19 efbeadde00000000 1a 0b 0812 19 0100000000000000"  # 3: buckets; xxh3 is fixed64, little-endian
         "20 01 2a 04" + b"lora".hex()  # 4, 5
     )  # fmt: skip
     message = wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora"))

@@ -322,19 +322,21 @@ class Bucket(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_BYTES_FIELD_NUMBER: _builtins.int
-    CRC32_FIELD_NUMBER: _builtins.int
+    XXH3_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
-    crc32: _builtins.int
-    """crc32 (zlib) of the bytes of the bucket."""
+    xxh3: _builtins.int
+    """XXH3 (64 bits, seed 0) of the bytes of the bucket: as many bits of protection as memory and wire need, at the speed
+    of a memory copy.
+    """
     def __init__(
         self,
         *,
         num_bytes: _builtins.int = ...,
-        crc32: _builtins.int = ...,
+        xxh3: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "num_bytes", b"num_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -344,23 +346,23 @@ Global___Bucket: _TypeAlias = Bucket  # noqa: Y015
 class StageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CRC32_FIELD_NUMBER: _builtins.int
+    XXH3_FIELD_NUMBER: _builtins.int
     RECEIVE_S_FIELD_NUMBER: _builtins.int
     receive_s: _builtins.float
     """Seconds from the request to the last bucket."""
     @_builtins.property
-    def crc32(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What was received, equal to the manifest's checksums."""
+    def xxh3(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of what was received, bucket by bucket; equal to the manifest's."""
 
     def __init__(
         self,
         *,
-        crc32: _abc.Iterable[_builtins.int] | None = ...,
+        xxh3: _abc.Iterable[_builtins.int] | None = ...,
         receive_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "receive_s", b"receive_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receive_s", b"receive_s", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
