@@ -14,7 +14,7 @@ from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
-from common.errors import Draining, EngineDead, InvalidRequest, QueueFull, TooLarge, WeightsPending
+from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
 from common.media import check_image, content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
@@ -124,6 +124,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 raise Draining("this actor is draining")
             case ActorState.FAILED:
                 raise EngineDead("the engine of this actor has failed")
+            case ActorState.PAUSED:
+                raise Paused("an operator has paused this actor")
             case ActorState.SERVING if policy.policy_version >= min_policy_version:
                 return
             case ActorState.SERVING:

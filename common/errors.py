@@ -137,6 +137,13 @@ class Draining(OutriderError):
     reason = "DRAINING"
 
 
+class Paused(OutriderError):
+    """An operator has paused this actor: ask another one."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "PAUSED"
+
+
 class EngineDead(OutriderError):
     """The engine of this actor has died: ask another one."""
 
@@ -224,6 +231,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         StaleEpoch,
         NotStaged,
         Draining,
+        Paused,
         EngineDead,
         QueueFull,
         StageTimeout,

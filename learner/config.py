@@ -26,6 +26,8 @@ class ModelConfig(Config):
     enable_gradient_checkpointing: bool = False
     # Logprobs straight from hidden states: logits of all tokens never exist at once.
     use_fused_kernels: bool = False
+    # Parameters, gradients and the optimizer stay in CPU memory; on a GPU is the layer that it works on.
+    cpu_offload: bool = False
     # Layers go through torch.compile: faster on GPUs, after a minute or more in the first steps.
     use_torch_compile: bool = False
     # LoRA: train an adapter of this rank and nothing else. 0: off.

@@ -27,7 +27,7 @@ from learner.weights.transport import TorchTransport, Transport
 
 log = get_logger(__name__)
 
-_UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING)
+_UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.PAUSED)
 _RETRY_S = 0.2
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0

@@ -13,6 +13,7 @@ from PIL import Image
 from actor.config import ActorConfig
 from actor.engine_fake import FakeEngine
 from actor.server import ActorServer
+from common.pb.admin.v1.admin_pb2_grpc import AdminServiceStub
 from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
@@ -28,6 +29,7 @@ class FakeActor:
     channel: grpc.aio.Channel
     rollouts: Any
     weights: Any
+    admin: Any
 
 
 StartActor = Callable[..., Awaitable[FakeActor]]
@@ -44,7 +46,8 @@ async def start_actor() -> AsyncIterator[StartActor]:
         server = ActorServer(engine, await engine.start(), config, "actor-1")
         address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
         channel = open_channel(address, default_timeout_s=10)
-        actor = FakeActor(address, engine, server, channel, RolloutServiceStub(channel), WeightServiceStub(channel))
+        stubs = RolloutServiceStub(channel), WeightServiceStub(channel), AdminServiceStub(channel)
+        actor = FakeActor(address, engine, server, channel, *stubs)
         actors.append(actor)
         return actor
 

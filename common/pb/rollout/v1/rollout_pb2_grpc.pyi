@@ -17,7 +17,7 @@ Errors are gRPC status codes with google.rpc details, never fields of a response
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
                       of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
                       again. Reason WEIGHTS_PENDING: the actor does not serve yet.
-  UNAVAILABLE         reason DRAINING or ENGINE_DEAD: ask another actor.
+  UNAVAILABLE         reason DRAINING, PAUSED or ENGINE_DEAD: ask another actor.
   RESOURCE_EXHAUSTED  reason QUEUE_FULL (RetryInfo says when), or a size limit (the message names it).
   UNIMPLEMENTED       the request asks for something that this server version does not do; the field is named.
   DEADLINE_EXCEEDED, CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
