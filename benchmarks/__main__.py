@@ -6,7 +6,7 @@ import sys
 
 from benchmarks import harness
 
-BENCHMARKS = ("demo_vs_trl", "step_vs_trl", "actor_vs_inprocess", "packed_step", "fused_logprobs")
+BENCHMARKS = ("demo_vs_trl", "step_vs_trl", "actor_vs_inprocess", "group_bytes", "packed_step", "fused_logprobs")
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ def main() -> None:
         say("starting the actor and the engine in its own process (about a minute)")
         side: list[str | Path] = [sys.executable, "-m", "benchmarks.inprocess_side", model, json.dumps(ENGINE)]
         with (
-            _actor(model, folder / "actor.log") as address,
+            running_actor(model, folder / "actor.log") as address,
             Process(side, folder / "inprocess.log") as peer,
             asyncio.Runner() as runner,
         ):
@@ -164,7 +164,7 @@ class _OurSide:
 
 
 @contextmanager
-def _actor(model: Path, log: Path) -> Iterator[str]:
+def running_actor(model: Path, log: Path) -> Iterator[str]:
     """A standalone actor process; its address once it serves."""
     command = [sys.executable, "-m", "actor", "--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
     command += [f"vllm.{name}={value}" for name, value in ENGINE.items()]
