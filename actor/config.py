@@ -9,6 +9,9 @@ from pydantic import Field
 from common.config import Config, ConfigError
 from common.types import ServerLimits
 
+# Limits that no single request can keep to, and so are no part of `ServerLimits`.
+_NOT_TOLD = {"media_store_bytes", "max_held_media_bytes", "max_streams_per_peer"}
+
 
 class LimitsConfig(Config):
     """What one request may ask for; see `ServerLimits`."""
@@ -21,6 +24,10 @@ class LimitsConfig(Config):
     max_queued_completions: int = Field(4096, ge=1)
     # Encoded media kept in memory, so that requests can name them by sha256.
     media_store_bytes: int = Field(256 * 2**20, ge=0)
+    # Media of all requests under way, as they came and decoded; more waits with the clients.
+    max_held_media_bytes: int = Field(4 * 2**30, ge=2**20)
+    # Calls of Generate and PutMedia that one caller may have open: an address, with the names of its certificate.
+    max_streams_per_peer: int = Field(1024, ge=1)
 
 
 class VllmConfig(Config):
@@ -89,6 +96,8 @@ class ActorConfig(Config):
     engine: Literal["vllm", "fake"] = "vllm"
     # "host:port" where Prometheus finds the metrics over HTTP; None: nowhere.
     metrics_listen: str | None = None
+    # OpenTelemetry spans (common/tracing.py); the variables OTEL_* say where they go.
+    tracing: bool = False
     # Serve the checkpoint as version 0 without a learner.
     standalone: bool = False
     # Directory with tls.crt, tls.key and ca.crt: mutual TLS, and roles by certificate (common/rpc/tls.py).
@@ -115,7 +124,7 @@ class ActorConfig(Config):
             max_videos=engine.max_videos if takes_videos else 0,
             max_video_frames=engine.max_video_frames,
             max_logprobs=engine.max_logprobs,
-            **self.limits.model_dump(exclude={"media_store_bytes"}),
+            **self.limits.model_dump(exclude=_NOT_TOLD),
         )
 
 

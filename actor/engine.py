@@ -110,6 +110,14 @@ class Engine(Protocol):
         """Make the staged update live; seconds that generation stood still."""
         ...
 
+    async def pause(self) -> None:
+        """Generation stands still, through commits too, until `resume`; running requests are kept. Idempotent."""
+        ...
+
+    async def resume(self) -> None:
+        """Generation goes on."""
+        ...
+
     async def abort_epoch(self) -> None:
         """Drop what is staged and leave the group; never raises for having nothing to leave."""
         ...

@@ -58,6 +58,8 @@ class FakeEngine:
         self._num_waiting = 0
         self._num_groups = 0
         self._dead = False
+        self._going = asyncio.Event()  # cleared while paused: nothing finishes
+        self._going.set()
         self._receivers: list[WeightReceiver] = []
         self._staged: Manifest | None = None
         # When each version went live, ascending, on the monotonic clock.
@@ -134,6 +136,7 @@ class FakeEngine:
         try:
             start_s = time.monotonic() + self._config.first_token_s
             await asyncio.sleep(self._config.first_token_s + self._config.token_s * (len(token_ids) - 1))
+            await self._going.wait()
         finally:
             self._num_running -= 1
             self._slots.release()
@@ -272,6 +275,15 @@ class FakeEngine:
         self._commit_times.append(time.monotonic())
         self._versions.append(policy_version)
         return self._config.commit_s
+
+    async def pause(self) -> None:
+        """See `Engine.pause`."""
+        await self.check()
+        self._going.clear()
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        self._going.set()
 
     async def abort_epoch(self) -> None:
         """See `Engine.abort_epoch`."""

@@ -66,6 +66,8 @@ class VllmEngine:
         self._media: VllmMedia
         self._eos_ids: frozenset[int] = frozenset()
         self._staged: Manifest | None = None
+        self._paused = False
+        self._standing = asyncio.Lock()  # held by whoever lets generation stand still or go on
         self._tokenizing = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ life
@@ -73,6 +75,8 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """Start vLLM's processes, load the model and generate once; tens of seconds."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Its processes speak msgpack to each other; what that does not know would go as a pickle.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
         import transformers
         import vllm
@@ -424,18 +428,36 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         self._staged = None
-        started_at = time.monotonic()
+        async with self._standing:
+            started_at = time.monotonic()
+            if not self._paused:
+                await self._stand_still()
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest({"policy_version": policy_version}))
+            await engine.finish_weight_update(weight_version=str(policy_version))
+            # Keys and values of requests in flight were computed by the old weights: they are computed again.
+            await engine.reset_prefix_cache(reset_running_requests=True)
+            if manifest.updates_vision:
+                await engine.reset_encoder_cache()
+            if not self._paused:
+                await engine.resume_generation()
+            return time.monotonic() - started_at
+
+    async def pause(self) -> None:
+        """See `Engine.pause`."""
+        async with self._standing:
+            await self._stand_still()
+            self._paused = True
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        async with self._standing:
+            await self._require().resume_generation()
+            self._paused = False
+
+    async def _stand_still(self) -> None:
         # Not AsyncLLM.pause_generation: that sleeps for 20 ms so as to order events for its caller.
-        await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-        await engine.start_weight_update()
-        await engine.update_weights(WeightTransferUpdateRequest({"policy_version": policy_version}))
-        await engine.finish_weight_update(weight_version=str(policy_version))
-        # Keys and values of requests in flight were computed by the old weights: they are computed again.
-        await engine.reset_prefix_cache(reset_running_requests=True)
-        if manifest.updates_vision:
-            await engine.reset_encoder_cache()
-        await engine.resume_generation()
-        return time.monotonic() - started_at
+        await self._require().engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def abort_epoch(self) -> None:
         """See `Engine.abort_epoch`."""

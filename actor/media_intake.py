@@ -1,6 +1,8 @@
 """What a request says about its media becomes what an engine takes: looked up by hash, verified, decoded, stored."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 from PIL import Image
@@ -8,30 +10,54 @@ from PIL import Image
 from actor.engine import EngineMedia, VideoArray
 from actor.media_store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
-from common.errors import InvalidRequest, MediaMissing
-from common.media import decode_frames, decode_image, media_hash
+from common import tracing
+from common.errors import InvalidRequest, MediaMissing, QueueFull, TooLarge
+from common.media import check_frames, check_image, decode_frames, decode_image, media_hash
 from common.tensors import NamedTensor, Tensor
 from common.types import Frames, MediaContent, MediaItem, Modality, ServerLimits
 
+_RETRY_AFTER_S = 0.5
+
 
 class MediaIntake:
-    """Takes the media of requests that have been checked. `store` keeps what fits."""
+    """Takes the media of requests that have been checked. `store` keeps what fits.
 
-    def __init__(self, store: MediaStore, limits: ServerLimits, metrics: ActorMetrics) -> None:
+    `max_held_bytes` bounds the media of all requests under way, as they came and decoded.
+    """
+
+    def __init__(self, store: MediaStore, limits: ServerLimits, metrics: ActorMetrics, max_held_bytes: int) -> None:
         self._store = store
         self._limits = limits
         self._metrics = metrics
+        self._max_held_bytes = max_held_bytes
+        self._held_bytes = 0
 
-    async def take(self, media: tuple[MediaItem, ...]) -> tuple[EngineMedia, ...]:
-        """Resolve, verify and decode. Raises MediaMissing with every hash that is not stored here."""
+    @asynccontextmanager
+    async def taken(self, media: tuple[MediaItem, ...]) -> AsyncIterator[tuple[EngineMedia, ...]]:
+        """Resolve, verify and decode; they count as held for as long as the block runs.
+
+        Raises MediaMissing with every hash that is not stored here, InvalidRequest, TooLarge, and QueueFull before
+        anything is decoded that there is no room for.
+        """
         if not media:
-            return ()
+            yield ()
+            return
         contents = self._contents(media)
-        decoded = await asyncio.to_thread(_decode, media, contents, self._limits)
-        for item, content in zip(decoded, contents, strict=True):
-            if content_bytes(content) <= self._store.max_bytes:
-                self._store.put(item.sha256, content)
-        return decoded
+        num_bytes = await asyncio.to_thread(_bytes_to_hold, contents, self._limits)
+        if num_bytes > self._max_held_bytes:
+            raise TooLarge("media", f"{num_bytes} bytes with what they decode to; the limit is {self._max_held_bytes}")
+        if self._held_bytes + num_bytes > self._max_held_bytes:
+            raise QueueFull(_RETRY_AFTER_S, f"media of {self._held_bytes} bytes are held for the requests under way")
+        self._held_bytes += num_bytes
+        try:
+            with tracing.span("actor.decode_media", num_items=len(media)):
+                decoded = await asyncio.to_thread(_decode, media, contents, self._limits)
+            for item, content in zip(decoded, contents, strict=True):
+                if content_bytes(content) <= self._store.max_bytes:
+                    self._store.put(item.sha256, content)
+            yield decoded
+        finally:
+            self._held_bytes -= num_bytes
 
     def _contents(self, media: tuple[MediaItem, ...]) -> list[MediaContent]:
         contents: list[MediaContent] = []
@@ -47,6 +73,19 @@ class MediaIntake:
         if missing:
             raise MediaMissing(tuple(missing))
         return contents
+
+
+def _bytes_to_hold(contents: list[MediaContent], limits: ServerLimits) -> int:
+    """As they came, and three bytes for each pixel of files; from the headers alone."""
+    num_bytes = sum(map(content_bytes, contents))
+    for i, content in enumerate(contents):
+        if isinstance(content, bytes):
+            header = check_image(content, f"media[{i}].encoded", limits.max_media_pixels)
+            num_bytes += 3 * header.width * header.height
+        elif isinstance(content, Frames):
+            header = check_frames(content, f"media[{i}].frames", limits.max_video_frames, limits.max_media_pixels)
+            num_bytes += 3 * header.width * header.height * len(content.files)
+    return num_bytes
 
 
 def _decode(

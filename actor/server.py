@@ -10,6 +10,7 @@ from actor.config import ActorConfig
 from actor.engine import Engine, EngineInfo
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
+from actor.service_admin import AdminService
 from actor.service_rollout import RolloutService
 from actor.service_weights import WeightService
 from actor.weights import PolicyState
@@ -21,7 +22,7 @@ from common.types import ActorState, ServerInfo
 log = get_logger(__name__)
 
 _WATCH_PERIOD_S = 0.5
-_ALIVE = frozenset({ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.DRAINING})
+_ALIVE = frozenset({ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.PAUSED, ActorState.DRAINING})
 
 
 class ActorServer:
@@ -34,13 +35,26 @@ class ActorServer:
         self._config = config
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
-        self.rpc = RpcServer(config.limits.max_message_bytes, tls=config.tls)
+        self.rpc = RpcServer(
+            config.limits.max_message_bytes,
+            tls=config.tls,
+            max_streams_per_peer=config.limits.max_streams_per_peer,
+        )
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)
         self._stop_metrics: Callable[[], None] = lambda: None
-        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store, self.metrics)
+        self._rollouts = RolloutService(
+            engine,
+            self.policy,
+            server_info,
+            info.vocab_size,
+            store,
+            self.metrics,
+            config.limits.max_held_media_bytes,
+        )
         self._weights = WeightService(engine, self.policy, actor_id, info.num_workers, self.metrics)
+        self._admin = AdminService(engine, self.policy)
 
     async def start(self, address: str) -> int:
         """Open the ports, with the engine ready; the port of gRPC. Raises ConfigError if one is taken."""
@@ -48,7 +62,7 @@ class ActorServer:
             port, self._stop_metrics = self.metrics.serve(self._config.metrics_listen)
             log.info("metrics", port=port)
         self.policy.loaded(standalone=self._config.standalone)
-        services = [self._rollouts.add_to(self.rpc.grpc), self._weights.add_to(self.rpc.grpc)]
+        services = [service.add_to(self.rpc.grpc) for service in (self._rollouts, self._weights, self._admin)]
         port = await self.rpc.start(address, services)
         if self._config.health_listen is not None:
             log.info("health", port=await self.rpc.start_probes(self._config.health_listen))
@@ -64,6 +78,8 @@ class ActorServer:
         """
         self.policy.drain()
         await self._report_health()
+        with contextlib.suppress(EngineDead):
+            await self.policy.resume()
         finished = asyncio.create_task(self._rollouts.idle.wait())
         insisted = asyncio.create_task((forced or asyncio.Event()).wait())
         limit_s = 0.0 if self.failed.is_set() else grace_s

@@ -3,19 +3,21 @@
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 
-from actor.engine import Engine, EngineRequest
+from actor.engine import Engine, EngineMedia, EngineRequest
 from actor.media_intake import MediaIntake
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
-from common.errors import Draining, EngineDead, InvalidRequest, QueueFull, TooLarge, WeightsPending
+from common import tracing
+from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
@@ -67,13 +69,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         vocab_size: int,
         store: MediaStore,
         metrics: ActorMetrics,
+        max_held_media_bytes: int,
     ) -> None:
         self._engine = engine
         self._policy = policy
         self._info = info
         self._vocab_size = vocab_size
         self._store = store
-        self._intake = MediaIntake(store, info.limits, metrics)
+        self._intake = MediaIntake(store, info.limits, metrics, max_held_media_bytes)
         self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
         self._uploading: dict[_Upload, None] = {}
@@ -95,11 +98,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             rollout = request_from_proto(request)
             check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
-                engine_request = await self._prepare(rollout)
-                outcome = "failed"
-                async with aclosing(self._events(engine_request)) as events:
-                    async for event in events:
-                        yield self._response(event)
+                async with self._intake.taken(rollout.media) as media:
+                    outcome = "failed"
+                    async with aclosing(self._events(_engine_request(rollout, media))) as events:
+                        async for event in events:
+                            yield self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -109,6 +112,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
+        started_ns = time.time_ns()
+        first_token_s: list[float] = []
         # The engine's generator is closed with this one, which aborts what still runs.
         generator: Any = self._engine.generate(request)
         async with aclosing(generator):
@@ -117,8 +122,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                     yield event
                     continue
                 self._metrics.finished(event)
+                first_token_s += (completion.first_token_s for completion in event)
                 for part in _split(event):
                     yield part
+        if first_token_s:
+            _trace(started_ns, min(first_token_s))
 
     def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
@@ -135,6 +143,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 raise Draining("this actor is draining")
             case ActorState.FAILED:
                 raise EngineDead("the engine of this actor has failed")
+            case ActorState.PAUSED:
+                raise Paused("an operator has paused this actor")
             case ActorState.SERVING if policy.policy_version >= min_policy_version:
                 return
             case ActorState.SERVING:
@@ -161,18 +171,6 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     # ------------------------------------------------------------------------------------------------ media
 
-    async def _prepare(self, rollout: RolloutRequest) -> EngineRequest:
-        """The request as the engine takes it, its media decoded."""
-        return EngineRequest(
-            group_id=rollout.group_id,
-            prompt=rollout.prompt,
-            media=await self._intake.take(rollout.media),
-            sampling=rollout.sampling,
-            return_text=rollout.return_text,
-            return_processed=rollout.return_processed,
-            return_routed_experts=rollout.return_routed_experts,
-        )
-
     async def PutMedia(
         self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
     ) -> pb.PutMediaResponse:
@@ -183,7 +181,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             async for request in request_iterator:
                 if request.sha256:
                     await self._finish(upload)
-                    upload = self._begin(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
+                    upload = self._begin(request.sha256, request.num_bytes, request.frame_num_bytes)
                     stored[request.sha256] = None
                     if len(stored) > _MAX_ITEMS_PER_UPLOAD:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
@@ -196,14 +194,17 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 self._uploading.pop(upload, None)
         return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
 
-    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: tuple[int, ...]) -> "_Upload":
+    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: Sequence[int]) -> "_Upload":
         """Room for one item. Raises QueueFull when too many bytes are on their way already."""
         self._check_item(sha256, num_bytes)
+        max_frames = self._info.limits.max_video_frames
+        if len(frame_num_bytes) > max_frames:
+            raise TooLarge("frame_num_bytes", f"{len(frame_num_bytes)} frames, more than the limit of {max_frames}")
         if frame_num_bytes and sum(frame_num_bytes) != num_bytes:
             raise InvalidRequest("frame_num_bytes", f"make {sum(frame_num_bytes)} bytes; num_bytes is {num_bytes}")
         if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
             raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
-        upload = _Upload(sha256, num_bytes, frame_num_bytes)
+        upload = _Upload(sha256, num_bytes, tuple(frame_num_bytes))
         self._uploading[upload] = None
         return upload
 
@@ -238,6 +239,25 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """What this server is."""
         return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
+
+
+def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:
+    return EngineRequest(
+        group_id=rollout.group_id,
+        prompt=rollout.prompt,
+        media=media,
+        sampling=rollout.sampling,
+        return_text=rollout.return_text,
+        return_processed=rollout.return_processed,
+        return_routed_experts=rollout.return_routed_experts,
+    )
+
+
+def _trace(started_ns: int, first_token_s: float) -> None:
+    """Of a group that has just finished: until its first token, and from there on."""
+    first_ns = started_ns + round(first_token_s * 1e9)
+    tracing.past_span("actor.queue", started_ns, first_ns)
+    tracing.past_span("actor.generate", first_ns, time.time_ns())
 
 
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:

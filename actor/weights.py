@@ -4,6 +4,8 @@
        |                                                    ^   |
        +------------- standalone: version 0 ----------------+   +--> FAILED (a commit broke, or the engine died)
 
+SERVING shows as PAUSED while an operator's pause lasts (`actor.pause`).
+
 An epoch is opened, then each version is staged and committed in it. One operation runs at a time. Abort, and OpenEpoch
 of a later epoch or another run, interrupt OpenEpoch and Stage; nothing interrupts Commit, also not the caller's
 leaving. A stage that fails ends its epoch here and changes neither state nor version.
@@ -19,6 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from actor.engine import Engine
+from actor.pause import Pause
 from common.errors import Draining, EngineDead, InvalidRequest, NotStaged, StageCorrupt, StageTimeout, StaleEpoch
 from common.log import get_logger
 from common.types import ActorState, EpochSpec, Manifest
@@ -35,7 +38,8 @@ class PolicyState:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.state = ActorState.LOADING
+        self._state = ActorState.LOADING
+        self._pause = Pause(engine, self._changed)
         self.policy_version = 0
         self.run_id = ""
         self.epoch = 0
@@ -49,6 +53,12 @@ class PolicyState:
         self._committed = ("", 0, -1)
 
     # ------------------------------------------------------------------------------------------------ life
+
+    @property
+    def state(self) -> ActorState:
+        """What the actor is now."""
+        paused = self._pause.active and self._state is ActorState.SERVING
+        return ActorState.PAUSED if paused else self._state
 
     def loaded(self, *, standalone: bool) -> None:
         """The engine is ready."""
@@ -64,10 +74,22 @@ class PolicyState:
         self._become(ActorState.FAILED)
 
     def _become(self, state: ActorState) -> None:
-        if state is not self.state:
+        if state is not self._state:
             log.info("state", state=state.value, policy_version=self.policy_version)
-            self.state = state
-            self.on_change()
+            self._state = state
+            self._changed()
+
+    def _changed(self) -> None:
+        self.on_change()
+
+    async def pause(self, timeout_s: float) -> None:
+        """Let generation stand still, for `timeout_s` at most. Raises Draining or EngineDead."""
+        self._refuse_if_leaving()
+        await self._pause.begin(timeout_s)
+
+    async def resume(self) -> None:
+        """Let it go on. Raises EngineDead."""
+        await self._pause.end()
 
     # ------------------------------------------------------------------------------------------------ operations
 
@@ -108,7 +130,7 @@ class PolicyState:
             if not self._joined:
                 raise StaleEpoch(f"epoch {epoch} is not open here; open the next one")
             version = manifest.policy_version
-            if self.state is ActorState.SERVING and version < self.policy_version:
+            if self._state is ActorState.SERVING and version < self.policy_version:
                 raise InvalidRequest(
                     "manifest.policy_version", f"is {version}; {self.policy_version} is served already"
                 )

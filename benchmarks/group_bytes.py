@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from benchmarks import harness
-from benchmarks.actor_vs_inprocess import running_actor
+from benchmarks import generation, harness
 from benchmarks.counting_proxy import counting_proxy
 from benchmarks.harness import say
 
@@ -46,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         say("starting the actor (about half a minute)")
-        with running_actor(build_model(folder / "model", seed=0), folder / "actor.log") as address:
+        with generation.actor(build_model(folder / "model", seed=0), folder / "actor.log") as address:
             ratios = asyncio.run(_measure(address, pairs))
     harness.report("group_bytes", {case: harness.Comparison(tuple(ratios[case]), goal) for case, goal in GOALS.items()})
 
@@ -91,8 +90,8 @@ async def _ask(client: "GrpcClient", image: bytes, name: str) -> int:
     group = await client.generate(build_request(name, prompt, sampling), timeout_s=120)
     lengths = [len(completion.token_ids) for completion in group.completions]
     harness.require_equal("lengths", lengths, [NUM_TOKENS] * GROUP_SIZE)
-    events = [group.prompt, *([completion] for completion in group.completions)]
-    return sum(wire.response_to_proto(event).ByteSize() for event in events)
+    messages = [wire.response_to_proto(group.prompt), wire.response_to_proto(group.completions)]
+    return sum(message.ByteSize() for message in messages)
 
 
 def noise_png(seed: int) -> bytes:

@@ -137,6 +137,13 @@ class Draining(OutriderError):
     reason = "DRAINING"
 
 
+class Paused(OutriderError):
+    """An operator has paused this actor: ask another one."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "PAUSED"
+
+
 class EngineDead(OutriderError):
     """The engine of this actor has died: ask another one."""
 
@@ -162,6 +169,12 @@ class QueueFull(OutriderError):
     @classmethod
     def restore(cls, message: str, status: status_pb2.Status) -> "OutriderError":  # noqa: D102
         return cls(_find(status, error_details_pb2.RetryInfo()).retry_delay.ToNanoseconds() / 1e9, message)
+
+
+class TooManyStreams(QueueFull):
+    """One caller has too many calls under way; others may not."""
+
+    reason = "TOO_MANY_STREAMS"
 
 
 class StageTimeout(OutriderError):
@@ -224,8 +237,10 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         StaleEpoch,
         NotStaged,
         Draining,
+        Paused,
         EngineDead,
         QueueFull,
+        TooManyStreams,
         StageTimeout,
         StageCorrupt,
         Internal,
@@ -273,9 +288,11 @@ def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 def _find(status: status_pb2.Status, empty: M) -> M:
-    """The first detail of `empty`'s type, or `empty` itself."""
+    """The first detail of `empty`'s type, or `empty` itself; also where the detail is damaged."""
     for detail in status.details:
         if detail.Is(empty.DESCRIPTOR):
-            detail.Unpack(empty)
-            break
+            try:
+                return type(empty).FromString(detail.value)
+            except DecodeError:
+                return empty
     return empty

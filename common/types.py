@@ -329,6 +329,7 @@ class ActorState(enum.Enum):
     LOADING = "loading"
     PENDING_WEIGHTS = "pending_weights"
     SERVING = "serving"
+    PAUSED = "paused"
     DRAINING = "draining"
     FAILED = "failed"
 

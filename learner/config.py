@@ -26,6 +26,8 @@ class ModelConfig(Config):
     enable_gradient_checkpointing: bool = False
     # Logprobs straight from hidden states: logits of all tokens never exist at once.
     use_fused_kernels: bool = False
+    # Parameters, gradients and the optimizer stay in CPU memory; on a GPU is the layer that it works on.
+    cpu_offload: bool = False
     # Layers go through torch.compile: faster on GPUs, after a minute or more in the first steps.
     use_torch_compile: bool = False
     # LoRA: train an adapter of this rank and nothing else. 0: off.
@@ -218,6 +220,8 @@ class LearnerConfig(Config):
     run_dir: Path | None = None
     # "host:port" where Prometheus finds the metrics of rank 0 over HTTP (learner/metrics.py); None: nowhere.
     metrics_listen: str | None = None
+    # OpenTelemetry spans of rank 0 (common/tracing.py); the variables OTEL_* say where they go.
+    tracing: bool = False
     # Continue the newest unfinished run of this same configuration.
     resume: bool = True
 

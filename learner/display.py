@@ -23,7 +23,12 @@ from common.types import ActorState
 from learner.summary import format_duration
 
 _BARS = "▁▂▃▄▅▆▇█"
-_STATE_STYLE = {ActorState.SERVING: "green", ActorState.FAILED: "red", ActorState.DRAINING: "yellow"}
+_STATE_STYLE = {
+    ActorState.SERVING: "green",
+    ActorState.FAILED: "red",
+    ActorState.DRAINING: "yellow",
+    ActorState.PAUSED: "yellow",
+}
 
 
 @dataclass(frozen=True, slots=True)

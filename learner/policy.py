@@ -1,12 +1,14 @@
 """Model and optimizer of one rank, with everything that is a collective over the ranks."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from common.config import ConfigError
 from common.placeholders import placeholder_ids
 from learner.batch.packing import PackedBatch
 from learner.batch.transport import decode_packs
@@ -41,7 +43,6 @@ class Policy:
             adapter=settings.adapter,
             gradient_checkpointing=settings.enable_gradient_checkpointing,
         )
-        self.model.to(ranks.device)
         self.version = 0
         self.placeholder_ids = placeholder_ids(self.model.config)
         text_config = self.model.config.get_text_config()
@@ -49,17 +50,24 @@ class Policy:
         self._suppressed_token_ids = suppressed_token_ids(
             self.placeholder_ids, config.rollout.allowed_token_ids, text_config.vocab_size
         )
+        if settings.cpu_offload and ranks.device.type == "cpu":
+            raise ConfigError("model.cpu_offload moves what trains from a GPU to the CPU, and there is no GPU here")
         if settings.use_fused_kernels:
             check_fused(self.model)
         split_sequences(self.model, text_model(self.model), ranks.sequence_group)
-        compute_dtype = torch.bfloat16 if settings.compute_bfloat16 else None
-        parallelize(self.model, ranks.mesh, compute_dtype=compute_dtype, compile_layers=settings.use_torch_compile)
+        shard = functools.partial(
+            parallelize,
+            mesh=ranks.mesh,
+            compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None,
+            cpu_offload=settings.cpu_offload,
+        )
+        shard(self.model, compile_layers=settings.use_torch_compile)
         self._reference: Any = None
         if config.algorithm.kl_coef and settings.adapter is None:
             self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
-            self._reference.to(ranks.device).requires_grad_(False)
+            self._reference.requires_grad_(False)
             split_sequences(self._reference, text_model(self._reference), ranks.sequence_group)
-            parallelize(self._reference, ranks.mesh, compute_dtype=compute_dtype)
+            shard(self._reference)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(

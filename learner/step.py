@@ -27,6 +27,7 @@ from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
 from learner.batch.packing import PackedBatch
 from learner.model.logprobs import completion_logprobs
+from learner.model.parallelize import compute_device
 from learner.model.sequence_parallel import SequenceGroup
 
 log = structlog.get_logger(__name__)
@@ -122,7 +123,7 @@ def train_step(
     Raises:
         ValueError: no rank has a token to train on.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     num_copies = sequence_group.size if sequence_group is not None else 1
     meter = _Meter(policy_version, device)
     totals = _totals(micro_batches, device, num_copies)

@@ -229,6 +229,36 @@ def internvl(directory: Path) -> None:
     save(transformers.InternVLForConditionalGeneration(config), processor, directory)
 
 
+def minicpm_v(directory: Path) -> None:
+    """MiniCPM-V 4.6, with a text model of attention layers only (the published one has others)."""
+    tokens = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }
+    ids, tokenizer = tokenizer_with(*tokens.values())
+    config = transformers.MiniCPMV4_6Config(
+        text_config={"model_type": "qwen3", **TEXT},
+        vision_config={**CLIP, "patch_size": 7, "image_size": 56},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        insert_layer_id=0,
+    )
+    slices: dict[str, Any] = {"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 2}
+    processor = transformers.MiniCPMV4_6Processor(
+        transformers.MiniCPMV4_6ImageProcessor(**slices),
+        transformers.MiniCPMV4_6VideoProcessor(**slices),
+        with_tokens(tokenizer, **tokens),
+        chat_template=template(" <|image_pad|>\\n"),
+    )
+    save(transformers.MiniCPMV4_6ForConditionalGeneration(config), processor, directory)
+
+
 FAMILIES: Mapping[str, Callable[[Path], Any]] = {
     "qwen2_5_vl": lambda directory: build_qwen2_5_vl(directory, seed=0),
     "qwen2_vl": qwen2_vl,
@@ -238,6 +268,7 @@ FAMILIES: Mapping[str, Callable[[Path], Any]] = {
     "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
+    "minicpm_v": minicpm_v,
 }
 
 

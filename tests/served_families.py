@@ -30,7 +30,7 @@ def smolvlm(directory: Path) -> None:
 
 
 def minicpm_v(directory: Path) -> None:
-    """MiniCPM-V 4.6, the first that transformers has a class for, without its layers of linear attention.
+    """MiniCPM-V 4.6 with the text model that vLLM takes, but without its layers of linear attention.
 
     These compute in bfloat16 only in vLLM on CPUs.
     """

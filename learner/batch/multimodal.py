@@ -4,14 +4,14 @@ Where it stands: the processor yields one dict of tensors for each sample (`pixe
 packing picks the samples of a micro-batch; the model wants each name once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IMAGE_BOUND = "image_bound"
-"""MiniCPM's models take lists with one entry for each row and find their images by this key."""
+"""MiniCPM's own code takes lists with one entry for each row and finds its images by this key."""
 
 # Names whose dimensions after the first differ from sample to sample (audio frames, tiles of an image) and that come
 # with a mask or a size of their own, so that zeros on the right are never looked at. The number is the fewest
@@ -27,6 +27,10 @@ RAGGED_KEYS: Mapping[str, int] = {
     "aspect_ratio_mask": 2,
 }
 
+# Names whose samples lie end to end in the last dimension, if there is also a name that says where each image ends:
+# transformers' MiniCPM-V takes `pixel_values` [1, 3, patch_size, sum of patches * patch_size].
+_END_TO_END: Mapping[str, str] = {"pixel_values": "target_sizes"}
+
 
 def extract_multi_modal_inputs(
     batch_data: Sequence[Mapping[str, Any] | None], indices: Sequence[int] | None = None
@@ -39,6 +43,7 @@ def extract_multi_modal_inputs(
 
     Returns:
         For each name the tensors of all samples that have it, concatenated on dimension 0; `{}` if no sample has any.
+        (`pixel_values` that come with `target_sizes`: on the last.)
         If any chosen row has `image_bound`, every name maps to a list with one entry for each chosen row that has it.
 
     Raises:
@@ -55,7 +60,14 @@ def extract_multi_modal_inputs(
                 collected.setdefault(key, []).append(value)
     if any(IMAGE_BOUND in row for row in rows):
         return dict(collected)
-    return {key: _concatenate(key, values) for key, values in collected.items()}
+    return {
+        key: _concatenate(key, values) if key not in _end_to_end(collected) else _line_up(key, values)
+        for key, values in collected.items()
+    }
+
+
+def _end_to_end(keys: Container[str]) -> set[str]:
+    return {key for key, companion in _END_TO_END.items() if key in keys and companion in keys}
 
 
 def _select(
@@ -82,6 +94,18 @@ def _concatenate(key: str, values: list[Any]) -> Tensor:
             raise ValueError(f"{key}: cannot be concatenated on dimension 0, shapes {shapes}")
         values = _pad_right(values)
     return torch.cat(values, dim=0)
+
+
+def _line_up(key: str, values: list[Any]) -> Tensor:
+    if any(not isinstance(value, Tensor) or value.ndim < 2 or len(value) != 1 for value in values):
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+        raise ValueError(f"{key}: expected one line of patches for each sample, found {shapes}")
+    if len({(value.shape[:-1], value.dtype) for value in values}) > 1:
+        raise ValueError(
+            f"{key}: cannot be concatenated on the last dimension, shapes {[tuple(value.shape) for value in values]}, "
+            f"dtypes {sorted({str(value.dtype) for value in values})}"
+        )
+    return torch.cat(values, dim=-1)
 
 
 def _pad_right(values: list[Tensor]) -> list[Tensor]:
@@ -128,20 +152,26 @@ def split_multi_modal_inputs(joined: Mapping[str, Tensor | list[Any]], shapes: S
     Raises:
         ValueError: the shapes do not add up to what was joined; the message has the name and both sizes.
     """
+    tensors = {key: value for key, value in joined.items() if isinstance(value, Tensor)}
+    end_to_end = _end_to_end(tensors)
     taken = dict.fromkeys(joined, 0)
     samples = []
     for shape in shapes:
         sample: dict[str, Any] = {}
         for key, size in shape.items():
-            value, start = joined[key], taken[key]
-            if isinstance(value, Tensor):
+            start = taken[key]
+            if key in end_to_end:
+                taken[key] += size[-1]
+                sample[key] = tensors[key][..., start : taken[key]]
+            elif key in tensors:
                 taken[key] += size[0]
-                sample[key] = value[start : start + size[0]][(slice(None), *(slice(length) for length in size[1:]))]
+                sample[key] = tensors[key][start : taken[key]][(slice(None), *(slice(length) for length in size[1:]))]
             else:
                 taken[key] += 1
-                sample[key] = value[start] if start < len(value) else None
+                sample[key] = joined[key][start] if start < len(joined[key]) else None
         samples.append(sample)
     for key, value in joined.items():
-        if taken[key] != len(value):
-            raise ValueError(f"{key}: the samples take {taken[key]} rows, but {len(value)} were joined")
+        num_rows = tensors[key].shape[-1] if key in end_to_end else len(value)
+        if taken[key] != num_rows:
+            raise ValueError(f"{key}: the samples take {taken[key]} rows, but {num_rows} were joined")
     return samples

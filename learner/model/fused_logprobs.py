@@ -66,16 +66,16 @@ class _FusedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         target_logits = torch.zeros(len(hidden), device=hidden.device)
         normalizers, entropies = [], []
-        for part in _slices(hidden, len(weight)):
-            logits = _logits(hidden, weight, bias, temperature, suppressed, part)
+        for part, logits, scratch in _slices(hidden, len(weight)):
+            _logits(hidden, weight, bias, temperature, suppressed, part, out=logits)
             inside, columns = _columns(targets, part)
             target_logits = torch.where(inside, logits.gather(1, columns).squeeze(1), target_logits)
             highest = logits.amax(1)
-            logits -= highest[:, None]
-            exponentials = logits.exp()
+            below = logits.sub_(highest[:, None])
+            exponentials = torch.exp(below, out=scratch)
             sums = exponentials.sum(1)
             normalizers.append(highest + sums.log())
-            entropies.append(sums.log() - exponentials.mul_(logits).sum(1) / sums)
+            entropies.append(sums.log() - exponentials.mul_(below).sum(1) / sums)
         slice_normalizers = torch.stack(normalizers)
         normalizer = slice_normalizers.logsumexp(0)
         log_shares = slice_normalizers - normalizer
@@ -95,10 +95,10 @@ class _FusedLogprobs(torch.autograd.Function):
         grad_target = grad_logprobs / ctx.temperature
         slope = -grad_entropy / ctx.temperature
         offset = slope * entropy - grad_target
-        for part in _slices(hidden, len(weight)):
-            logprobs = _logits(hidden, weight, bias, ctx.temperature, suppressed, part)
-            logprobs -= normalizer[:, None]
-            probabilities = logprobs.exp()
+        for part, logits, scratch in _slices(hidden, len(weight)):
+            _logits(hidden, weight, bias, ctx.temperature, suppressed, part, out=logits)
+            logprobs = logits.sub_(normalizer[:, None])
+            probabilities = torch.exp(logprobs, out=scratch)
             # p (slope * log p + offset), in place of the logits.
             grad = torch.addcmul(offset[:, None], logprobs, slope[:, None], out=logprobs).mul_(probabilities)
             inside, columns = _columns(targets, part)
@@ -115,23 +115,42 @@ class _FusedLogprobs(torch.autograd.Function):
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _slices(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
+def _slices(hidden: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each slice of the vocabulary with two float32 `[N, slice]` to work in, the same memory for all slices.
+
+    (An allocator that is asked for each slice anew keeps several times as much.)
+    """
     elements = _MAX_ELEMENTS_CPU if hidden.device.type == "cpu" else _MAX_ELEMENTS
-    width = max(1, elements // max(1, len(hidden)))
+    num_rows = len(hidden)
+    width = min(vocab_size, max(1, elements // max(1, num_rows)))
+    memory = torch.empty(2, num_rows * width, device=hidden.device)
     for start in range(0, vocab_size, width):
-        yield slice(start, min(start + width, vocab_size))
+        stop = min(start + width, vocab_size)
+        logits, scratch = memory[:, : num_rows * (stop - start)].view(2, num_rows, stop - start)
+        yield slice(start, stop), logits, scratch
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, suppressed: Tensor | None, part: slice
-) -> Tensor:
-    """float32 `[N, slice]`, a tensor of its own."""
-    logits = nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).float()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    suppressed: Tensor | None,
+    part: slice,
+    *,
+    out: Tensor,
+) -> None:
+    """Write the logits of a slice into `out`."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight[part].T, out=out)
+    else:
+        out.copy_(hidden @ weight[part].T)
+    if bias is not None:
+        out += bias[part]
     if temperature != 1.0:
-        logits /= temperature
+        out /= temperature
     if suppressed is not None:
-        logits.masked_fill_(suppressed[part], SUPPRESSED_LOGIT)
-    return logits
+        out.masked_fill_(suppressed[part], SUPPRESSED_LOGIT)
 
 
 def _columns(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:

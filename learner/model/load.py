@@ -25,6 +25,10 @@ _MODULES: Mapping[Part, tuple[str, ...]] = {
 }
 
 
+# What `learner.model.attention` computes.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
 @dataclass(frozen=True, slots=True)
 class FreezeReport:
     """What trains and what does not, in parameters. `frozen` names the frozen modules."""
@@ -80,6 +84,7 @@ def prepare_policy(
     model: Any, *, frozen: Sequence[Part] = (), adapter: Adapter | None = None, gradient_checkpointing: bool = False
 ) -> FreezeReport:
     """Set up a model of transformers, in place, as `load_policy` does."""
+    _require_attention(model)
     # Only the text model: the vision tower's attention knows its own windows.
     model.config.get_text_config()._attn_implementation = attention.register()  # noqa: SLF001 - no public setter for one
     if gradient_checkpointing:
@@ -91,6 +96,16 @@ def prepare_policy(
             model, adapter, frozen=[name for part in frozen for name in find_modules(model, part)]
         )
     return replace(freeze(model, frozen), num_adapted=num_adapted)
+
+
+def _require_attention(model: Any) -> None:
+    """Other layers carry a state from token to token, over the ends of the sequences of a pack."""
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if unknown := sorted(layer_types - _LAYER_TYPES):
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(unknown)}, which would mix the sequences of a "
+            f"packed batch; there are {', '.join(sorted(_LAYER_TYPES))}"
+        )
 
 
 def find_modules(model: nn.Module, part: Part) -> list[str]:

@@ -55,14 +55,20 @@ def completion_logprobs(
     inputs = {**forward_inputs(pack, model.config), "logits_to_keep": predict_from}
     if fused:
         with _without_output_layer(model) as output_layer:
-            hidden = model(**inputs).logits[0]
+            hidden = _kept(model(**inputs).logits[0], predict_from)
         result = fused_logprobs(output_layer, hidden, targets, temperature or 1.0, suppressed_token_ids)
     else:
-        result = token_logprobs(model(**inputs).logits[0], targets, temperature or 1.0, suppressed_token_ids)
+        logits = _kept(model(**inputs).logits[0], predict_from)
+        result = token_logprobs(logits, targets, temperature or 1.0, suppressed_token_ids)
     if sequence_group is not None:
         logprobs, entropy = sequence_group.gather(torch.stack(result, dim=1), len(pack.targets)).unbind(1)
         return logprobs, entropy
     return result
+
+
+def _kept(rows: Tensor, indices: Tensor) -> Tensor:
+    """Those of `logits_to_keep`, also from a model that does not know the argument and gives them all."""
+    return rows if len(rows) == len(indices) else rows[indices]
 
 
 def check_fused(model: nn.Module) -> None:

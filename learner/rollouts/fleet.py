@@ -12,7 +12,7 @@ another member: what was known of the old one (weights, stored media, running gr
 | state of a member | takes groups |
 |---|---|
 | None: unreachable | no; it is polled until it comes (back) |
-| LOADING, PENDING_WEIGHTS, DRAINING, FAILED | no |
+| LOADING, PENDING_WEIGHTS, PAUSED, DRAINING, FAILED | no |
 | SERVING, committed version >= what the group needs, a free slot | yes, see `learner.rollouts.scheduling` |
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from common.client import GrpcClient, RolloutClient
 from common.config import ConfigError
-from common.errors import DeadlineExceeded, Draining, OutriderError, QueueFull
+from common.errors import DeadlineExceeded, Draining, OutriderError, Paused, QueueFull
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery, Resolve
@@ -175,6 +175,9 @@ class Fleet:
         if isinstance(error, QueueFull):
             member.busy = True
             asyncio.get_running_loop().call_later(max(error.retry_after_s, 0.05), self._not_busy, member)
+            return
+        if isinstance(error, Paused):
+            self._set_state(member, ActorState.PAUSED, "it refused a call")
             return
         if isinstance(error, Draining):
             self._set_state(member, ActorState.DRAINING, "it refused a call")

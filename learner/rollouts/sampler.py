@@ -15,6 +15,7 @@ from common.errors import (
     Draining,
     InvalidRequest,
     OutriderError,
+    Paused,
     QueueFull,
     TooLarge,
     Unimplemented,
@@ -35,7 +36,7 @@ log = get_logger("learner.rollouts.sampler")
 # The request itself is at fault: every actor would answer the same.
 _HOPELESS = (InvalidRequest, TooLarge, Unimplemented)
 # The actor is only not available now: this says nothing about the request.
-_NOT_NOW = (Draining, QueueFull, WeightsPending)
+_NOT_NOW = (Draining, Paused, QueueFull, WeightsPending)
 
 
 class GroupFailed(Exception):  # noqa: N818 - as the group's state

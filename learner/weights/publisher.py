@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from common import tracing
 from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
@@ -25,7 +26,7 @@ from learner.weights.transport import TorchTransport, Transport
 
 log = get_logger(__name__)
 
-_UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING)
+_UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.PAUSED)
 _RETRY_S = 0.2
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
@@ -116,7 +117,8 @@ class Publisher:
         if all(member.version >= snapshot.version for member in members):
             return
         full = any(member.version < 0 for member in members)
-        times = await self._epoch.update(snapshot, full=full)
+        with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
+            times = await self._epoch.update(snapshot, full=full)
         self._num_failures = 0
         self._on_update(times)
         for member in members:

@@ -56,6 +56,7 @@ async def test_reflection_lists_the_services_and_gives_the_files(start_actor: St
     ]
     listed, found = [response async for response in stub.ServerReflectionInfo(iter(requests))]
     assert sorted(service.name for service in listed.list_services_response.service) == [
+        "admin.v1.AdminService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
         "rollout.v1.RolloutService",

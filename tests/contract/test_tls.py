@@ -20,6 +20,7 @@ from actor.server import ActorServer
 from common.client import GrpcClient
 from common.config import ConfigError
 from common.errors import OutriderError, PermissionDenied, Unreachable
+from common.pb.admin.v1 import admin_pb2, admin_pb2_grpc
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.server import reserve_port
@@ -39,6 +40,7 @@ WEIGHTS = {
     "Commit": weights_pb2.CommitRequest,
     "Abort": weights_pb2.AbortRequest,
 }
+ADMIN = {"Pause": admin_pb2.PauseRequest, "Resume": admin_pb2.ResumeRequest}
 READ = {"Generate", "GetServerInfo", "PutMedia", "GetStatus"}
 
 
@@ -110,6 +112,7 @@ async def calls(address: str, credentials: grpc.ChannelCredentials) -> dict[str,
         stubs = (
             (rollout_pb2_grpc.RolloutServiceStub(channel), ROLLOUTS),
             (weights_pb2_grpc.WeightServiceStub(channel), WEIGHTS),
+            (admin_pb2_grpc.AdminServiceStub(channel), ADMIN),
         )
         for stub, methods in stubs:
             for name, request in methods.items():
@@ -132,7 +135,8 @@ async def code_of(method: Any, request: Callable[[], Message]) -> grpc.StatusCod
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"), [(LEARNER, {*ROLLOUTS, *WEIGHTS}), (READER, READ), (ACTOR, set()), ("somebody.else", set())]
+    ("name", "allowed"),
+    [(LEARNER, {*ROLLOUTS, *WEIGHTS, *ADMIN}), (READER, READ), (ACTOR, set()), ("somebody.else", set())],
 )
 async def test_each_call_is_refused_to_the_wrong_role(authority: Authority, name: str, allowed: set[str]) -> None:
     async with serving(authority.directory(ACTOR)) as (address, _):

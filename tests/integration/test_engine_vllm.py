@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.errors import NotStaged, OutriderError, StageCorrupt, StageTimeout, StaleEpoch
 from common.media import content_hash
-from common.types import FinishReason, PromptInfo, SamplingParams, TextPrompt, TokenPrompt
+from common.types import ActorState, FinishReason, PromptInfo, SamplingParams, TextPrompt, TokenPrompt
 from examples.digits.model import build_model
 from learner.algorithms.config import LossConfig
 from learner.batch.packing import pack_batch
@@ -292,6 +292,26 @@ async def test_an_update_goes_under_a_request_that_goes_on(
         assert largest_difference(old, hf, alone, slice(first.start, first.end)) <= PARITY
         assert largest_difference(new, hf, alone, slice(second.start, second.end)) <= PARITY
         assert largest_difference(old, hf, alone, slice(second.start, second.end)) > 100 * PARITY
+
+
+async def test_a_pause_outlasts_updates(actor: LiveActor, source: WeightSource, make_model: MakeModel, hf: Any) -> None:
+    """Two updates within it: no token is from the first of them."""
+    old, new = make_model(), perturbed(make_model(), seed=4)
+    old_version = await source.publish(old)
+    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=800, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running, pause_s=0.01)
+    await actor.policy.pause(timeout_s=600)
+    await source.publish(perturbed(make_model(), seed=5))
+    new_version = await source.publish(new)
+    assert actor.policy.state is ActorState.PAUSED
+    assert not long.done()
+    await actor.policy.resume()
+    group = await long
+    for completion in group.completions:
+        assert {span.policy_version for span in completion.version_spans} <= {old_version, new_version}
+        assert completion.version_spans[-1].policy_version == new_version
+        last = slice(completion.version_spans[-1].start, len(completion.token_ids))
+        assert largest_difference(new, hf, replace(group, completions=(completion,)), last) <= PARITY
 
 
 async def test_an_update_goes_under_requests_whose_image_came_from_the_prefix_cache(

@@ -64,6 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor
         "sgd-2": pack(groups, 2),
         "sgd-2-accumulated": pack(groups, 2, max_tokens=45),
         "sgd-2-accumulated-fused": pack(groups, 2, max_tokens=45),
+        "sgd-2-offloaded": pack(groups, 2),
         "adamw-modalities": by_modality,
         "frozen-modalities": by_modality,
         "sgd-modalities": by_modality,
@@ -133,6 +134,7 @@ def without_fsdp(model_dir: Path, processor: PromptProcessor) -> Result:
         ("sgd-2", [1, 1]),
         ("sgd-2-accumulated", [3, 3]),
         ("sgd-2-accumulated-fused", [3, 3]),
+        ("sgd-2-offloaded", [1, 1]),
         ("sgd-4-hybrid", [1] * 4),
     ],
 )

@@ -105,3 +105,22 @@ def test_the_whole_demo_reaches_its_accuracy(tmp_path: Path) -> None:
     assert seen["summary"]["accuracy_after"] > 0.9
     assert sum(pod["name"].startswith("outrider-actor") for pod in seen["pods"]) == 4
     assert not any(pod["was_killed"] for pod in seen["pods"])
+
+
+@pytest.mark.slow
+def test_a_run_with_certificates_goes_on_when_they_are_renewed(tmp_path: Path) -> None:
+    seen = play("mutual-tls", tmp_path, 1200)
+    assert seen["steps_at"] == sorted(seen["steps_at"])
+    assert [step["step"] for step in seen["steps"]] == list(range(1, len(seen["steps"]) + 1))
+    assert all(step["parity_max_abs_diff"] < 1e-4 for step in seen["steps"])
+    assert not any(step["groups_dropped"] for step in seen["steps"])
+    assert [pod["restarts"] for pod in seen["pods"]] == [0] * len(seen["pods"])
+    # Who calls without a certificate is not answered; a reader sees both actors, in plain sight of their states.
+    code, text = seen["plaintext"]
+    assert code == 1
+    assert text.count("no answer: UNREACHABLE") == 2
+    code, text = seen["reader"]
+    assert code == 0
+    rows = [line.split() for line in text.splitlines()[1:]]
+    assert [row[0] for row in sorted(rows)] == [f"{address}:50051" for address in seen["addresses"]]
+    assert {row[2] for row in rows} == {"serving"}

@@ -116,10 +116,7 @@ async def demo(folder: Path, network: Network) -> dict[str, Any]:
     """cpu-demo in small steps without end: 1, 2 and 1 actors, a rolling update; the Job is deleted and comes back."""
     manifests = render("cpu-demo")
     find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 1
-    data = find(manifests, "ConfigMap")["data"]
-    for old, new in _SMALL_STEPS.items():
-        assert old in data["run.yaml"]
-        data["run.yaml"] = data["run.yaml"].replace(old, new)
+    _take_small_steps(manifests)
     cluster = Cluster(manifests, folder, network)
     await cluster.apply()
     await cluster.until(lambda: _steps(folder) >= 1, _LOAD_S, "the first step is done")
@@ -137,6 +134,30 @@ async def demo(folder: Path, network: Network) -> dict[str, Any]:
     await cluster.until(lambda: _resumed_at(cluster, learner), _LOAD_S, "the run is resumed")
     seen["resumed_at"] = _resumed_at(cluster, learner)
     seen["steps_at"].append(await _further_steps(cluster, folder))
+    await cluster.close()
+    return seen | {"steps": _lines(folder), "pods": [_summary(pod) for pod in cluster.all_pods]}
+
+
+async def mutual_tls(folder: Path, network: Network) -> dict[str, Any]:
+    """cpu-demo with certificates, in small steps: they are renewed, and a second actor comes with the new ones."""
+    manifests = render("cpu-demo", "mtls")
+    find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 1
+    _take_small_steps(manifests)
+    cluster = Cluster(manifests, folder, network)
+    await cluster.apply()
+    await cluster.until(lambda: _steps(folder) >= 1, _LOAD_S, "the first step is done")
+    seen: dict[str, Any] = {"steps_at": [_steps(folder)]}
+    cluster.renew_certificates()
+    seen["steps_at"].append(await _further_steps(cluster, folder))
+    await cluster.scale(_ACTOR, 2)
+    await cluster.until(lambda: _num_ready(cluster) == 2, _LOAD_S, "two actors are ready")
+    seen["steps_at"].append(await _further_steps(cluster, folder))
+    fleet = ["python", "-m", "learner", "fleet"]
+    targets = ["dns:///outrider-actors:50051"]
+    template = find(manifests, "Deployment", _ACTOR)["spec"]["template"]
+    seen["plaintext"] = await _run_client(cluster, "plaintext", template, [*fleet, *targets])
+    seen["reader"] = await _run_client(cluster, "reader", template, [*fleet, "--tls", "/etc/outrider-tls", *targets])
+    seen["addresses"] = sorted(pod.address for pod in cluster.replicas(_ACTOR))
     await cluster.close()
     return seen | {"steps": _lines(folder), "pods": [_summary(pod) for pod in cluster.all_pods]}
 
@@ -159,6 +180,7 @@ async def whole_demo(folder: Path, network: Network) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path, Network], Coroutine[Any, Any, dict[str, Any]]]] = {
     "confinement": confinement,
     "demo": demo,
+    "mutual-tls": mutual_tls,
     "whole-demo": whole_demo,
 }
 
@@ -169,6 +191,13 @@ def _use_fake_engine(deployment: Manifest) -> None:
     spec["containers"][0]["args"] += ["engine=fake", "standalone=true"]
 
 
+def _take_small_steps(manifests: list[Manifest]) -> None:
+    data = find(manifests, "ConfigMap")["data"]
+    for old, new in _SMALL_STEPS.items():
+        assert old in data["run.yaml"]
+        data["run.yaml"] = data["run.yaml"].replace(old, new)
+
+
 def _num_ready(cluster: Cluster) -> int:
     return sum(pod.ready for pod in cluster.replicas(_ACTOR))
 
@@ -177,18 +206,36 @@ async def _look_around(
     cluster: Cluster, name: str, template: Manifest, labels: dict[str, str], targets: list[Any], names: list[str]
 ) -> Any:
     """What a pod with these labels finds; see tests/manifests/look_around.py."""
+    command = ["python", "-m", "tests.manifests.look_around", json.dumps(targets), json.dumps(names)]
+    code, text = await _run_once(cluster, name, template, labels, command)
+    assert code == 0, text
+    return json.loads(text)
+
+
+async def _run_client(cluster: Cluster, name: str, template: Manifest, command: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command in a pod that may call actors, and has the reader's certificate."""
+    template = copy.deepcopy(template)
+    for volume in template["spec"]["volumes"]:
+        if "secret" in volume:
+            volume["secret"]["secretName"] = "outrider-reader-tls"
+    return await _run_once(cluster, name, template, {"outrider.dev/client": "true"}, command)
+
+
+async def _run_once(
+    cluster: Cluster, name: str, template: Manifest, labels: dict[str, str], command: list[str]
+) -> tuple[int, str]:
+    """Run a command in a pod like an actor's, with these labels; its exit code and what it printed."""
     template = copy.deepcopy(template)
     template["metadata"]["labels"] = labels
     template["spec"]["restartPolicy"] = "Never"
+    template["spec"].pop("initContainers", None)
     [container] = template["spec"]["containers"]
-    for key in ("startupProbe", "livenessProbe", "readinessProbe", "lifecycle"):
-        container.pop(key)
-    container["command"] = ["python", "-m", "tests.manifests.look_around"]
-    container["args"] = [json.dumps(targets), json.dumps(names)]
+    for key in ("startupProbe", "livenessProbe", "readinessProbe", "lifecycle", "args"):
+        container.pop(key, None)
+    container["command"] = command
     pod = cluster.run_pod(name, template)
-    await cluster.until(lambda: pod not in cluster.pods, 60, f"{name} has looked around")
-    assert pod.phase == "Succeeded", pod.log("actor")
-    return json.loads(pod.log("actor"))
+    await cluster.until(lambda: pod not in cluster.pods, 60, f"{name} has ended")
+    return pod.endings[-1].code, pod.log("actor")
 
 
 async def _further_steps(cluster: Cluster, folder: Path) -> int:

@@ -6,6 +6,7 @@ them), virtual addresses of Services (their names answer with the addresses of r
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 import secrets
@@ -17,6 +18,7 @@ from typing import Any
 from tests.manifests.policies import matches
 from tests.manifests.rendered import Manifest
 from tests.manifests.runner import kernel
+from tests.manifests.runner.certificates import CertManager
 from tests.manifests.runner.names import DOMAIN, NameServer
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.packet_filter import Peer, decide
@@ -48,7 +50,8 @@ class Cluster:
         # Those that have ended, too.
         self.all_pods: list[Pod] = []
         self._network = network
-        self._storage = Storage(folder, {}, {})
+        self._storage = Storage(folder, {}, {}, {})
+        self._cert_manager = CertManager()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._filtering = asyncio.Lock()
@@ -66,6 +69,7 @@ class Cluster:
                 self._storage.config_maps[name] = manifest["data"]
             elif manifest["kind"] == "PersistentVolumeClaim":
                 self._storage.claims[name] = self._claim(name)
+        self.renew_certificates()
         for manifest in self._of("Deployment"):
             for _ in range(manifest["spec"]["replicas"]):
                 self._add_replica(manifest)
@@ -110,6 +114,14 @@ class Cluster:
             old.terminating = True
             new = self._add_replica(manifest)
             await self.until(lambda new=new: new.ready, timeout_s, f"{new.name} is ready")
+
+    def renew_certificates(self) -> None:
+        """`kubectl delete secret` of all certificates: cert-manager makes new ones, and running pods get the files."""
+        for manifest in self._of("Certificate"):
+            if not manifest["spec"].get("isCA"):
+                self._storage.secrets[manifest["spec"]["secretName"]] = self._cert_manager.issue(manifest)
+        for pod in self.pods:
+            pod.refresh_secrets()
 
     def run_pod(self, name: str, template: Manifest) -> Pod:
         """`kubectl run`: a pod of its own."""
@@ -161,7 +173,7 @@ class Cluster:
     def _launch(
         self, name: str, template: Manifest, labels: dict[str, str], env: dict[str, str], folder: str = "pods"
     ) -> Pod:
-        storage = Storage(self._storage.folder / folder, self._storage.config_maps, self._storage.claims)
+        storage = dataclasses.replace(self._storage, folder=self._storage.folder / folder)
         pod = Pod(name, "outrider", template, labels, env, storage, self._network, self._changed.set)
         self.pods.append(pod)
         self.all_pods.append(pod)

@@ -81,12 +81,23 @@ class Pod:
     def _volumes(self) -> Volumes:
         return Volumes(self.spec["volumes"], self._folder / "volumes", self.storage)
 
+    @property
+    def _group(self) -> int:
+        group: int = self.spec["securityContext"]["fsGroup"]
+        return group
+
+    def refresh_secrets(self) -> None:
+        """As the kubelet does it some time after a secret has changed."""
+        for volume in self.spec["volumes"]:
+            if "secret" in volume:
+                self._volumes.write_secret(volume, self._group)
+
     # -------------------------------------------------------------------------------------------------- life
 
     async def start_sandbox(self) -> None:
         """The namespaces and the address; the pod can be filtered from here on, and nothing runs in it yet."""
         self._folder.mkdir(parents=True)
-        self._volumes.make(self.spec["securityContext"]["fsGroup"])
+        self._volumes.make(self._group)
         self._sandbox = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.manifests.runner.sandbox", self.name),
             cwd=ROOT,

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from common.config import ConfigError
-from common.errors import EngineDead, QueueFull, Unreachable
+from common.errors import EngineDead, Paused, QueueFull, Unreachable
 from common.types import ActorState
 from learner.rollouts.discovery import Discovery
 from learner.rollouts.fleet import Fleet
@@ -148,6 +148,23 @@ async def test_a_failed_call_stops_new_groups_until_the_next_answer() -> None:
         fleet.report_failure(member, Unreachable("reset"))
         assert member.held
         await watch.until("left")
+
+
+async def test_a_paused_actor_waits_without_a_grudge() -> None:
+    """It keeps its place among those that get weights, and its groups when it is resumed."""
+    one, two = FakeActor("one"), FakeActor("two")
+    async with running(one, two) as (fleet, watch):
+        member = fleet.members()[0]
+        one.state = ActorState.PAUSED
+        fleet.report_failure(member, Paused("by an operator"))
+        assert (member.state, member.held, member.num_failures) == (ActorState.PAUSED, False, 0)
+        for _ in range(3):
+            async with fleet.slot(any_version) as other:
+                assert other.address == "two"
+        one.state = ActorState.SERVING
+        await watch.until("state", ActorState.SERVING)
+        async with fleet.slot(any_version, avoid={"two"}) as again:
+            assert again is member
 
 
 async def test_an_answer_after_a_failed_call_is_told() -> None:

@@ -45,7 +45,7 @@ def main(rank: int, world: int, store: Path, model_dir: Path, *cases: Path) -> N
 
 def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
     model = enlarge(load_policy(model_dir, frozen=["vision_tower"] if case.name.startswith("frozen") else [])[0])
-    parallelize(model, mesh)
+    parallelize(model, mesh, cpu_offload="offloaded" in case.name)
     # SGD where parameters are compared: Adam makes much of rounding where a gradient is nearly zero.
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     if not case.name.startswith("sgd"):

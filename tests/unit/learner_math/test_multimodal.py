@@ -93,7 +93,27 @@ BOUND: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("batch", [[image(1), None, image(2, 6), {}], RAGGED, BOUND, [None, {}], []])
+LINES: list[Any] = [
+    {"pixel_values": torch.full((1, 3, 2, 8), 1.0), "target_sizes": torch.tensor([[2, 2]])},
+    None,
+    {"pixel_values": torch.full((1, 3, 2, 20), 2.0), "target_sizes": torch.tensor([[2, 2], [2, 3]])},
+]
+
+
+def test_lines_of_patches_are_laid_end_to_end() -> None:
+    joined = extract_multi_modal_inputs(LINES)
+    assert isinstance(joined["pixel_values"], torch.Tensor)
+    assert joined["pixel_values"][0, 0, 0].tolist() == [1.0] * 8 + [2.0] * 20
+    assert joined["pixel_values"].shape == (1, 3, 2, 28)
+    assert isinstance(joined["target_sizes"], torch.Tensor)
+    assert joined["target_sizes"].tolist() == [[2, 2], [2, 2], [2, 3]]
+    with pytest.raises(ValueError, match=r"pixel_values: expected one line .*\(2, 3, 2, 8\)"):
+        extract_multi_modal_inputs([LINES[0], LINES[0] | {"pixel_values": torch.zeros(2, 3, 2, 8)}])
+    with pytest.raises(ValueError, match=r"pixel_values: cannot be concatenated on the last .*\(1, 3, 4, 8\)"):
+        extract_multi_modal_inputs([LINES[0], LINES[0] | {"pixel_values": torch.zeros(1, 3, 4, 8)}])
+
+
+@pytest.mark.parametrize("batch", [[image(1), None, image(2, 6), {}], RAGGED, BOUND, LINES, [None, {}], []])
 @pytest.mark.parametrize("order", [None, (2, 0, 0), ()])
 def test_what_was_joined_can_be_split_again(batch: list[Any], order: tuple[int, ...] | None) -> None:
     indices = None if order is None else [index for index in order if index < len(batch)]

@@ -51,6 +51,8 @@ class _ActorStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActorState
     """Finishes what runs, takes nothing new."""
     ACTOR_STATE_FAILED: _ActorState.ValueType  # 5
     """The engine is dead; the process is about to exit."""
+    ACTOR_STATE_PAUSED: _ActorState.ValueType  # 6
+    """Would serve, but an operator has paused it: takes nothing new, what runs stands still. See admin/v1/admin.proto."""
 
 class ActorState(_ActorState, metaclass=_ActorStateEnumTypeWrapper): ...
 
@@ -64,6 +66,8 @@ ACTOR_STATE_DRAINING: ActorState.ValueType  # 4
 """Finishes what runs, takes nothing new."""
 ACTOR_STATE_FAILED: ActorState.ValueType  # 5
 """The engine is dead; the process is about to exit."""
+ACTOR_STATE_PAUSED: ActorState.ValueType  # 6
+"""Would serve, but an operator has paused it: takes nothing new, what runs stands still. See admin/v1/admin.proto."""
 Global___ActorState: _TypeAlias = ActorState  # noqa: Y015
 
 class _Backend:

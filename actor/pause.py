@@ -1,0 +1,52 @@
+"""A pause of generation that an operator asks for, and that ends by itself if it is forgotten."""
+
+import asyncio
+from collections.abc import Callable
+
+from actor.engine import Engine
+from common.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Pause:
+    """Belongs to one event loop. `changed` is called when `active` has changed."""
+
+    def __init__(self, engine: Engine, changed: Callable[[], None]) -> None:
+        self.active = False
+        self._engine = engine
+        self._changed = changed
+        self._lock = asyncio.Lock()
+        self._limit: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def begin(self, timeout_s: float) -> None:
+        """Stand still for `timeout_s` at most, counted anew. Raises EngineDead."""
+        async with self._lock:
+            self._forget_limit()
+            await self._engine.pause()
+            self._limit = asyncio.get_running_loop().call_later(timeout_s, self._time_is_up)
+            self._set(active=True)
+
+    async def end(self) -> None:
+        """Go on; nothing happens without a pause. Raises EngineDead."""
+        async with self._lock:
+            self._forget_limit()
+            if self.active:
+                await self._engine.resume()
+                self._set(active=False)
+
+    def _time_is_up(self) -> None:
+        log.warning("nobody has resumed generation in time: the pause ends")
+        self._ending = asyncio.create_task(self.end())
+
+    def _forget_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _set(self, *, active: bool) -> None:
+        if active is not self.active:
+            log.info("paused" if active else "resumed")
+            self.active = active
+            self._changed()
