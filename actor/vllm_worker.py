@@ -17,11 +17,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from actor.transfer import WeightReceiver
+from actor.vllm_cpu_reload import CpuReload
 from common.placeholders import placeholder_ids
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 
@@ -49,12 +49,14 @@ class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self.receiver = WeightReceiver(device)
+        self._on_cpu = CpuReload()
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """Nothing to do: see `WorkerExtension.join_epoch`."""
 
     def start_weight_update(self) -> None:
         """vLLM repacks parameters after loading; this gives each layer its loadable form back, layer by layer."""
+        self._on_cpu.begin(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: CommitInfo) -> None:
@@ -65,7 +67,7 @@ class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
     def finish_weight_update(self) -> None:
         """Repack the layers that changed."""
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_head(self.model)
+        self._on_cpu.end(self.model)
 
     def shutdown(self) -> None:
         """Leave the epoch."""
@@ -118,16 +120,6 @@ class SuppressPlaceholders(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """The mask is the same for every request."""
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """A head that shares the weight of the embedding has not been loaded, yet on CPUs computes with a packed copy."""
-    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
-    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
-    shared = {layer.weight.data_ptr() for layer in layers if layer not in heads}
-    for head in heads:
-        if head.weight.data_ptr() in shared:
-            head.quant_method.process_weights_after_loading(head)
 
 
 def _manifest_from_dict(fields: dict[str, Any]) -> Manifest:

@@ -31,17 +31,25 @@ class Counts:
 async def counting_proxy(host: str, port: int) -> AsyncIterator[tuple[str, Counts]]:
     """Stand before a server; the proxy's own "host:port", and its counts."""
     counts = Counts()
+    passing: set[asyncio.Task[None]] = set()
 
     async def connect(client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
         server, request = await asyncio.open_connection(host, port)
-        passing = (_pass_on(client, request, counts, "sent"), _pass_on(server, answer, counts, "received"))
-        await asyncio.gather(*passing, return_exceptions=True)
+        tasks = [
+            asyncio.create_task(_pass_on(client, request, counts, "sent")),
+            asyncio.create_task(_pass_on(server, answer, counts, "received")),
+        ]
+        passing.update(tasks)
+        await asyncio.wait(tasks)
 
     proxy = await asyncio.start_server(connect, "127.0.0.1", 0)
     try:
         yield f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}", counts
     finally:
         proxy.close()
+        for task in passing:
+            task.cancel()
+        await asyncio.gather(*passing, return_exceptions=True)
         await proxy.wait_closed()
 
 
