@@ -238,7 +238,10 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """What this server is."""
-        return server_info_to_proto(dataclasses.replace(self._info, policy_version=self._policy.policy_version))
+        info = dataclasses.replace(
+            self._info, policy_version=self._policy.policy_version, adapters=self._engine.adapters()
+        )
+        return server_info_to_proto(info)
 
 
 def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:
@@ -250,6 +253,7 @@ def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> 
         return_text=rollout.return_text,
         return_processed=rollout.return_processed,
         return_routed_experts=rollout.return_routed_experts,
+        model=rollout.model,
     )
 
 

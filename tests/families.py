@@ -230,7 +230,10 @@ def internvl(directory: Path) -> None:
 
 
 def minicpm_v(directory: Path) -> None:
-    """MiniCPM-V 4.6, with a text model of attention layers only (the published one has others)."""
+    """MiniCPM-V 4.6, the first that transformers has a class for, without its layers of linear attention.
+
+    A pack cannot hold these, and vLLM computes them on CPUs in bfloat16 only.
+    """
     tokens = {
         "image_token": "<|image_pad|>",
         "video_token": "<|video_pad|>",
@@ -242,19 +245,29 @@ def minicpm_v(directory: Path) -> None:
         "image_id_end_token": "</image_id>",
     }
     ids, tokenizer = tokenizer_with(*tokens.values())
+    tokenizer = with_tokens(tokenizer, **tokens)
     config = transformers.MiniCPMV4_6Config(
-        text_config={"model_type": "qwen3", **TEXT},
-        vision_config={**CLIP, "patch_size": 7, "image_size": 56},
+        text_config={
+            "model_type": "qwen3_5_text",
+            **TEXT,
+            "layer_types": ["full_attention", "full_attention"],
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        },
+        vision_config={**CLIP, "num_hidden_layers": 3, "image_size": 112},
+        insert_layer_id=1,
+        image_size=112,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
-        insert_layer_id=0,
     )
-    slices: dict[str, Any] = {"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 2}
     processor = transformers.MiniCPMV4_6Processor(
-        transformers.MiniCPMV4_6ImageProcessor(**slices),
-        transformers.MiniCPMV4_6VideoProcessor(**slices),
-        with_tokens(tokenizer, **tokens),
-        chat_template=template(" <|image_pad|>\\n"),
+        transformers.MiniCPMV4_6ImageProcessor(scale_resolution=112, max_slice_nums=4),
+        transformers.MiniCPMV4_6VideoProcessor(scale_resolution=112, max_slice_nums=1),
+        tokenizer,
+        chat_template=template(" <|image_pad|>\\n", "<|video_pad|>"),
     )
     save(transformers.MiniCPMV4_6ForConditionalGeneration(config), processor, directory)
 

@@ -29,49 +29,6 @@ def smolvlm(directory: Path) -> None:
     save(transformers.SmolVLMForConditionalGeneration(config), processor, directory)
 
 
-def minicpm_v(directory: Path) -> None:
-    """MiniCPM-V 4.6 with the text model that vLLM takes, but without its layers of linear attention.
-
-    These compute in bfloat16 only in vLLM on CPUs.
-    """
-    tokens = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "image_start_token": "<image>",
-        "image_end_token": "</image>",
-        "slice_start_token": "<slice>",
-        "slice_end_token": "</slice>",
-        "image_id_start_token": "<image_id>",
-        "image_id_end_token": "</image_id>",
-    }
-    ids, tokenizer = tokenizer_with(*tokens.values())
-    tokenizer = families.with_tokens(tokenizer, **tokens)
-    config = transformers.MiniCPMV4_6Config(
-        text_config={
-            "model_type": "qwen3_5_text",
-            **TEXT,
-            "layer_types": ["full_attention", "full_attention"],
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
-        },
-        vision_config={**CLIP, "num_hidden_layers": 3, "image_size": 112},
-        insert_layer_id=1,
-        image_size=112,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-    )
-    processor = transformers.MiniCPMV4_6Processor(
-        transformers.MiniCPMV4_6ImageProcessor(scale_resolution=112, max_slice_nums=4),
-        transformers.MiniCPMV4_6VideoProcessor(scale_resolution=112, max_slice_nums=1),
-        tokenizer,
-        chat_template=template("<|image_pad|>", "<|video_pad|>"),
-    )
-    save(transformers.MiniCPMV4_6ForConditionalGeneration(config), processor, directory)
-
-
 def qwen3_vl_moe(directory: Path) -> None:
     """Qwen3-VL with 8 experts in each layer, of which a token uses 2."""
     ids, tokenizer = tokenizer_with("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -106,7 +63,6 @@ SERVED_FAMILIES: Mapping[str, Callable[[Path], Any]] = {
     **families.FAMILIES,
     "qwen3_vl_moe": qwen3_vl_moe,
     "smolvlm": smolvlm,
-    "minicpm_v": minicpm_v,
 }
 
 

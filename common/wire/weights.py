@@ -2,15 +2,16 @@
 
 import math
 
-from common.errors import InvalidRequest, Unimplemented
+from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
-from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
+from common.types import LORA_A, LORA_B, EpochSpec, Manifest, ManifestBucket, ManifestParameter
 
 _BACKEND = {"gloo": pb.BACKEND_GLOO, "nccl": pb.BACKEND_NCCL}
 _BACKEND_BACK = {number: backend for backend, number in _BACKEND.items()}
 # Bytes of one element, by safetensors dtype.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 ALIGNMENT = 16
+_MAX_NAME_CHARS = 128
 
 
 def epoch_to_proto(spec: EpochSpec) -> pb.OpenEpochRequest:
@@ -63,7 +64,7 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
             pb.Parameter(name=item.name, dtype=item.dtype, shape=item.shape, bucket=item.bucket, offset=item.offset)
             for item in manifest.parameters
         ],
-        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, crc32=bucket.crc32) for bucket in manifest.buckets],
+        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, xxh3=bucket.xxh3) for bucket in manifest.buckets],
         updates_vision=manifest.updates_vision,
         adapter=manifest.adapter,
     )
@@ -72,15 +73,13 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
 def manifest_from_proto(message: pb.Manifest) -> Manifest:
     """Raises InvalidRequest unless every parameter lies inside its bucket, aligned, after the one before it.
 
-    Raises Unimplemented for an adapter's weights.
+    The matrices of an adapter must come in pairs that fit together.
     """
     if message.policy_version < 0:
         raise InvalidRequest("manifest.policy_version", "must not be negative")
-    if message.adapter:
-        raise Unimplemented("manifest.adapter", "adapters cannot be updated yet; merge them into the model's weights")
     if not message.parameters:
         raise InvalidRequest("manifest.parameters", "is empty")
-    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.crc32) for bucket in message.buckets)
+    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.xxh3) for bucket in message.buckets)
     parameters = []
     position = (0, 0)
     ends = [0] * len(buckets)
@@ -97,7 +96,27 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         # Nobody allocates more than the parameters fill.
         if not end <= bucket.num_bytes < end + ALIGNMENT:
             raise InvalidRequest(f"manifest.buckets[{i}].num_bytes", f"is {bucket.num_bytes}; {end} are filled")
+    if message.adapter:
+        _check_adapter(message.adapter, parameters)
     return Manifest(message.policy_version, tuple(parameters), buckets, message.updates_vision, message.adapter)
+
+
+def _check_adapter(name: str, parameters: list[ManifestParameter]) -> None:
+    if len(name) > _MAX_NAME_CHARS:
+        raise InvalidRequest("manifest.adapter", f"has more than {_MAX_NAME_CHARS} characters")
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
+    a = {name.removesuffix(LORA_A): shape for name, shape in shapes.items() if name.endswith(LORA_A)}
+    b = {name.removesuffix(LORA_B): shape for name, shape in shapes.items() if name.endswith(LORA_B)}
+    if not a:
+        raise InvalidRequest("manifest.adapter", f"no parameter ends in {LORA_A}")
+    for module in a.keys() | b.keys():
+        shape_a, shape_b = a.get(module, ()), b.get(module, ())
+        if not (len(shape_a) == len(shape_b) == 2 and shape_a[0] == shape_b[1] > 0):
+            raise InvalidRequest(
+                "manifest.parameters",
+                f"{module}: {LORA_A} has shape {list(shape_a)}, {LORA_B} {list(shape_b)}; "
+                "must be [rank, inputs] and [outputs, rank]",
+            )
 
 
 def _end(parameter: pb.Parameter, field: str, buckets: tuple[ManifestBucket, ...]) -> int:

@@ -47,9 +47,9 @@ class Epoch:
         self._spec = spec
         self._sender = sender
 
-    async def update(self, snapshot: Snapshot, *, full: bool) -> UpdateTimes:
-        """Bring every member to the snapshot's version. Those that serve it already receive it too, as the broadcast
-        wants, and go on undisturbed.
+    async def update(self, snapshot: Snapshot, *, full: bool, merged: bool = False) -> UpdateTimes:
+        """Bring every member to the snapshot's version, as `Snapshot.update` makes it. Those that serve it already
+        receive it too, as the broadcast wants, and go on undisturbed.
 
         Raises:
             EpochFailed: a member, or the broadcast, failed before all were through. A member is either at the new
@@ -57,7 +57,10 @@ class Epoch:
         """
         loop = asyncio.get_running_loop()
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
-        manifest, buffers = snapshot.update(full=full)
+        if merged:
+            manifest, buffers = await asyncio.to_thread(snapshot.update, full=full, merged=True)
+        else:
+            manifest, buffers = snapshot.update(full=full)
         started_at = loop.time()
         broadcast = asyncio.ensure_future(self._sender.send(buffers))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]

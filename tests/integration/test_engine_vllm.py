@@ -384,7 +384,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
         assert largest_difference(old, hf, group) <= PARITY
     assert not stage.done()
     await epoch._sender.send(buffers)
-    assert (await stage)[0] == tuple(bucket.crc32 for bucket in manifest.buckets)
+    assert (await stage)[0] == tuple(bucket.xxh3 for bucket in manifest.buckets)
     # Staged is not live.
     group = await actor.group(SAMPLES[1], n=2, max_tokens=8)
     assert largest_difference(old, hf, group) <= PARITY
@@ -498,7 +498,7 @@ async def test_a_corrupt_bucket_touches_nothing(
     buffers = list(taken.trained.buffers)
     buffers[1] = buffers[1].clone()
     buffers[1][12345] ^= 4
-    with pytest.raises(EpochFailed, match=r"crc32 of bucket\(s\) \[1\]") as failed:
+    with pytest.raises(EpochFailed, match=r"checksum of bucket\(s\) \[1\]") as failed:
         await source.publish_snapshot(replace(taken, trained=replace(taken.trained, buffers=tuple(buffers))))
     assert [type(error) for _, error in failed.value.culprits] == [StageCorrupt]
     await _still_serves(actor, source, version, served)
