@@ -23,7 +23,7 @@ from actor.vllm_media import VllmMedia
 from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
-from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout
+from common.errors import EngineDead, InvalidRequest, NotStaged, OutriderError, StageCorrupt, StageTimeout
 from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
@@ -484,10 +484,8 @@ class VllmEngine:
         while True:
             reports = await self._on_workers("job_result")
             for report in reports:
-                if report["done"] and report.get("field"):
-                    raise InvalidRequest(report["field"], report["error"])
                 if report["done"] and report["error"] is not None:
-                    raise StageTimeout(f"a worker could not finish its part: {report['error']}")
+                    raise _job_error(**report)
             if all(report["done"] for report in reports):
                 return [report["result"] for report in reports]
             if time.monotonic() > deadline:
@@ -502,6 +500,15 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> OutriderError:  # noqa: ARG001 - its report
+    """What the error of a worker's background job is here."""
+    if field is not None:
+        return InvalidRequest(field, error)
+    if kind == StageCorrupt.__name__:
+        return StageCorrupt(error)
+    return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
 
 
 def _lora_arguments(config: VllmConfig) -> dict[str, Any]:

@@ -42,15 +42,17 @@ def tensor_of(buffers: Sequence[torch.Tensor], parameter: ManifestParameter) -> 
     return flat.view(dtype).view(parameter.shape)
 
 
-def join(parts: Sequence[Buckets]) -> tuple[tuple[ManifestParameter, ...], tuple[ManifestBucket, ...]]:
-    """Parameters and buckets of a manifest of several parts, whose buffers follow each other."""
+def join(
+    parts: Sequence[Buckets], keep: Buckets | None = None
+) -> tuple[tuple[ManifestParameter, ...], tuple[ManifestBucket, ...]]:
+    """Parameters and buckets of a manifest whose parts follow each other; members keep the bytes of the part `keep`."""
     parameters: list[ManifestParameter] = []
     buckets: list[ManifestBucket] = []
     for part in parts:
         first = len(buckets)
         parameters += [ManifestParameter(p.name, p.dtype, p.shape, p.bucket + first, p.offset) for p in part.parameters]
         buckets += [
-            ManifestBucket(buffer.numel(), checksum)
+            ManifestBucket(buffer.numel(), checksum, keep=part is keep)
             for buffer, checksum in zip(part.buffers, part.checksums, strict=True)
         ]
     return tuple(parameters), tuple(buckets)

@@ -50,19 +50,22 @@ class Snapshot:
     trains_vision: bool
     adapter: AdapterFacts | None = None
 
-    def update(self, *, full: bool, merged: bool = False) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
+    def update(
+        self, *, full: bool, merged: bool = False, keep: bool = False
+    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
         """Manifest and buffers of an update.
 
         Args:
             full: add what is frozen, for members that have just joined.
             merged: an adapter goes into the model's weights; takes a pass over those in question.
+            keep: members keep what trains, for a delta.
         """
         adapter = self.adapter.name if self.adapter is not None and not merged else ""
         if self.adapter is not None and merged:
             parts = [_merged(self.trained, self.frozen, full=full)]
         else:
             parts = [self.frozen, self.trained] if full else [self.trained]
-        parameters, buckets = join(parts)
+        parameters, buckets = join(parts, keep=self.trained if keep else None)
         manifest = Manifest(
             self.version,
             parameters,
@@ -76,7 +79,15 @@ class Snapshot:
 class Snapshotter:
     """Takes snapshots of one model. Every rank has one and calls it together with the others; rank 0 gets the copy."""
 
-    def __init__(self, model: nn.Module, vision_modules: Sequence[str], *, is_sender: bool, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vision_modules: Sequence[str],
+        *,
+        is_sender: bool,
+        bucket_bytes: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Make it, on every rank.
 
         Args:
@@ -84,6 +95,7 @@ class Snapshotter:
             vision_modules: what an image passes before the text model, projectors included.
             is_sender: whether this is rank 0.
             bucket_bytes: size at which a buffer is closed.
+            dtype: of floating-point parameters in the copy; None: as they are.
         """
         parameters = [(own_name(name), parameter) for name, parameter in model.named_parameters()]
         own = [_Source(name, parameter) for name, parameter in parameters if name is not None]
@@ -98,8 +110,8 @@ class Snapshotter:
         ]
         self._trains_vision = bool(in_vision)
         self._adapter = AdapterFacts.of(lora, in_vision) if lora else None
-        self._trained = _Gatherer(trained, bucket_bytes, is_sender=is_sender)
-        self._frozen = _Gatherer(frozen, bucket_bytes, is_sender=is_sender).gather()
+        self._trained = _Gatherer(trained, bucket_bytes, dtype, is_sender=is_sender)
+        self._frozen = _Gatherer(frozen, bucket_bytes, dtype, is_sender=is_sender).gather()
 
     def take(self, version: int) -> Snapshot | None:
         """A collective; None on all ranks but 0."""
@@ -121,9 +133,14 @@ class _Source:
 class _Gatherer:
     """Copies always the same parameters, whole, into buckets of rank 0."""
 
-    def __init__(self, sources: Sequence[_Source], bucket_bytes: int, *, is_sender: bool) -> None:
+    def __init__(
+        self, sources: Sequence[_Source], bucket_bytes: int, dtype: torch.dtype | None, *, is_sender: bool
+    ) -> None:
         self._sources = sources
-        layout = [(source.name, source.parameter) for source in sources]
+        layout = [
+            (source.name, torch.empty(source.parameter.shape, dtype=_dtype(source.parameter, dtype), device="meta"))
+            for source in sources
+        ]
         self._writer = BucketWriter(layout, bucket_bytes) if is_sender else None
 
     def gather(self) -> Buckets | None:
@@ -138,6 +155,10 @@ class _Gatherer:
         for source in self._sources:
             tensor = _full(source.parameter)
             yield source.name, tensor if source.factor == 1 else tensor * source.factor
+
+
+def _dtype(parameter: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and parameter.is_floating_point() else parameter.dtype
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
