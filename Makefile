@@ -28,6 +28,8 @@ PIP_INSTALL = $(BIN)/pip install $(if $(OUTRIDER_TORCH_INDEX),--extra-index-url 
 # Arguments of the demo: `make demo SEED=2`, `make demo ARGS="--help"`.
 SEED ?=
 ARGS ?=
+# Seconds of fuzzing for each target.
+FUZZ_SECONDS ?= 60
 # Arguments of pytest: `make test ARGS="tests/unit -k packing"`.
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,7 +38,7 @@ export PYTHONUNBUFFERED := 1
 # No commas in its message: make would split it there.
 die = { printf '\n%s\n' $(1) >&2; exit 1; }
 
-.PHONY: help setup demo test test-slow test-gpu check bench proto format clean
+.PHONY: help setup demo test test-slow fuzz test-gpu check bench proto format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +94,9 @@ test: setup  ## unit, contract, integration and fault tests
 test-slow: setup  ## the tests that take many minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
+fuzz: setup  ## look for bytes that break the parsers of the actor, FUZZ_SECONDS for each of them
+	@for target in generate stage; do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS); done
+
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -119,4 +124,4 @@ format: setup  ## format the code and apply the safe fixes
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
 clean:  ## remove what make built (runs/ stays)
-	rm -rf $(VENV) .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-peers-grpc build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

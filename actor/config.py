@@ -9,17 +9,25 @@ from pydantic import Field
 from common.config import Config, ConfigError
 from common.types import ServerLimits
 
+# Limits that no single request can keep to, and so are no part of `ServerLimits`.
+_NOT_TOLD = {"media_store_bytes", "max_held_media_bytes", "max_streams_per_peer"}
+
 
 class LimitsConfig(Config):
     """What one request may ask for; see `ServerLimits`."""
 
     max_group_size: int = Field(256, ge=1)
     max_media_bytes: int = Field(32 * 2**20, ge=1)
+    # Of an image, or of all frames of a video together.
     max_media_pixels: int = Field(16 * 2**20, ge=1)
     max_message_bytes: int = Field(64 * 2**20, ge=2**20, lt=2**31)
     max_queued_completions: int = Field(4096, ge=1)
     # Encoded media kept in memory, so that requests can name them by sha256.
     media_store_bytes: int = Field(256 * 2**20, ge=0)
+    # Media of all requests under way, as they came and decoded; more waits with the clients.
+    max_held_media_bytes: int = Field(4 * 2**30, ge=2**20)
+    # Calls of Generate and PutMedia that one caller may have open: an address, with the names of its certificate.
+    max_streams_per_peer: int = Field(1024, ge=1)
 
 
 class VllmConfig(Config):
@@ -41,6 +49,9 @@ class VllmConfig(Config):
     cpu_cores: str | None = Field(None, pattern=r"^[0-9]+(-[0-9]+)?([,|][0-9]+(-[0-9]+)?)*$")
     # Images of one prompt.
     max_images: int = Field(4, ge=0)
+    # Videos of one prompt, where the model takes them, and frames of one. vLLM reserves room for the longest video.
+    max_videos: int = Field(0, ge=0)
+    max_video_frames: int = Field(64, ge=1)
     # Models that can rescale and normalize pixels themselves do so: less is sent to them. But processed tensors, those
     # taken and those returned, are then the processor's without these two steps (uint8). False: with them, as usual.
     normalize_on_device: bool = True
@@ -50,6 +61,8 @@ class VllmConfig(Config):
     max_lora_rank: int = Field(0, ge=0, le=512)
     # Adapters that can be at hand, and in one batch, at the same time.
     max_loras: int = Field(1, ge=1)
+    # MoE models on GPUs: requests may ask which experts each token went through. Keeps them for what is in the cache.
+    return_routed_experts: bool = False
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 
@@ -60,7 +73,10 @@ class FakeConfig(Config):
     vocab_size: int = Field(320, ge=2)
     max_context_tokens: int = Field(4096, ge=2)
     max_images: int = Field(16, ge=0)
+    max_videos: int = Field(4, ge=0)
+    max_video_frames: int = Field(64, ge=1)
     max_logprobs: int = Field(64, ge=0)
+    # Of a video: of each frame.
     tokens_per_image: int = Field(4, ge=1)
     # Lengths are uniform on 1 to 2 * mean_tokens - 1.
     mean_tokens: int = Field(8, ge=1)
@@ -87,6 +103,8 @@ class ActorConfig(Config):
     engine: Literal["vllm", "fake"] = "vllm"
     # "host:port" where Prometheus finds the metrics over HTTP; None: nowhere.
     metrics_listen: str | None = None
+    # OpenTelemetry spans (common/tracing.py); the variables OTEL_* say where they go.
+    tracing: bool = False
     # Serve the checkpoint as version 0 without a learner.
     standalone: bool = False
     # Directory with tls.crt, tls.key and ca.crt: mutual TLS, and roles by certificate (common/rpc/tls.py).
@@ -104,14 +122,16 @@ class ActorConfig(Config):
     vllm: VllmConfig = VllmConfig()
     fake: FakeConfig = FakeConfig()
 
-    def server_limits(self, max_context_tokens: int) -> ServerLimits:
-        """The limits as clients see them."""
+    def server_limits(self, max_context_tokens: int, *, takes_videos: bool = True) -> ServerLimits:
+        """The limits as clients see them; `takes_videos`: whether the model does."""
         engine = self.vllm if self.engine == "vllm" else self.fake
         return ServerLimits(
             max_context_tokens=max_context_tokens,
             max_media_items=engine.max_images,
+            max_videos=engine.max_videos if takes_videos else 0,
+            max_video_frames=engine.max_video_frames,
             max_logprobs=engine.max_logprobs,
-            **self.limits.model_dump(exclude={"media_store_bytes"}),
+            **self.limits.model_dump(exclude=_NOT_TOLD),
         )
 
 

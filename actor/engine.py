@@ -8,28 +8,41 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from common.tensors import NamedTensor
-from common.types import Completion, EpochSpec, Manifest, Prompt, PromptInfo, SamplingParams
+from common.types import Completion, EpochSpec, Manifest, Modality, Prompt, PromptInfo, SamplingParams
+
+# Of shape `[frames, height, width, 3]`.
+VideoArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMedia:
-    """One media item, decoded: an RGB image, or what the model's processor made of one elsewhere.
+    """One media item, decoded: an RGB image, a video, or what the model's processor made of one elsewhere.
 
-    `sha256` names it in every cache of the engine, together with the bounds on its pixels.
+    `sha256` names it in every cache of the engine, together with the bounds on its pixels and the pace of its frames.
     """
 
     sha256: bytes
-    content: Image.Image | tuple[NamedTensor, ...]
+    content: Image.Image | VideoArray | tuple[NamedTensor, ...]
     min_pixels: int | None = None
     max_pixels: int | None = None
+    modality: Modality = Modality.IMAGE
+    frames_per_second: float | None = None
 
     @property
     def is_plain(self) -> bool:
-        """An image that the processor sees with the model's own options."""
-        return isinstance(self.content, Image.Image) and self.min_pixels is None and self.max_pixels is None
+        """An image or video that the processor sees with the model's own options."""
+        return not isinstance(self.content, tuple) and self.min_pixels is None and self.max_pixels is None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the caches of the engine; two paces of the same frames are two things there."""
+        pace = "" if self.frames_per_second is None else f"@{self.frames_per_second!r}"
+        return self.sha256.hex() + pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,7 @@ class EngineRequest:
     return_processed: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,7 @@ class EngineInfo:
     num_workers: int
     suppressed_token_ids: tuple[int, ...]
     max_lora_rank: int = 0
+    takes_videos: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from actor.adapters import Adapters
 from actor.config import FakeConfig
-from actor.engine import EngineInfo, EngineLoad, EngineRequest
+from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.fake_answers import best_beams, processed, top_logprobs, with_prompt_logprobs
 from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout, Unimplemented
 from common.types import (
@@ -91,6 +91,8 @@ class FakeEngine:
             self._dead = True
         await self.check()
         self._adapters.find(request.model)
+        if request.return_routed_experts:
+            raise Unimplemented("returns.routed_experts", "the fake engine has no experts")
         if request.sampling.structured_output is not None:
             raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
         info = with_prompt_logprobs(self._prompt_info(request), request.sampling, self._config.vocab_size)
@@ -181,19 +183,20 @@ class FakeEngine:
         unexpanded = self._tokenize(request)
         is_expanded = isinstance(request.prompt, TokenPrompt) and bool(request.prompt.placeholders)
         if is_expanded:
-            unexpanded = self._collapse(request.prompt)
+            unexpanded = self._collapse(request.prompt, request.media)
         num_media = unexpanded.count(PLACEHOLDER_ID)
         if num_media != len(request.media):
             raise InvalidRequest("media", f"{len(request.media)} items came, the prompt has room for {num_media}")
         expanded: list[int] = []
         uses: list[MediaUse] = []
-        length = self._config.tokens_per_image
         for token_id in unexpanded:
             if token_id == PLACEHOLDER_ID:
-                run = PlaceholderRange(len(expanded), length)
                 item = request.media[len(uses)]
+                length = self._num_tokens(item)
+                run = PlaceholderRange(len(expanded), length)
                 tensors = processed(item) if request.return_processed else ()
-                uses.append(MediaUse(item.sha256, run, length, (1, 2, 2 * length), processed=tensors))
+                grid = (length // self._config.tokens_per_image, 2, 2 * self._config.tokens_per_image)
+                uses.append(MediaUse(item.sha256, run, length, grid, item.modality, tensors))
                 expanded += [PLACEHOLDER_ID] * length
             else:
                 expanded.append(token_id)
@@ -206,17 +209,20 @@ class FakeEngine:
             suppressed_token_ids=(PLACEHOLDER_ID,),
         )
 
-    def _collapse(self, prompt: Prompt) -> list[int]:
+    def _num_tokens(self, item: EngineMedia) -> int:
+        num_frames = len(item.content) if isinstance(item.content, np.ndarray) else 1
+        return num_frames * self._config.tokens_per_image
+
+    def _collapse(self, prompt: Prompt, media: tuple[EngineMedia, ...]) -> list[int]:
         """Expanded ids without what was expanded; each range must be what this engine makes of an item."""
         assert isinstance(prompt, TokenPrompt)
         ids, end = [], 0
-        for i, run in enumerate(prompt.placeholders):
-            filled = prompt.ids[run.offset : run.offset + run.length]
-            if filled != (PLACEHOLDER_ID,) * self._config.tokens_per_image:
+        for i, (run, item) in enumerate(zip(prompt.placeholders, media, strict=True)):
+            length = self._num_tokens(item)
+            if prompt.ids[run.offset : run.offset + run.length] != (PLACEHOLDER_ID,) * length:
                 raise InvalidRequest(
                     f"tokens.placeholders[{i}]",
-                    f"is {run.length} tokens at {run.offset}; the processor yields {self._config.tokens_per_image}"
-                    f" for media[{i}]",
+                    f"is {run.length} tokens at {run.offset}; the processor yields {length} for media[{i}]",
                 )
             ids += [*prompt.ids[end : run.offset], PLACEHOLDER_ID]
             end = run.offset + run.length

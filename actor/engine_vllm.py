@@ -23,7 +23,16 @@ from actor.vllm_media import VllmMedia
 from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
-from common.errors import EngineDead, InvalidRequest, NotStaged, OutriderError, StageCorrupt, StageTimeout
+from common.config import ConfigError
+from common.errors import (
+    EngineDead,
+    InvalidRequest,
+    NotStaged,
+    OutriderError,
+    StageCorrupt,
+    StageTimeout,
+    Unimplemented,
+)
 from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
@@ -79,6 +88,8 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """Start vLLM's processes, load the model and generate once; tens of seconds."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Its processes speak msgpack to each other; what that does not know would go as a pickle.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
         import transformers
         import vllm
@@ -105,11 +116,12 @@ class VllmEngine:
             tensor_parallel_size=self._config.tensor_parallel_size,
             distributed_executor_backend=executor,
             gpu_memory_utilization=self._config.gpu_memory_utilization,
-            limit_mm_per_prompt={"image": self._config.max_images, "video": 0},
+            limit_mm_per_prompt=_media_limits(self._config),
             skip_mm_profiling=True,
             mm_device_do_normalize=self._config.normalize_on_device,
             logprobs_mode="processed_logprobs",
             max_logprobs=self._config.max_logprobs,
+            enable_return_routed_experts=self._config.return_routed_experts,
             generation_config="vllm",
             stream_interval=_FIRST_AND_LAST_ONLY,
             logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
@@ -119,6 +131,8 @@ class VllmEngine:
             disable_log_stats=True,
             enable_log_requests=False,
         )
+        if current_platform.is_cpu():
+            _check_cpu(arguments.create_model_config(), self._config)
         self._engine = AsyncLLM.from_engine_args(arguments)
         await self._engine.update_weight_version("0")
         if self._config.max_lora_rank:
@@ -127,7 +141,7 @@ class VllmEngine:
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
         self._placeholder_ids = placeholder_ids(model_config.hf_config)
-        self._media = VllmMedia(self._engine.renderer)
+        self._media = VllmMedia(self._engine.renderer, model_config.max_model_len)
         self._eos_ids = _eos_ids(self._engine.renderer.get_eos_token_id(), model_config.try_get_generation_config())
         info = EngineInfo(
             name="vllm",
@@ -138,6 +152,7 @@ class VllmEngine:
             num_workers=self._engine.vllm_config.parallel_config.world_size,
             suppressed_token_ids=self._placeholder_ids,
             max_lora_rank=self._config.max_lora_rank,
+            takes_videos=self._media.takes_videos,
         )
         await self._warm_up()
         # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
@@ -215,6 +230,8 @@ class VllmEngine:
         accepted_at = time.monotonic()
         wanted = request.sampling
         self._adapters.find(request.model)
+        if request.return_routed_experts:
+            self._check_experts(wanted)
         scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
         is_answered = False
         try:
@@ -353,7 +370,7 @@ class VllmEngine:
         return [] if placeholders else token_ids, engine_input
 
     def _tokenize(self, request: EngineRequest) -> list[int]:
-        """Ids with one placeholder for each image, before vLLM expands them; in a thread, one at a time."""
+        """Ids with one placeholder for each media item, before vLLM expands them; in a thread, one at a time."""
         with self._tokenizing:  # fast tokenizers are not safe to call from two threads at once
             return self._token_ids(request)
 
@@ -364,7 +381,9 @@ class VllmEngine:
         if isinstance(prompt, TextPrompt):
             return list(self._tokenizer(prompt.text).input_ids)
         text = self._processor.apply_chat_template(
-            template_messages(prompt.messages), tokenize=False, add_generation_prompt=True
+            template_messages(prompt.messages, [item.modality for item in request.media]),
+            tokenize=False,
+            add_generation_prompt=True,
         )
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -411,6 +430,13 @@ class VllmEngine:
             prompt_logprobs=(0.0, *own) if wanted.prompt_logprobs else (),
             prompt_top_logprobs=(TopLogprobs(), *top) if wanted.prompt_top_logprobs else (),
         )
+
+    def _check_experts(self, wanted: SamplingParams) -> None:
+        """Raises Unimplemented and InvalidRequest where routed experts cannot be returned."""
+        if not self._config.return_routed_experts:
+            raise Unimplemented("returns.routed_experts", "this server was started without vllm.return_routed_experts")
+        if wanted.num_beams:
+            raise InvalidRequest("returns.routed_experts", "is not for beams; leave one of them out")
 
     def _trajectory_id(self, request: EngineRequest, index: int) -> str:
         return f"{request.group_id}/{index}/{self._actor_id}"
@@ -516,6 +542,23 @@ def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
         return {}
     rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
+
+
+def _check_cpu(model_config: Any, config: VllmConfig) -> None:
+    """Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word."""
+    if model_config.is_mm_prefix_lm:
+        raise ConfigError(
+            "model: the tokens of an image see each other in both directions in this model, which vLLM's attention"
+            " on CPUs leaves out; use a GPU, or set vllm.max_images and vllm.max_videos to 0"
+        )
+    if config.return_routed_experts:
+        raise ConfigError("vllm.return_routed_experts: vLLM's model runner that returns them needs Triton; use a GPU")
+
+
+def _media_limits(config: VllmConfig) -> dict[str, Any]:
+    """Items of a prompt. The frames are those of the made-up video with which vLLM sizes its buffers."""
+    videos = {"count": config.max_videos, "num_frames": config.max_video_frames}
+    return {"image": config.max_images, "video": videos if config.max_videos else 0}
 
 
 def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:

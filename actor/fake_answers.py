@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
 
 from actor.engine import EngineMedia
 from common.tensors import NamedTensor, tensor_of
@@ -52,10 +51,10 @@ def best_beams(beams: list[Completion], sampling: SamplingParams, num_prompt_tok
 
 
 def processed(item: EngineMedia) -> tuple[NamedTensor, ...]:
-    """Tensors as they came; of an image its pixels."""
-    if isinstance(item.content, Image.Image):
-        return (NamedTensor("pixels", tensor_of(np.asarray(item.content))),)
-    return item.content
+    """Tensors as they came; of an image or a video its pixels."""
+    if isinstance(item.content, tuple):
+        return item.content
+    return (NamedTensor("pixels", tensor_of(np.asarray(item.content))),)
 
 
 def _renamed(trajectory_id: str, index: int) -> str:

@@ -1,37 +1,63 @@
 """What a request says about its media becomes what an engine takes: looked up by hash, verified, decoded, stored."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 from PIL import Image
 
-from actor.engine import EngineMedia
+from actor.engine import EngineMedia, VideoArray
 from actor.media_store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
-from common.errors import InvalidRequest, MediaMissing
-from common.media import content_hash, decode_image
-from common.tensors import NamedTensor, Tensor, pixels_hash, tensors_hash
-from common.types import MediaContent, MediaItem, ServerLimits
+from common import tracing
+from common.errors import InvalidRequest, MediaMissing, QueueFull, TooLarge
+from common.media import check_frames, check_image, decode_frames, decode_image, media_hash
+from common.tensors import NamedTensor, Tensor
+from common.types import Frames, MediaContent, MediaItem, Modality, ServerLimits
+
+_RETRY_AFTER_S = 0.5
 
 
 class MediaIntake:
-    """Takes the media of requests that have been checked. `store` keeps what fits."""
+    """Takes the media of requests that have been checked. `store` keeps what fits.
 
-    def __init__(self, store: MediaStore, limits: ServerLimits, metrics: ActorMetrics) -> None:
+    `max_held_bytes` bounds the media of all requests under way, as they came and decoded.
+    """
+
+    def __init__(self, store: MediaStore, limits: ServerLimits, metrics: ActorMetrics, max_held_bytes: int) -> None:
         self._store = store
         self._limits = limits
         self._metrics = metrics
+        self._max_held_bytes = max_held_bytes
+        self._held_bytes = 0
 
-    async def take(self, media: tuple[MediaItem, ...]) -> tuple[EngineMedia, ...]:
-        """Resolve, verify and decode. Raises MediaMissing with every hash that is not stored here."""
+    @asynccontextmanager
+    async def taken(self, media: tuple[MediaItem, ...]) -> AsyncIterator[tuple[EngineMedia, ...]]:
+        """Resolve, verify and decode; they count as held for as long as the block runs.
+
+        Raises MediaMissing with every hash that is not stored here, InvalidRequest, TooLarge, and QueueFull before
+        anything is decoded that there is no room for.
+        """
         if not media:
-            return ()
+            yield ()
+            return
         contents = self._contents(media)
-        decoded = await asyncio.to_thread(_decode, media, contents, self._limits.max_media_pixels)
-        for item, content in zip(decoded, contents, strict=True):
-            if content_bytes(content) <= self._store.max_bytes:
-                self._store.put(item.sha256, content)
-        return decoded
+        num_bytes = await asyncio.to_thread(_bytes_to_hold, contents, self._limits)
+        if num_bytes > self._max_held_bytes:
+            raise TooLarge("media", f"{num_bytes} bytes with what they decode to; the limit is {self._max_held_bytes}")
+        if self._held_bytes + num_bytes > self._max_held_bytes:
+            raise QueueFull(_RETRY_AFTER_S, f"media of {self._held_bytes} bytes are held for the requests under way")
+        self._held_bytes += num_bytes
+        try:
+            with tracing.span("actor.decode_media", num_items=len(media)):
+                decoded = await asyncio.to_thread(_decode, media, contents, self._limits)
+            for item, content in zip(decoded, contents, strict=True):
+                if content_bytes(content) <= self._store.max_bytes:
+                    self._store.put(item.sha256, content)
+            yield decoded
+        finally:
+            self._held_bytes -= num_bytes
 
     def _contents(self, media: tuple[MediaItem, ...]) -> list[MediaContent]:
         contents: list[MediaContent] = []
@@ -49,36 +75,69 @@ class MediaIntake:
         return contents
 
 
-def _decode(media: tuple[MediaItem, ...], contents: list[MediaContent], max_pixels: int) -> tuple[EngineMedia, ...]:
-    """Hashes and images; runs in a thread."""
+def _bytes_to_hold(contents: list[MediaContent], limits: ServerLimits) -> int:
+    """As they came, and three bytes for each pixel of a file; from the headers alone."""
+    num_bytes = sum(map(content_bytes, contents))
+    for i, content in enumerate(contents):
+        if isinstance(content, bytes):
+            header = check_image(content, f"media[{i}].encoded", limits.max_media_pixels)
+            num_bytes += 3 * header.width * header.height
+        elif isinstance(content, Frames):
+            header = check_frames(content, f"media[{i}].frames", limits.max_video_frames, limits.max_media_pixels)
+            num_bytes += 3 * header.width * header.height * len(content.files)
+    return num_bytes
+
+
+def _decode(
+    media: tuple[MediaItem, ...], contents: list[MediaContent], limits: ServerLimits
+) -> tuple[EngineMedia, ...]:
+    """Hashes, images and videos; runs in a thread."""
     decoded = []
     for i, (item, content) in enumerate(zip(media, contents, strict=True)):
         field = f"media[{i}]"
-        actual = _hash(content) if item.content is not None else item.sha256
+        actual = media_hash(content) if item.content is not None else item.sha256
         if item.sha256 and item.sha256 != actual:
             raise InvalidRequest(f"{field}.sha256", f"is {item.sha256.hex()}, but the bytes hash to {actual.hex()}")
         decoded.append(
-            EngineMedia(actual, _decode_content(item, content, field, max_pixels), item.min_pixels, item.max_pixels)
+            EngineMedia(
+                actual,
+                _decode_content(item, content, field, limits),
+                item.min_pixels,
+                item.max_pixels,
+                item.modality,
+                item.frames_per_second,
+            )
         )
     return tuple(decoded)
 
 
-def _hash(content: MediaContent) -> bytes:
-    if isinstance(content, bytes):
-        return content_hash(content)
-    return pixels_hash(content) if isinstance(content, Tensor) else tensors_hash(content)
-
-
 def _decode_content(
-    item: MediaItem, content: MediaContent, field: str, max_pixels: int
-) -> Image.Image | tuple[NamedTensor, ...]:
+    item: MediaItem, content: MediaContent, field: str, limits: ServerLimits
+) -> Image.Image | VideoArray | tuple[NamedTensor, ...]:
+    _check_modality(item.modality, content, f"{field}.modality")
     if isinstance(content, bytes):
-        return decode_image(content, f"{field}.encoded", max_pixels)
+        return decode_image(content, f"{field}.encoded", limits.max_media_pixels)
+    if isinstance(content, Frames):
+        return decode_frames(content, f"{field}.frames", limits.max_video_frames, limits.max_media_pixels)
     if isinstance(content, Tensor):
-        return Image.fromarray(content.array())
+        pixels: VideoArray = content.array().astype(np.uint8, copy=False)
+        return Image.fromarray(pixels) if item.modality is Modality.IMAGE else pixels
     if item.min_pixels is not None or item.max_pixels is not None:
         raise InvalidRequest(f"{field}.processor", "has no effect on processed tensors")
+    if item.frames_per_second is not None:
+        raise InvalidRequest(f"{field}.frames_per_second", "has no effect on processed tensors")
     for j, named in enumerate(content):
         if not np.isfinite(named.tensor.widened()).all():
             raise InvalidRequest(f"{field}.processed.tensors[{j}].tensor.data", "has a value that is not finite")
     return content
+
+
+def _check_modality(modality: Modality, content: MediaContent, field: str) -> None:
+    """What is stored under a hash need not be what the request takes it for."""
+    if isinstance(content, tuple):
+        return  # the names of the tensors tell, when the model takes them
+    is_image = isinstance(content, bytes) or (isinstance(content, Tensor) and len(content.shape) == 3)
+    if is_image is not (modality is Modality.IMAGE):
+        raise InvalidRequest(
+            field, f"is {modality.value}, but this sha256 is that of {'an image' if is_image else 'a video'}"
+        )

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from common.errors import TooLarge
 from common.tensors import Tensor
-from common.types import MediaContent
+from common.types import Frames, MediaContent
 
 
 class MediaStore:
@@ -46,9 +46,11 @@ class MediaStore:
 
 
 def content_bytes(content: MediaContent) -> int:
-    """Bytes of a file, of pixels, or of all tensors."""
+    """Bytes of a file, of all frames, of pixels, or of all tensors."""
     if isinstance(content, bytes):
         return len(content)
+    if isinstance(content, Frames):
+        return sum(map(len, content.files))
     if isinstance(content, Tensor):
         return len(content.data)
     return sum(len(named.tensor.data) for named in content)

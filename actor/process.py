@@ -14,6 +14,7 @@ from typing import NoReturn
 from actor.config import ActorConfig, check_model
 from actor.engine import Engine, EngineInfo
 from actor.server import ActorServer, model_name
+from common import tracing
 from common.lifecycle import Shutdown
 from common.log import get_logger
 from common.rpc.server import join_address, split_address
@@ -59,6 +60,7 @@ class ActorProcess:
         return VllmEngine(check_model(self.config.model), self.config.vllm, self.actor_id)
 
     async def _serve(self, engine: Engine, info: EngineInfo) -> int:
+        stop_tracing = tracing.start("outrider-actor") if self.config.tracing else None
         server = ActorServer(engine, info, self.config, self.actor_id)
         self._reserved.close()
         await server.start(self.address)
@@ -70,6 +72,8 @@ class ActorProcess:
             watch.cancel()
         log.info("stopping", reason=self._shutdown.reason, grace_s=self.config.grace_s)
         await server.stop(self.config.grace_s, self._shutdown.forced)
+        if stop_tracing is not None:
+            await asyncio.to_thread(stop_tracing)
         return 1 if server.failed.is_set() else 0
 
     async def _watch_failure(self, server: ActorServer) -> None:

@@ -35,12 +35,24 @@ class ActorServer:
         self._config = config
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
-        self.rpc = RpcServer(config.limits.max_message_bytes, tls=config.tls)
+        self.rpc = RpcServer(
+            config.limits.max_message_bytes,
+            tls=config.tls,
+            max_streams_per_peer=config.limits.max_streams_per_peer,
+        )
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)
         self._stop_metrics: Callable[[], None] = lambda: None
-        self._rollouts = RolloutService(engine, self.policy, server_info, info.vocab_size, store, self.metrics)
+        self._rollouts = RolloutService(
+            engine,
+            self.policy,
+            server_info,
+            info.vocab_size,
+            store,
+            self.metrics,
+            config.limits.max_held_media_bytes,
+        )
         self._weights = WeightService(engine, self.policy, actor_id, info, self.metrics)
         self._admin = AdminService(engine, self.policy)
 
@@ -117,6 +129,6 @@ def _server_info(info: EngineInfo, config: ActorConfig, actor_id: str) -> Server
         engine_version=info.version,
         server_version=version,
         policy_version=0,
-        limits=config.server_limits(info.max_context_tokens),
+        limits=config.server_limits(info.max_context_tokens, takes_videos=info.takes_videos),
         suppressed_token_ids=info.suppressed_token_ids,
     )

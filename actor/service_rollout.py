@@ -2,23 +2,26 @@
 
 import asyncio
 import dataclasses
+import itertools
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 
-from actor.engine import Engine, EngineRequest
+from actor.engine import Engine, EngineMedia, EngineRequest
 from actor.media_intake import MediaIntake
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
 from actor.validation import check_request
 from actor.weights import PolicyState
+from common import tracing
 from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
-from common.media import check_image, content_hash
+from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
-from common.types import ActorState, Completion, PromptInfo, RolloutRequest, ServerInfo
+from common.types import ActorState, Completion, Frames, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
@@ -27,14 +30,16 @@ _MAX_CHUNK_BYTES = 2**20
 _MAX_ITEMS_PER_UPLOAD = 4096
 # A response of some hundred KiB: large ones hold up the event loop.
 _MAX_TOKENS_PER_RESPONSE = 2**15
+_BYTES_PER_TOKEN = 8
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
-    """A media item on its way here."""
+    """A media item on its way here: an image file, or the frames of a video end to end."""
 
     sha256: bytes
     num_bytes: int
+    frame_num_bytes: tuple[int, ...] = ()
     data: bytearray = dataclasses.field(default_factory=bytearray)
 
     def append(self, chunk: bytes) -> None:
@@ -43,6 +48,14 @@ class _Upload:
         if len(self.data) + len(chunk) > self.num_bytes:
             raise InvalidRequest("chunk", f"more bytes than the {self.num_bytes} of num_bytes")
         self.data += chunk
+
+    def content(self) -> bytes | Frames:
+        """What has come, of which nothing is missing."""
+        data = bytes(self.data)
+        if not self.frame_num_bytes:
+            return data
+        ends = list(itertools.accumulate(self.frame_num_bytes))
+        return Frames(tuple(data[start:end] for start, end in itertools.pairwise([0, *ends])))
 
 
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
@@ -56,13 +69,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         vocab_size: int,
         store: MediaStore,
         metrics: ActorMetrics,
+        max_held_media_bytes: int,
     ) -> None:
         self._engine = engine
         self._policy = policy
         self._info = info
         self._vocab_size = vocab_size
         self._store = store
-        self._intake = MediaIntake(store, info.limits, metrics)
+        self._intake = MediaIntake(store, info.limits, metrics, max_held_media_bytes)
         self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
         self._uploading: dict[_Upload, None] = {}
@@ -84,11 +98,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             rollout = request_from_proto(request)
             check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
-                engine_request = await self._prepare(rollout)
-                outcome = "failed"
-                async with aclosing(self._events(engine_request)) as events:
-                    async for event in events:
-                        yield self._response(event)
+                async with self._intake.taken(rollout.media) as media:
+                    outcome = "failed"
+                    async with aclosing(self._events(_engine_request(rollout, media))) as events:
+                        async for event in events:
+                            yield self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -98,6 +112,8 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
+        started_ns = time.time_ns()
+        first_token_s: list[float] = []
         # The engine's generator is closed with this one, which aborts what still runs.
         generator: Any = self._engine.generate(request)
         async with aclosing(generator):
@@ -106,8 +122,11 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                     yield event
                     continue
                 self._metrics.finished(event)
+                first_token_s += (completion.first_token_s for completion in event)
                 for part in _split(event):
                     yield part
+        if first_token_s:
+            _trace(started_ns, min(first_token_s))
 
     def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
@@ -152,18 +171,6 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     # ------------------------------------------------------------------------------------------------ media
 
-    async def _prepare(self, rollout: RolloutRequest) -> EngineRequest:
-        """The request as the engine takes it, its media decoded."""
-        return EngineRequest(
-            group_id=rollout.group_id,
-            prompt=rollout.prompt,
-            media=await self._intake.take(rollout.media),
-            sampling=rollout.sampling,
-            return_text=rollout.return_text,
-            return_processed=rollout.return_processed,
-            model=rollout.model,
-        )
-
     async def PutMedia(
         self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
     ) -> pb.PutMediaResponse:
@@ -174,7 +181,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             async for request in request_iterator:
                 if request.sha256:
                     await self._finish(upload)
-                    upload = self._begin(request.sha256, request.num_bytes)
+                    upload = self._begin(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
                     stored[request.sha256] = None
                     if len(stored) > _MAX_ITEMS_PER_UPLOAD:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
@@ -187,12 +194,14 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 self._uploading.pop(upload, None)
         return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
 
-    def _begin(self, sha256: bytes, num_bytes: int) -> "_Upload":
+    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: tuple[int, ...]) -> "_Upload":
         """Room for one item. Raises QueueFull when too many bytes are on their way already."""
         self._check_item(sha256, num_bytes)
+        if frame_num_bytes and sum(frame_num_bytes) != num_bytes:
+            raise InvalidRequest("frame_num_bytes", f"make {sum(frame_num_bytes)} bytes; num_bytes is {num_bytes}")
         if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
             raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
-        upload = _Upload(sha256, num_bytes)
+        upload = _Upload(sha256, num_bytes, frame_num_bytes)
         self._uploading[upload] = None
         return upload
 
@@ -207,13 +216,19 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         """Check and store what has come."""
         if upload is None:
             return
-        data = bytes(upload.data)
-        if len(data) != upload.num_bytes:
-            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(data)} bytes came")
-        if await asyncio.to_thread(content_hash, data) != upload.sha256:
-            raise InvalidRequest("sha256", f"{upload.sha256.hex()} is not the hash of the {len(data)} bytes that came")
-        await asyncio.to_thread(check_image, data, "chunk", self._info.limits.max_media_pixels)
-        self._store.put(upload.sha256, data)
+        if len(upload.data) != upload.num_bytes:
+            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(upload.data)} bytes came")
+        content, limits = upload.content(), self._info.limits
+        if await asyncio.to_thread(media_hash, content) != upload.sha256:
+            raise InvalidRequest(
+                "sha256", f"{upload.sha256.hex()} is not the hash of the {upload.num_bytes} bytes that came"
+            )
+        if isinstance(content, Frames):
+            frame_limits = limits.max_video_frames, limits.max_media_pixels
+            await asyncio.to_thread(check_frames, content, "chunk", *frame_limits)
+        else:
+            await asyncio.to_thread(check_image, content, "chunk", limits.max_media_pixels)
+        self._store.put(upload.sha256, content)
         self._uploading.pop(upload, None)
 
     # ------------------------------------------------------------------------------------------------ server
@@ -226,11 +241,33 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         return server_info_to_proto(info)
 
 
+def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:
+    return EngineRequest(
+        group_id=rollout.group_id,
+        prompt=rollout.prompt,
+        media=media,
+        sampling=rollout.sampling,
+        return_text=rollout.return_text,
+        return_processed=rollout.return_processed,
+        return_routed_experts=rollout.return_routed_experts,
+        model=rollout.model,
+    )
+
+
+def _trace(started_ns: int, first_token_s: float) -> None:
+    """Of a group that has just finished: until its first token, and from there on."""
+    first_ns = started_ns + round(first_token_s * 1e9)
+    tracing.past_span("actor.queue", started_ns, first_ns)
+    tracing.past_span("actor.generate", first_ns, time.time_ns())
+
+
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:
     part: list[Completion] = []
     num_tokens = 0
     for completion in completions:
         size = len(completion.token_ids) + sum(len(top.token_ids) for top in completion.top_logprobs)
+        if completion.routed_experts is not None:
+            size += len(completion.routed_experts.data) // _BYTES_PER_TOKEN
         if part and num_tokens + size > _MAX_TOKENS_PER_RESPONSE:
             yield part
             part, num_tokens = [], 0

@@ -1,13 +1,25 @@
 """Whether a request keeps to what this server takes; everything that can be said without the bytes of its media."""
 
+import math
+
 from actor.media_store import content_bytes
 from actor.validation_sampling import check_ids, check_sampling
 from common.errors import InvalidRequest, TooLarge
 from common.tensors import Tensor
-from common.types import ChatPrompt, MediaItem, MediaPart, RolloutRequest, ServerLimits, TextPrompt, TokenPrompt
+from common.types import (
+    ChatPrompt,
+    MediaItem,
+    MediaPart,
+    Modality,
+    RolloutRequest,
+    ServerLimits,
+    TextPrompt,
+    TokenPrompt,
+)
 
 _MAX_GROUP_ID_CHARS = 128
 _MAX_TEXT_BYTES_PER_TOKEN = 64
+_MAX_FRAMES_PER_SECOND = 1000
 
 
 def check_request(
@@ -32,16 +44,25 @@ def check_request(
 
 
 def _check_media(request: RolloutRequest, limits: ServerLimits) -> None:
-    if len(request.media) > limits.max_media_items:
-        raise InvalidRequest("media", f"{len(request.media)} items; this server takes {limits.max_media_items}")
+    num_videos = sum(item.modality is Modality.VIDEO for item in request.media)
+    num_images = len(request.media) - num_videos
+    if num_images > limits.max_media_items:
+        raise InvalidRequest("media", f"{num_images} images; this server takes {limits.max_media_items}")
+    if num_videos > limits.max_videos:
+        raise InvalidRequest(
+            "media", f"{num_videos} videos; this server takes {limits.max_videos} (its setting max_videos)"
+        )
     for i, item in enumerate(request.media):
         _check_options(item, f"media[{i}].processor", limits)
+        _check_pace(item, f"media[{i}].frames_per_second")
         if item.encoded is not None:
             if not item.encoded:
                 raise InvalidRequest(f"media[{i}].encoded", "is empty")
             _check_bytes(len(item.encoded), f"media[{i}].encoded", limits)
+        elif item.frames is not None:
+            _check_bytes(content_bytes(item.frames), f"media[{i}].frames", limits)
         elif item.pixels is not None:
-            _check_pixels(item.pixels, f"media[{i}].pixels", limits)
+            _check_pixels(item, item.pixels, f"media[{i}].pixels", limits)
         elif item.processed:
             _check_bytes(content_bytes(item.processed), f"media[{i}].processed", limits)
 
@@ -51,14 +72,28 @@ def _check_bytes(num_bytes: int, field: str, limits: ServerLimits) -> None:
         raise TooLarge(field, f"{num_bytes} bytes; the limit is {limits.max_media_bytes}")
 
 
-def _check_pixels(pixels: Tensor, field: str, limits: ServerLimits) -> None:
+def _check_pixels(item: MediaItem, pixels: Tensor, field: str, limits: ServerLimits) -> None:
     if pixels.dtype != "U8":
         raise InvalidRequest(f"{field}.dtype", "must be DTYPE_UINT8")
-    if len(pixels.shape) != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise InvalidRequest(f"{field}.shape", f"is {list(pixels.shape)}; must be [height, width, 3]")
-    height, width, _ = pixels.shape
-    if height * width > limits.max_media_pixels:
-        raise TooLarge(field, f"{width}x{height} pixels, more than the limit of {limits.max_media_pixels}")
+    sizes = ["height", "width", "3"] if item.modality is Modality.IMAGE else ["frames", "height", "width", "3"]
+    if len(pixels.shape) != len(sizes) or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise InvalidRequest(f"{field}.shape", f"is {list(pixels.shape)}; must be [{', '.join(sizes)}]")
+    *frames, height, width, _ = pixels.shape
+    if frames and frames[0] > limits.max_video_frames:
+        raise TooLarge(field, f"{frames[0]} frames, more than the limit of {limits.max_video_frames}")
+    if math.prod(frames) * height * width > limits.max_media_pixels:
+        size = "x".join(map(str, [*frames, width, height]))
+        raise TooLarge(field, f"{size} pixels, more than the limit of {limits.max_media_pixels}")
+
+
+def _check_pace(item: MediaItem, field: str) -> None:
+    pace = item.frames_per_second
+    if pace is None:
+        return
+    if not (math.isfinite(pace) and 0 < pace <= _MAX_FRAMES_PER_SECOND):
+        raise InvalidRequest(field, f"is {pace}; must be more than 0 and at most {_MAX_FRAMES_PER_SECOND}")
+    if item.processed:
+        raise InvalidRequest(field, "has no effect on processed tensors")
 
 
 def _check_options(item: MediaItem, field: str, limits: ServerLimits) -> None:

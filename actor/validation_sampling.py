@@ -1,7 +1,7 @@
 """Whether what a request says of sampling is within range, and whether its parts go together."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from common.errors import InvalidRequest, TooLarge, Unimplemented
 from common.types import Constraint, RepetitionDetection, SamplingParams, ServerLimits, StructuredOutput
@@ -71,8 +71,10 @@ def check_sampling(
     _check_beams(params, limits)
 
 
-def check_ids(ids: Iterable[int], field: str, vocab_size: int) -> None:
+def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
     """Raises InvalidRequest for an id that is not in the vocabulary."""
+    if not ids or 0 <= min(ids) <= max(ids) < vocab_size:
+        return  # a long prompt is looked through in no time
     for i, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{field}[{i}]", f"is {token_id}; the vocabulary has {vocab_size} ids")
@@ -95,8 +97,8 @@ def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_i
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"sampling.logit_bias[{token_id}]", f"the vocabulary has {vocab_size} ids")
         _check_range(f"logit_bias[{token_id}]", bias, -100, 100)
-    allowed = set(params.allowed_token_ids or range(vocab_size))
-    if allowed <= {*params.bad_token_ids, *suppressed_token_ids}:
+    never = {*params.bad_token_ids, *suppressed_token_ids}
+    if never.issuperset(params.allowed_token_ids) if params.allowed_token_ids else len(never) >= vocab_size:
         name = "allowed_token_ids" if params.allowed_token_ids else "bad_token_ids"
         raise InvalidRequest(f"sampling.{name}", "no id is left to sample")
 

@@ -1,4 +1,4 @@
-"""Tensors that somebody else's processor made of one image, held against what the model's own processor yields.
+"""Tensors that somebody else's processor made of an image or video, held against what the model's own yields.
 
 A shape that the model does not expect fails in the middle of a batch, inside the engine, and takes every request along:
 so all that can be known is checked here.
@@ -8,30 +8,46 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from actor.engine import EngineMedia, VideoArray
+from actor.vllm_videos import vllm_item
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, Unimplemented
 from common.tensors import NamedTensor
+from common.types import Modality
 
-_GRID = "image_grid_thw"
-_PIXELS = "pixel_values"
+_PIXELS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
+_GRID = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
+_SECONDS = "second_per_grid_ts"
+_STAND_INS: dict[Modality, Image.Image | VideoArray] = {
+    Modality.IMAGE: Image.new("RGB", (64, 64), "gray"),
+    Modality.VIDEO: np.full((4, 64, 64, 3), 128, np.uint8),
+}
 
 
-def foreign_item(processor: Any, tensors: Sequence[NamedTensor], stand_in: Image.Image, field: str) -> Any:
-    """vLLM's `MultiModalKwargsItems` of one image; `stand_in` is any image, to see what the processor yields.
+def stand_in(modality: Modality) -> Any:
+    """Any image or video, in vLLM's form, to see what the processor yields."""
+    return vllm_item(EngineMedia(bytes(32), _STAND_INS[modality], modality=modality, frames_per_second=1.0))
 
-    Models whose processor yields patches and their grid (`pixel_values`, `image_grid_thw`: the Qwen-VL families) are
-    served. Raises Unimplemented for others, and InvalidRequest.
+
+def foreign_item(processor: Any, tensors: Sequence[NamedTensor], modality: Modality, field: str) -> Any:
+    """vLLM's `MultiModalKwargsItems` of one image or video.
+
+    Models whose processor yields patches and their grid (`pixel_values`, `image_grid_thw`: the Qwen-VL families, of
+    whose videos Qwen3-VL's come with texts and so are not among them) are served. Raises Unimplemented for others, and
+    InvalidRequest.
     """
     from transformers.feature_extraction_utils import BatchFeature
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
-    model = processor._apply_hf_processor_main(processor.info.parse_mm_data({"image": [stand_in]}), {})
+    pixels, grid = _PIXELS[modality], _GRID[modality]
+    model = processor._apply_hf_processor_main(processor.info.parse_mm_data({modality.value: [stand_in(modality)]}), {})
     fields = processor._get_mm_fields_config(model, {})
     expected = {name: model[name] for name in fields if name in model}
-    if set(expected) != {_PIXELS, _GRID}:
+    if set(expected) - {_SECONDS} != {pixels, grid}:
         raise Unimplemented(
             field, f"this model's processor yields {sorted(expected)}; only patches with a grid are taken"
         )
@@ -41,9 +57,18 @@ def foreign_item(processor: Any, tensors: Sequence[NamedTensor], stand_in: Image
         if name not in paths:
             raise InvalidRequest(field, f"{name} is missing; the processor yields {sorted(expected)}")
     for named in tensors:
-        values[named.name] = _checked(named, expected.get(named.name), paths[named.name])
+        model_tensor = torch.as_tensor(expected[named.name]) if named.name in expected else None
+        values[named.name] = _checked(named, model_tensor, paths[named.name])
     merge = processor.info.get_hf_config().vision_config.spatial_merge_size
-    _check_grid(values[_GRID], values[_PIXELS], merge, paths)
+    _check_grid(values[grid], paths[grid], merge, modality)
+    num_patches = math.prod(values[grid].flatten().tolist())
+    if len(values[pixels]) != num_patches:
+        raise InvalidRequest(
+            f"{paths[pixels]}.tensor.shape",
+            f"{len(values[pixels])} patches; the grid {values[grid].flatten().tolist()} has {num_patches}",
+        )
+    if _SECONDS in values and (values[_SECONDS].numel() != 1 or values[_SECONDS].item() <= 0):
+        raise InvalidRequest(f"{paths[_SECONDS]}.tensor.data", "must be one positive number")
     inputs = BatchFeature(values)
     return MultiModalKwargsItems.from_hf_inputs(inputs, processor._get_mm_fields_config(inputs, {}))
 
@@ -61,21 +86,16 @@ def _checked(named: NamedTensor, model: torch.Tensor | None, path: str) -> torch
             + (" (its setting normalize_on_device is on)" if model.dtype is torch.uint8 else ""),
         )
     if len(tensor.shape) != model.ndim or tensor.shape[1:] != tuple(model.shape[1:]) or 0 in tensor.shape:
-        shape = ", ".join(map(str, model.shape[1:]))
-        raise InvalidRequest(f"{path}.tensor.shape", f"is {list(tensor.shape)}; must be [n, {shape}]")
+        shape = ", ".join(["n", *map(str, model.shape[1:])])
+        raise InvalidRequest(f"{path}.tensor.shape", f"is {list(tensor.shape)}; must be [{shape}]")
     values = torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tensor.shape)
     return values.to(model.dtype)
 
 
-def _check_grid(grids: torch.Tensor, pixels: torch.Tensor, merge: int, paths: dict[str, str]) -> None:
+def _check_grid(grids: torch.Tensor, path: str, merge: int, modality: Modality) -> None:
     grid = grids.flatten().tolist()
     if len(grid) != 3:
-        raise InvalidRequest(f"{paths[_GRID]}.tensor.shape", f"is {list(grids.shape)}; must be [1, 3]: one image")
-    if grid[0] != 1 or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
-        raise InvalidRequest(
-            f"{paths[_GRID]}.tensor.data", f"is {grid}; must be 1 and two positive multiples of {merge}"
-        )
-    if len(pixels) != math.prod(grid):
-        raise InvalidRequest(
-            f"{paths[_PIXELS]}.tensor.shape", f"{len(pixels)} patches; the grid {grid} has {math.prod(grid)}"
-        )
+        raise InvalidRequest(f"{path}.tensor.shape", f"is {list(grids.shape)}; must be [1, 3]: one {modality.value}")
+    first = "1" if modality is Modality.IMAGE else "a positive number"
+    if (modality is Modality.IMAGE and grid[0] != 1) or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+        raise InvalidRequest(f"{path}.tensor.data", f"is {grid}; must be {first} and two positive multiples of {merge}")

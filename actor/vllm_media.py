@@ -1,42 +1,45 @@
 """From ids and decoded media to what vLLM's engine takes, and back to what was done with each item.
 
-Prompts in vLLM's own form (unexpanded ids, images, the model's own options) go through its renderer as they are. The
-others are put together here, item by item, by the same multimodal processor: prompts that come expanded are held
-against what the processor yields, tensors that come processed against what it would have yielded. Such requests carry
-their tensors to the engine every time: they take part in the cache of processed items, but in none that lies in two
-processes and must agree.
+Prompts in vLLM's own form (unexpanded ids, images and videos, the model's own options) go through its renderer as they
+are. The others are put together here, item by item, by the same multimodal processor: prompts that come expanded are
+held against what the processor yields, tensors that come processed against what it would have yielded. Such requests
+carry their tensors to the engine every time: they take part in the cache of processed items, but in none that lies in
+two processes and must agree.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from actor.engine import EngineMedia
-from actor.vllm_foreign_tensors import foreign_item
+from actor.vllm_foreign_tensors import foreign_item, stand_in
+from actor.vllm_videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
 from common.tensors import NamedTensor, Tensor
-from common.types import MediaUse, PlaceholderRange
+from common.types import MediaUse, Modality, PlaceholderRange
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput
 
-# More images than vLLM's own cache of processed media holds.
+# More items than vLLM's own cache of processed media holds.
 _MAX_GRIDS = 2**20
-_STAND_IN = Image.new("RGB", (64, 64), "gray")
+_GRIDS = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
 
 
 class VllmMedia:
     """The renderer of one engine."""
 
-    def __init__(self, renderer: Any) -> None:
+    def __init__(self, renderer: Any, max_context_tokens: int) -> None:
         self._renderer = renderer
         self._grids: dict[str, tuple[int, ...]] = {}
+        processor = renderer.get_mm_processor() if renderer.mm_processor is not None else None
+        self._pace = Pace(processor, max_context_tokens)
+        self.takes_videos = processor is not None and "video" in processor.info.get_supported_mm_limits()
 
     async def render(
         self,
@@ -46,13 +49,14 @@ class VllmMedia:
         *,
         with_tensors: bool = False,
     ) -> "EngineInput":
-        """Run the model's processor. Images are known to vLLM's caches by their sha256, and by their options.
+        """Run the model's processor. Items are known to vLLM's caches by their names, and by their options.
 
         With `placeholders`, `token_ids` are expanded already. `with_tensors`: keep those of every item in the result,
         also of items that the engine has in its cache. Raises InvalidRequest and ValueError.
         """
         if not media:
             return (await self._renderer.render_cmpl_async([{"prompt_token_ids": token_ids}]))[0]
+        self._pace.check_given(media)
         if placeholders or with_tensors or not all(item.is_plain for item in media):
             # The one thread in which vLLM's processor runs.
             loop = asyncio.get_running_loop()
@@ -65,13 +69,13 @@ class VllmMedia:
             )
         prompt = {
             "prompt_token_ids": token_ids,
-            "multi_modal_data": {"image": [item.content for item in media]},
-            "multi_modal_uuids": {"image": [item.sha256.hex() for item in media]},
+            "multi_modal_data": _by_modality(media, map(vllm_item, media)),
+            "multi_modal_uuids": _by_modality(media, (item.name for item in media)),
         }
         try:
             return (await self._renderer.render_cmpl_async([prompt]))[0]
         except AssertionError as error:  # vLLM's way to say that a placeholder is missing
-            raise InvalidRequest("media", f"{len(media)} images came, the prompt has not room for all") from error
+            raise InvalidRequest("media", f"{len(media)} items came, the prompt has not room for all") from error
 
     def forget(self, media: Sequence[EngineMedia]) -> None:
         """Send these again next time: the request that should have brought them to the worker has failed.
@@ -84,7 +88,7 @@ class VllmMedia:
             for item in media:
                 if item.is_plain:
                     with contextlib.suppress(RuntimeError):  # the engine is being stopped, and its thread has ended
-                        self._renderer._mm_executor.submit(cache.invalidate, item.sha256.hex())
+                        self._renderer._mm_executor.submit(cache.invalidate, item.name)
 
     def uses(self, engine_input: Any, media: Sequence[EngineMedia], *, with_tensors: bool) -> tuple[MediaUse, ...]:
         """What vLLM did with each item, in vLLM's own words: its hashes, placeholders and grids.
@@ -92,28 +96,37 @@ class VllmMedia:
         Raises InvalidRequest unless each item has its place.
         """
         found = engine_input["type"] == "multimodal"
-        hashes = engine_input["mm_hashes"]["image"] if found else []
-        if len(hashes) != len(media):
-            raise InvalidRequest("media", f"{len(media)} images came, the prompt has room for {len(hashes)}")
-        if not found:
-            return ()
+        left = {}
+        for modality in Modality:
+            same = [item for item in media if item.modality is modality]
+            hashes = engine_input["mm_hashes"].get(modality.value, ()) if found else ()
+            if len(hashes) != len(same):
+                raise InvalidRequest(
+                    "media", f"{len(same)} {modality.value}s came, the prompt has room for {len(hashes)}"
+                )
+            if same:
+                places, tensors = (engine_input[key][modality.value] for key in ("mm_placeholders", "mm_kwargs"))
+                left[modality] = zip(hashes, places, tensors, strict=True)
         uses = []
-        places, tensors = engine_input["mm_placeholders"]["image"], engine_input["mm_kwargs"]["image"]
-        for digest, place, item, given in zip(hashes, places, tensors, media, strict=True):
-            if item is not None and "image_grid_thw" in item:  # None: the worker has it in its cache
-                self._grids[digest] = tuple(item["image_grid_thw"].data.flatten().tolist())
+        for given in media:
+            digest, place, item = next(left[given.modality])
+            name = _GRIDS[given.modality]
+            if item is not None and name in item:  # None: the worker has it in its cache
+                self._grids[digest] = tuple(item[name].data.flatten().tolist())
                 if len(self._grids) > _MAX_GRIDS:
                     del self._grids[next(iter(self._grids))]
             uses.append(
                 MediaUse(
                     # With options vLLM hashes them along; without, its name for the item is the one that was given.
-                    sha256=bytes.fromhex(digest) if given.is_plain else given.sha256,
+                    sha256=bytes.fromhex(digest[:64]) if given.is_plain else given.sha256,
                     placeholder=PlaceholderRange(place.offset, place.length),
                     num_tokens=place.get_num_embeds(),
                     grid_thw=self._grids.get(digest, ()),
+                    modality=given.modality,
                     processed=_named_tensors(item) if with_tensors and item is not None else (),
                 )
             )
+        self._pace.check_span(media, [use.grid_thw for use in uses])
         return tuple(uses)
 
     def _assemble(
@@ -124,28 +137,32 @@ class VllmMedia:
 
         processor = self._renderer.get_mm_processor()
         items, hashes, updates = [], [], []
+        counts = dict.fromkeys(Modality, 0)
         with set_default_torch_num_threads():
             for i, item in enumerate(media):
                 kwargs, digest, update = self._process(processor, token_ids, item, f"media[{i}]")
                 items.append(kwargs)
                 hashes.append(digest)
-                updates.append([processor._recompute_cached_prompt_update(each, i) for each in update])
+                index = counts[item.modality]
+                updates.append([processor._recompute_cached_prompt_update(each, index) for each in update])
+                counts[item.modality] += 1
             if placeholders:
-                found = processor._find_mm_placeholders(token_ids, {"image": updates}).get("image", [])
-                _check_placeholders(placeholders, found, updates)
+                found = processor._find_mm_placeholders(token_ids, _by_modality(media, updates))
+                _check_placeholders(placeholders, media, found, updates)
             else:
                 try:
-                    token_ids, by_modality = processor._apply_prompt_updates(token_ids, {"image": updates})
+                    token_ids, found = processor._apply_prompt_updates(token_ids, _by_modality(media, updates))
                 except AssertionError:  # as above
-                    by_modality = {}
-                found = by_modality.get("image", [])
-                if len(found) != len(media):
-                    raise InvalidRequest("media", f"{len(media)} images came, the prompt has room for {len(found)}")
+                    found = {}
+                for modality, count in counts.items():
+                    room = len(found.get(modality.value, ()))
+                    if room != count:
+                        raise InvalidRequest("media", f"{count} {modality.value}s came, the prompt has room for {room}")
         return mm_input(
             prompt_token_ids=token_ids,
-            mm_kwargs={"image": items},
-            mm_hashes={"image": hashes},
-            mm_placeholders={"image": [place.to_range() for place in found]},
+            mm_kwargs=_by_modality(media, items),
+            mm_hashes=_by_modality(media, hashes),
+            mm_placeholders={name: [place.to_range() for place in places] for name, places in found.items()},
         )
 
     def _process(self, processor: Any, token_ids: list[int], item: EngineMedia, field: str) -> tuple[Any, str, Any]:
@@ -153,31 +170,39 @@ class VllmMedia:
         from vllm.multimodal.processing.context import TimingContext
         from vllm.multimodal.processing.inputs import ProcessorInputs
 
+        modality = item.modality.value
         options = _options(processor, item, field)
-        image = item.content if isinstance(item.content, Image.Image) else _STAND_IN
-        data = processor.info.parse_mm_data({"image": [image]})
-        if not isinstance(item.content, Image.Image):
-            items = foreign_item(processor, item.content, _STAND_IN, f"{field}.processed.tensors")
+        if isinstance(item.content, tuple):
+            data = processor.info.parse_mm_data({modality: [stand_in(item.modality)]})
+            items = foreign_item(processor, item.content, item.modality, f"{field}.processed.tensors")
             updates = processor._get_mm_prompt_updates(data, {}, items)
-            return items["image"][0], item.sha256.hex(), updates["image"][0]
+            return items[modality][0], item.name, updates[modality][0]
         inputs = ProcessorInputs(
             token_ids,
-            data,
-            {"image": [item.sha256.hex()]},
+            processor.info.parse_mm_data({modality: [vllm_item(item)]}),
+            {modality: [item.name]},
             hf_processor_mm_kwargs=options,
             cache=self._renderer._mm_processor_only_cache,
         )
         result = processor._cached_apply_hf_processor(inputs, TimingContext(enabled=False))
-        return result.kwargs["image"][0], result.hashes["image"][0], result.prompt_updates["image"][0]
+        return result.kwargs[modality][0], result.hashes[modality][0], result.prompt_updates[modality][0]
+
+
+def _by_modality(media: Sequence[EngineMedia], values: Iterable[Any]) -> dict[str, list[Any]]:
+    """One value for each item, in vLLM's form: lists by the name of the modality."""
+    lists: dict[str, list[Any]] = {}
+    for item, value in zip(media, values, strict=True):
+        lists.setdefault(item.modality.value, []).append(value)
+    return lists
 
 
 def _options(processor: Any, item: EngineMedia, field: str) -> dict[str, Any]:
     """Arguments of the model's processor for the bounds of one item. Raises Unimplemented where it has no such."""
     if item.min_pixels is None and item.max_pixels is None:
         return {}
-    image_processor = getattr(processor.info.get_hf_processor(), "image_processor", None)
-    known = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
-    size: Any = getattr(image_processor, "size", {})
+    of_modality = getattr(processor.info.get_hf_processor(), f"{item.modality.value}_processor", None)
+    known = getattr(getattr(of_modality, "valid_kwargs", None), "__annotations__", {})
+    size: Any = getattr(of_modality, "size", {})
     if "min_pixels" not in known or "max_pixels" not in known:
         raise Unimplemented(f"{field}.processor", "the processor of this model does not resize by a number of pixels")
     low = item.min_pixels if item.min_pixels is not None else size["shortest_edge"]
@@ -188,21 +213,27 @@ def _options(processor: Any, item: EngineMedia, field: str) -> dict[str, Any]:
     return {"size": {"shortest_edge": low, "longest_edge": high}}
 
 
-def _check_placeholders(given: Sequence[PlaceholderRange], found: Sequence[Any], updates: Sequence[Any]) -> None:
+def _check_placeholders(
+    given: Sequence[PlaceholderRange],
+    media: Sequence[EngineMedia],
+    found: Mapping[str, Sequence[Any]],
+    updates: Sequence[Any],
+) -> None:
     """Raises InvalidRequest unless each range that came is what the processor yields for its item."""
-    expected = [PlaceholderRange(place.start_idx, place.length) for place in found]
-    for i, run in enumerate(given):
-        if i >= len(expected) or expected[i] != run:
+    left = {name: iter(places) for name, places in found.items()}
+    for i, (run, item) in enumerate(zip(given, media, strict=True)):
+        place = next(left.get(item.modality.value, iter(())), None)
+        if place is None or PlaceholderRange(place.start_idx, place.length) != run:
             lengths = {len(content.content.full) for content in updates[i]}
             raise InvalidRequest(
                 f"tokens.placeholders[{i}]",
                 f"is {run.length} tokens at {run.offset}; the processor yields {max(lengths, default=0)} for media[{i}]"
-                + (f", which are found at {expected[i].offset}" if i < len(expected) else ", which are not found"),
+                + (", which are not found" if place is None else f", which are found at {place.start_idx}"),
             )
 
 
 def _named_tensors(item: Mapping[str, Any]) -> tuple[NamedTensor, ...]:
-    """An item's tensors as a Hugging Face processor yields them for one image: with a dimension for it."""
+    """An item's tensors as a Hugging Face processor yields them for it alone: with a dimension for it."""
     named = []
     for name in sorted(item):
         value = item[name].field.reduce_data([item[name]])

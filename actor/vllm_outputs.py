@@ -9,6 +9,7 @@ import numpy as np
 
 from actor.engine import EngineRequest
 from common.errors import EngineDead, InvalidRequest
+from common.tensors import Tensor, tensor_of
 from common.types import Completion, FinishReason, TopLogprobs, VersionSpan
 
 if TYPE_CHECKING:
@@ -66,7 +67,15 @@ class Sample:
             text=self.text if request.return_text else "",
             top_logprobs=tuple(self.top_logprobs),
             stop=last.stop_reason if reason is FinishReason.STOP else None,
+            routed_experts=_experts(last.routed_experts) if request.return_routed_experts else None,
         )
+
+
+def _experts(found: Any) -> Tensor:
+    """vLLM's `[tokens, layers, experts per token]`, which come with the end, in the smallest unsigned type."""
+    if found is None:
+        raise EngineDead("the engine gave no routed experts")
+    return tensor_of(found.astype(np.int16 if found.dtype.itemsize == 1 else np.int32))
 
 
 def top_logprobs(flat: Any, place: int) -> TopLogprobs:

@@ -20,7 +20,11 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention, MMEncoderAttention, is_deferred_attention_layer
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import (
@@ -72,6 +76,7 @@ class ReloadedModel:
         with torch.no_grad():
             self._model.load_weights(iter(self._tensors))
         finalize_layerwise_reload(self._model, self._config.model_config)
+        _repack_tied_head(self._model)
 
 
 class ShadowModel:
@@ -243,6 +248,16 @@ class _ShadowLayer:
     def _set(self, name: str, tensor: Any) -> None:
         shadow = self.shadow
         (shadow._parameters if name in shadow._parameters else shadow._buffers)[name] = tensor  # noqa: SLF001
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """A head that shares the weight of the embedding has not been loaded, yet on CPUs computes with a packed copy."""
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
+    shared = {layer.weight.data_ptr() for layer in layers if layer not in heads}
+    for head in heads:
+        if head.weight.data_ptr() in shared:
+            head.quant_method.process_weights_after_loading(head)
 
 
 def _copy(live: nn.Module) -> Any:

@@ -6,7 +6,15 @@ import sys
 
 from benchmarks import harness
 
-BENCHMARKS = ("demo_vs_trl", "step_vs_trl", "actor_vs_inprocess", "packed_step", "fused_logprobs")
+BENCHMARKS = (
+    "demo_vs_trl",
+    "step_vs_trl",
+    "actor_vs_inprocess",
+    "actor_vs_http",
+    "actor_vs_vllm_grpc",
+    "packed_step",
+    "fused_logprobs",
+)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The peers' own virtual environment, `.venv-peers` in the checkout: built by the first benchmark that needs it."""
+"""Environments of the peers in the checkout, built when a benchmark needs them."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ from benchmarks.harness import say
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-peers"
+GRPC_FOLDER = ROOT / ".venv-peers-grpc"
+GRPC_PACKAGES = ("smg-grpc-servicer==0.14.1", "smg-grpc-proto==0.4.28")
 REQUIREMENTS = Path(__file__).with_name("requirements-peers.txt")
 
 
@@ -32,6 +34,22 @@ def python() -> Path:
         subprocess.run([interpreter, "-m", "pip", "uninstall", "-q", "-y", "triton"], check=True, stdout=sys.stderr)
         stamp.write_text(wanted)
     return interpreter
+
+
+def grpc_servicer() -> Path:
+    """A folder for `PYTHONPATH` with vLLM's gRPC servicer, which must run beside our vLLM.
+
+    Two packages of Python alone, so that they change nothing in this environment. Raises as `python` does.
+    """
+    stamp = GRPC_FOLDER / "installed.txt"
+    wanted = "\n".join(GRPC_PACKAGES)
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        say(f"installing vLLM's gRPC servicer into {GRPC_FOLDER.name}")
+        shutil.rmtree(GRPC_FOLDER, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(GRPC_FOLDER)]
+        subprocess.run([*command, *GRPC_PACKAGES], check=True, stdout=sys.stderr)
+        stamp.write_text(wanted)
+    return GRPC_FOLDER
 
 
 def _torch_version() -> str:

@@ -18,12 +18,22 @@ import numpy as np
 from common import wire
 from common.config import ConfigError
 from common.errors import MalformedResponse, MediaMissing, from_rpc_error
-from common.media import content_hash
+from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.channel import open_channel
 from common.rpc.tls import Certificates, read_certificates, stamp_of
-from common.types import ActorStatus, Completion, EpochSpec, Manifest, MediaItem, PromptInfo, RolloutRequest, ServerInfo
+from common.types import (
+    ActorStatus,
+    Completion,
+    EpochSpec,
+    Frames,
+    Manifest,
+    MediaItem,
+    PromptInfo,
+    RolloutRequest,
+    ServerInfo,
+)
 
 CHUNK_BYTES = 512 * 1024
 # Hashes of media that an actor is believed to hold; a wrong belief costs one round trip.
@@ -155,10 +165,10 @@ class GrpcClient:
         finally:
             call.cancel()
 
-    async def put_media(self, items: Sequence[bytes], *, timeout_s: float = 60.0) -> None:
-        """Upload encoded images in chunks."""
+    async def put_media(self, items: Sequence[bytes | Frames], *, timeout_s: float = 60.0) -> None:
+        """Upload image files, and the frames of videos, in chunks."""
         response = await _call(self._rollouts.PutMedia(_media_chunks(items), timeout=timeout_s))
-        expected = [content_hash(item) for item in items]
+        expected = [media_hash(item) for item in items]
         if list(response.sha256) != expected:
             raise MalformedResponse(f"PutMedia: {len(expected)} items were sent, {len(response.sha256)} are stored")
 
@@ -194,9 +204,9 @@ class GrpcClient:
     async def _prepare(self, request: RolloutRequest) -> RolloutRequest:
         """The request with media by hash where the actor has them, uploaded or inline where it has not."""
         lacking = {item.sha256: item for item in request.media if item.sha256 not in self._known_media}
-        files = {sha256: item.encoded for sha256, item in lacking.items() if item.encoded is not None}
+        files = {sha256: item.content for sha256, item in lacking.items() if isinstance(item.content, (bytes, Frames))}
         inline = set(lacking)
-        if sum(map(len, files.values())) > self._inline_max_bytes:
+        if sum(len(file) for item in files.values() for file in _files(item)) > self._inline_max_bytes:
             await self.put_media(list(files.values()))
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
@@ -299,14 +309,21 @@ def _check_completion(completion: Completion, request: RolloutRequest, received:
         raise MalformedResponse(f"{where}: has a logprob that is not finite")
 
 
-def _media_chunks(items: Sequence[bytes]) -> Iterator[rollout_pb2.PutMediaRequest]:
+def _files(item: bytes | Frames) -> tuple[bytes, ...]:
+    return item.files if isinstance(item, Frames) else (item,)
+
+
+def _media_chunks(items: Sequence[bytes | Frames]) -> Iterator[rollout_pb2.PutMediaRequest]:
     for item in items:
-        for offset in range(0, len(item), CHUNK_BYTES):
-            chunk = item[offset : offset + CHUNK_BYTES]
-            if offset:
-                yield rollout_pb2.PutMediaRequest(chunk=chunk)
-            else:
-                yield rollout_pb2.PutMediaRequest(sha256=content_hash(item), num_bytes=len(item), chunk=chunk)
+        files = _files(item)
+        request = rollout_pb2.PutMediaRequest(sha256=media_hash(item), num_bytes=sum(map(len, files)))
+        if isinstance(item, Frames):
+            request.frame_num_bytes.extend(map(len, files))
+        for file in files:
+            for offset in range(0, len(file), CHUNK_BYTES):
+                request.chunk = file[offset : offset + CHUNK_BYTES]
+                yield request
+                request = rollout_pb2.PutMediaRequest()
 
 
 async def _call(call: Awaitable[T]) -> T:

@@ -171,6 +171,12 @@ class QueueFull(OutriderError):
         return cls(_find(status, error_details_pb2.RetryInfo()).retry_delay.ToNanoseconds() / 1e9, message)
 
 
+class TooManyStreams(QueueFull):
+    """One caller has too many calls under way; others may not."""
+
+    reason = "TOO_MANY_STREAMS"
+
+
 class StageTimeout(OutriderError):
     """A weight operation missed its deadline; nothing live was touched."""
 
@@ -234,6 +240,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         Paused,
         EngineDead,
         QueueFull,
+        TooManyStreams,
         StageTimeout,
         StageCorrupt,
         Internal,
@@ -281,9 +288,11 @@ def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 def _find(status: status_pb2.Status, empty: M) -> M:
-    """The first detail of `empty`'s type, or `empty` itself."""
+    """The first detail of `empty`'s type, or `empty` itself; also where the detail is damaged."""
     for detail in status.details:
         if detail.Is(empty.DESCRIPTOR):
-            detail.Unpack(empty)
-            break
+            try:
+                return type(empty).FromString(detail.value)
+            except DecodeError:
+                return empty
     return empty

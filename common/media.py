@@ -1,4 +1,4 @@
-"""Images as bytes: their name (sha256), and a decoder that looks at the header before it allocates anything.
+"""Images and videos as bytes: their name (sha256), and a decoder that looks at headers before it allocates anything.
 
 The learner and the actor both decode with `decode_image`, so that the same bytes are the same pixels on both sides.
 """
@@ -7,9 +7,13 @@ import hashlib
 import io
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from common.errors import InvalidRequest, TooLarge
+from common.tensors import Tensor, pixels_hash, tensors_hash
+from common.types import Frames, MediaContent
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Eight bits per channel or less: what converts to RGB without losing range.
@@ -28,6 +32,23 @@ class ImageHeader:
 def content_hash(data: bytes) -> bytes:
     """The 32-byte sha256 that names a media item everywhere."""
     return hashlib.sha256(data).digest()
+
+
+def frames_hash(frames: Frames) -> bytes:
+    """The same of the frames of a video; `MediaItem.sha256` in the proto file defines it."""
+    digest = hashlib.sha256(f"frames {len(frames.files)}\n".encode())
+    for file in frames.files:
+        digest.update(content_hash(file))
+    return digest.digest()
+
+
+def media_hash(content: MediaContent) -> bytes:
+    """The 32-byte sha256 of whatever a media item holds."""
+    if isinstance(content, bytes):
+        return content_hash(content)
+    if isinstance(content, Frames):
+        return frames_hash(content)
+    return pixels_hash(content) if isinstance(content, Tensor) else tensors_hash(content)
 
 
 def check_image(data: bytes, field: str, max_pixels: int) -> ImageHeader:
@@ -49,6 +70,40 @@ def decode_image(data: bytes, field: str, max_pixels: int) -> Image.Image:
             return image.convert("RGB")
         except Exception as error:  # decoders raise whatever they like on hostile bytes
             raise InvalidRequest(field, f"damaged {image.format} file: {type(error).__name__}") from error
+
+
+def check_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) -> ImageHeader:
+    """Read the headers of all frames; that of the first one. `max_pixels` are those of all frames together.
+
+    Raises as `check_image`, naming the file, and for frames that are none, too many or of different sizes.
+    """
+    if not frames.files:
+        raise InvalidRequest(f"{field}.files", "is empty")
+    if len(frames.files) > max_frames:
+        raise TooLarge(f"{field}.files", f"{len(frames.files)} frames, more than the limit of {max_frames}")
+    first = check_image(frames.files[0], f"{field}.files[0]", max_pixels)
+    if len(frames.files) * first.width * first.height > max_pixels:
+        raise TooLarge(
+            f"{field}.files",
+            f"{len(frames.files)} frames of {first.width}x{first.height} pixels, more than the limit of {max_pixels}",
+        )
+    for i, file in enumerate(frames.files[1:], start=1):
+        header = check_image(file, f"{field}.files[{i}]", max_pixels)
+        if (header.width, header.height) != (first.width, first.height):
+            raise InvalidRequest(
+                f"{field}.files[{i}]",
+                f"{header.width}x{header.height} pixels; the first frame has {first.width}x{first.height}",
+            )
+    return first
+
+
+def decode_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """Decode a video to RGB, `[frames, height, width, 3]`; as `decode_image` otherwise. Raises as `check_frames`."""
+    header = check_frames(frames, field, max_frames, max_pixels)
+    video = np.empty((len(frames.files), header.height, header.width, 3), np.uint8)
+    for i, file in enumerate(frames.files):
+        video[i] = np.asarray(decode_image(file, f"{field}.files[{i}]", max_pixels))
+    return video
 
 
 def _open(data: bytes, field: str, max_pixels: int) -> Image.Image:

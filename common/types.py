@@ -93,12 +93,21 @@ class PlaceholderRange:
 
 
 @dataclass(frozen=True, slots=True)
-class MediaItem:
-    """One image of a prompt: its sha256 (32 bytes), and its content unless the receiver has that already.
+class Frames:
+    """The frames of a video in order, each an image file of the same width and height."""
 
-    The content is one of: an encoded file; pixels, `U8 [height, width, 3]`; or what the model's own processor yields
-    for the image, by name. `common.media` and `common.tensors` have the hashes. `min_pixels` and `max_pixels` bound
-    height * width after the processor's resizing; None: the model's own bounds.
+    files: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One image or video of a prompt: its sha256 (32 bytes), and its content unless the receiver has that already.
+
+    The content of an image is one of: an encoded file; pixels, `U8 [height, width, 3]`; or what the model's own
+    processor yields for it, by name. That of a video: its frames; pixels, `U8 [frames, height, width, 3]`; or processed
+    tensors likewise. `common.media` and `common.tensors` have the hashes. `min_pixels` and `max_pixels` bound
+    height * width after the processor's resizing; None: the model's own bounds. `frames_per_second` says how far apart
+    the frames of a video are.
     """
 
     sha256: bytes
@@ -108,20 +117,22 @@ class MediaItem:
     processed: tuple[NamedTensor, ...] = ()
     min_pixels: int | None = None
     max_pixels: int | None = None
+    frames: Frames | None = None
+    frames_per_second: float | None = None
 
     @property
     def content(self) -> "MediaContent | None":
         """The one content that is here, None for a reference by hash."""
         if self.encoded is not None:
             return self.encoded
-        return self.pixels or self.processed or None
+        return self.frames or self.pixels or self.processed or None
 
     def by_hash(self) -> "MediaItem":
         """The same item without its content, for a receiver that has it."""
-        return replace(self, encoded=None, pixels=None, processed=())
+        return replace(self, encoded=None, pixels=None, processed=(), frames=None)
 
 
-MediaContent = bytes | Tensor | tuple[NamedTensor, ...]
+MediaContent = bytes | Frames | Tensor | tuple[NamedTensor, ...]
 
 
 class Constraint(enum.Enum):
@@ -201,6 +212,7 @@ class RolloutRequest:
     return_processed: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +275,8 @@ class Completion:
 
     `logprobs[t]` is the natural log of the probability of `token_ids[t]` under the distribution that it was sampled
     from (after temperature, truncation and suppression). `stop` is the stop id or string that ended it, None for the
-    end-of-sequence id. With `beam` it is no sample, but what a beam search found.
+    end-of-sequence id. With `beam` it is no sample, but what a beam search found. `routed_experts`, on request, are
+    `[tokens, layers, experts per token]` for the tokens that the model was given: the prompt and all but the last.
     """
 
     trajectory_id: str
@@ -278,6 +291,7 @@ class Completion:
     top_logprobs: tuple[TopLogprobs, ...] = ()
     stop: int | str | None = None
     beam: BeamScore | None = None
+    routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +306,8 @@ class ServerLimits:
     max_message_bytes: int = 64 * 2**20
     max_queued_completions: int = 4096
     max_logprobs: int = 64
+    max_videos: int = 0
+    max_video_frames: int = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,8 @@ class LearnerConfig(Config):
     run_dir: Path | None = None
     # "host:port" where Prometheus finds the metrics of rank 0 over HTTP (learner/metrics.py); None: nowhere.
     metrics_listen: str | None = None
+    # OpenTelemetry spans of rank 0 (common/tracing.py); the variables OTEL_* say where they go.
+    tracing: bool = False
     # Continue the newest unfinished run of this same configuration.
     resume: bool = True
 

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from common import log as logging
+from common import tracing
 from common.config import ConfigError
 from common.lifecycle import end_with_parent
 from common.rpc.tls import read_certificates
@@ -95,6 +96,8 @@ def _run_rank_zero(
             display.note(f"resuming {run_dir} at step {policy.version}")
         display.note(_describe(policy))
         display.phase("waiting for actors")
+        if config.tracing:
+            stack.callback(tracing.start("outrider-learner"))
         stack.callback(control.close)
         control.start()
         reporter = Reporter(display, metrics, progress)

@@ -1,7 +1,7 @@
 """What holds for every test: markers and time limits by folder, and no process left behind.
 
-A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `gpu/`) and gets the
-marker of that name. GPU tests and slow ones are left out unless asked for with `-m gpu`, `-m slow`.
+A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `fuzz/`, `gpu/`) and gets
+the marker of that name. GPU tests and slow ones are left out unless asked for with `-m gpu`, `-m slow`.
 """
 
 import os
@@ -9,12 +9,17 @@ import time
 import uuid
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
+# Fewer examples than usual for each property: there are many. None has a deadline: machines are busy at times.
+hypothesis.settings.register_profile("outrider", max_examples=50, deadline=None)
+hypothesis.settings.load_profile("outrider")
+
 _TESTS = Path(__file__).resolve().parent
 # Seconds for one test of each folder, where the test does not say otherwise.
-_TIMEOUT_S = {"unit": 60, "contract": 60, "integration": 600, "faults": 600, "gpu": 600}
+_TIMEOUT_S = {"unit": 60, "contract": 60, "integration": 600, "faults": 600, "fuzz": 60, "gpu": 600}
 
 # Every process that a test starts inherits this variable, also one that has lost its parent: so a leak is seen whoever
 # its parent is by now.

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 from grpc.aio import ClientCallDetails
 
+from common import tracing
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, channel_options
 from common.rpc.tls import ACTOR, Certificates, channel_credentials
 
@@ -22,7 +23,7 @@ def open_channel(
     A call that names no timeout gets `default_timeout_s`, so that none can hang for ever.
     """
     # The stubs know only the base class of interceptors.
-    interceptors: Any = [kind(default_timeout_s) for kind in (_UnaryDeadline, _StreamDeadline, _UploadDeadline)]
+    interceptors: Any = [kind(default_timeout_s) for kind in (_AroundSingle, _AroundStream, _AroundUpload)]
     options = channel_options(max_message_bytes)
     if certificates is None:
         return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
@@ -30,39 +31,48 @@ def open_channel(
     return grpc.aio.secure_channel(address, channel_credentials(certificates), options, interceptors=interceptors)
 
 
-def _with_deadline(details: ClientCallDetails, timeout_s: float) -> ClientCallDetails:
-    if details.timeout is not None:
-        return details
-    return ClientCallDetails(
-        method=details.method,
-        timeout=timeout_s,
-        metadata=details.metadata,
-        credentials=details.credentials,
-        wait_for_ready=details.wait_for_ready,
-    )
+class _Around:
+    """What happens around every call: a deadline, and a span where one is due."""
 
-
-class _DefaultDeadline:
     def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+        self._timeout_s = timeout_s
+
+    async def _call(self, continuation: Callable[..., Any], details: ClientCallDetails, request: Any) -> Any:
+        sent = tracing.call_sent(_text(details.method))
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), *(sent[0] if sent else ()))
+        around = ClientCallDetails(
+            method=details.method,
+            timeout=self._timeout_s if details.timeout is None else details.timeout,
+            metadata=metadata,
+            credentials=details.credentials,
+            wait_for_ready=details.wait_for_ready,
+        )
+        call = await continuation(around, request)
+        if sent:
+            call.add_done_callback(sent[1])
+        return call
 
 
-class _UnaryDeadline(_DefaultDeadline, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
+class _AroundSingle(_Around, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_with_deadline(client_call_details, self.timeout_s), request)
+        return await self._call(continuation, client_call_details, request)
 
 
-class _StreamDeadline(_DefaultDeadline, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+class _AroundStream(_Around, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_with_deadline(client_call_details, self.timeout_s), request)
+        return await self._call(continuation, client_call_details, request)
 
 
-class _UploadDeadline(_DefaultDeadline, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[type-arg]
+class _AroundUpload(_Around, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[type-arg]
     async def intercept_stream_unary(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request_iterator: Any
     ) -> Any:
-        return await continuation(_with_deadline(client_call_details, self.timeout_s), request_iterator)
+        return await self._call(continuation, client_call_details, request_iterator)
+
+
+def _text(method: str | bytes) -> str:
+    return method.decode() if isinstance(method, bytes) else method

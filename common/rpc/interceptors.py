@@ -1,23 +1,26 @@
-"""What happens around every call of a server: roles are checked, errors become statuses, and activity is counted."""
+"""What happens around every call of a server: roles, parsing, exceptions that become statuses, and a count of calls."""
 # ruff: noqa: BLE001 - this is the boundary that maps every exception
 
 import inspect
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from common.errors import DETAILS_KEY, Internal, OutriderError, to_status
+from common import tracing
+from common.errors import DETAILS_KEY, Internal, InvalidRequest, OutriderError, to_status
 from common.log import get_logger
+from common.rpc.peers import Context, StreamLimit, names_of, peer_of
 from common.rpc.tls import authorize
+from common.wire import check_bounds
 
 log = get_logger(__name__)
 
 Handler = Any  # grpc.RpcMethodHandler: generic in the stubs only
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Activity:
@@ -50,9 +53,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     traceback under that id.
     """
 
-    def __init__(self, activity: Activity, *, checks_roles: bool = False) -> None:
+    def __init__(self, activity: Activity, streams: StreamLimit, *, checks_roles: bool = False) -> None:
         """`checks_roles`: what a caller may do depends on its certificate, see `common.rpc.tls`."""
         self.activity = activity
+        self._streams = streams
         self._checks_roles = checks_roles
 
     async def intercept_service(  # type: ignore[override]  # the stubs forget that a method may be unknown
@@ -70,17 +74,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if behavior is None:
                 continue
             wrap = self._stream if inspect.isasyncgenfunction(behavior) else self._single
+            # Parsed here: gRPC itself would answer noise with UNKNOWN and the name of an exception.
+            parsing = _parsing_each if kind.startswith("stream") else _parsing
             return getattr(grpc, f"{kind}_rpc_method_handler")(
-                wrap(method, behavior), handler.request_deserializer, handler.response_serializer
+                wrap(method, behavior, parsing(handler.request_deserializer), is_stream=kind != "unary_unary"),
+                None,
+                handler.response_serializer,
             )
         return handler
 
-    def _single(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _single(
+        self, method: str, behavior: Callable[..., Awaitable[Any]], parse: Callable[[Any], Any], *, is_stream: bool
+    ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
             with self.activity.call():
                 try:
-                    self._authorize(method, context)
-                    return await behavior(request, context)
+                    with self._admitted(method, context, is_stream=is_stream):
+                        return await behavior(parse(request), context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -88,27 +98,61 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return call
 
-    def _stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _stream(
+        self,
+        method: str,
+        behavior: Callable[..., AsyncGenerator[Any, None]],
+        parse: Callable[[Any], Any],
+        *,
+        is_stream: bool,
+    ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             with self.activity.call():
-                responses = behavior(request, context)
                 try:
-                    self._authorize(method, context)
-                    async for response in responses:
-                        yield response
+                    with self._admitted(method, context, is_stream=is_stream):
+                        async with aclosing(behavior(parse(request), context)) as responses:
+                            async for response in responses:
+                                yield response
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
                     await abort(method, context, error)
-                finally:
-                    await responses.aclose()  # type: ignore[attr-defined]
 
         return call
 
-    def _authorize(self, method: str, context: Context) -> None:
+    @contextmanager
+    def _admitted(self, method: str, context: Context, *, is_stream: bool) -> Iterator[None]:
+        """Around the handler of a call that its caller may make. Raises PermissionDenied and TooManyStreams."""
         if self._checks_roles:
-            names = context.auth_context().get("x509_subject_alternative_name", ())
-            authorize(method, frozenset(name.decode(errors="replace") for name in names))
+            authorize(method, names_of(context))
+        with (
+            self._streams.stream(peer_of(context)) if is_stream else nullcontext(),
+            tracing.call_received(method, context.invocation_metadata() or (), is_stream=is_stream),
+        ):
+            yield
+
+
+def _parsing(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    descriptor = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]  # FromString of a message class
+
+    def parse(data: bytes) -> Any:
+        check_bounds(data, descriptor)
+        try:
+            return deserialize(data)
+        except DecodeError:
+            raise InvalidRequest("", f"these {len(data)} bytes are no message of this call") from None
+
+    return parse
+
+
+def _parsing_each(deserialize: Callable[[bytes], Any]) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+    parse = _parsing(deserialize)
+
+    async def parse_each(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield parse(data)
+
+    return parse_each
 
 
 async def abort(method: str, context: Context, error: Exception) -> NoReturn:

@@ -15,10 +15,13 @@ from common.log import get_logger
 from common.rpc import tls as tls_files
 from common.rpc.interceptors import Activity, CallInterceptor
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, server_options
+from common.rpc.peers import StreamLimit
 
 log = get_logger(__name__)
 
 MAX_STREAMS_PER_PEER = 1024
+# Calls beside the streams that one connection may have open: what asks for the state gets through to a full server.
+_SINGLE_CALLS = 64
 
 
 class RpcServer:
@@ -32,13 +35,21 @@ class RpcServer:
         await server.set_health(liveness=True, readiness=False)
     """
 
-    def __init__(self, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, *, tls: Path | None = None) -> None:
+    def __init__(
+        self,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        *,
+        tls: Path | None = None,
+        max_streams_per_peer: int = MAX_STREAMS_PER_PEER,
+    ) -> None:
         """`tls`: the directory of certificates, see `common.rpc.tls`; None: plaintext. Raises ConfigError."""
         self.activity = Activity()
         self._credentials = tls_files.server_credentials(tls) if tls is not None else None
         self.grpc = grpc.aio.server(
-            interceptors=[CallInterceptor(self.activity, checks_roles=tls is not None)],
-            options=server_options(max_message_bytes, MAX_STREAMS_PER_PEER),
+            interceptors=[
+                CallInterceptor(self.activity, StreamLimit(max_streams_per_peer), checks_roles=tls is not None)
+            ],
+            options=server_options(max_message_bytes, max_streams_per_peer + _SINGLE_CALLS),
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
         self._probes: grpc.aio.Server | None = None

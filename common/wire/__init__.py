@@ -5,6 +5,7 @@
 Ranges that depend on a server's limits are not checked here but in `actor.validation`.
 """
 
+from common.wire.bounds import check_bounds
 from common.wire.requests import request_from_proto, request_to_proto
 from common.wire.responses import (
     completion_from_proto,
@@ -24,6 +25,7 @@ from common.wire.tensors import tensor_from_proto, tensor_to_proto
 from common.wire.weights import epoch_from_proto, epoch_to_proto, manifest_from_proto, manifest_to_proto
 
 __all__ = [
+    "check_bounds",
     "completion_from_proto",
     "completion_to_proto",
     "epoch_from_proto",

@@ -1,6 +1,6 @@
 """`GenerateRequest` and `RolloutRequest`."""
 
-from common.errors import InvalidRequest, Unimplemented
+from common.errors import InvalidRequest
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import (
     ChatMessage,
@@ -13,8 +13,15 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
+from common.wire.bounds import check_count
 from common.wire.media import media_from_proto, media_to_proto
 from common.wire.sampling import sampling_from_proto, sampling_to_proto
+
+# More than any model takes; what a server takes is less, and checked in `actor.validation`.
+_MAX_MESSAGES = 4096
+_MAX_PARTS = 4096
+_MAX_MEDIA = 4096
+_MAX_IDS = 2**21
 
 
 def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
@@ -28,6 +35,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
     )
     message.returns.text = request.return_text
     message.returns.processed_media = request.return_processed
+    message.returns.routed_experts = request.return_routed_experts
     match request.prompt:
         case ChatPrompt(messages):
             message.chat.messages.extend(_chat_message_to_proto(chat_message) for chat_message in messages)
@@ -42,9 +50,8 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
 
 
 def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
-    """Raises InvalidRequest and Unimplemented, naming the field."""
-    if message.returns.routed_experts:
-        raise Unimplemented("returns.routed_experts", "routed experts are not returned by this version")
+    """Raises InvalidRequest, naming the field."""
+    check_count(message.media, "media", _MAX_MEDIA)
     return RolloutRequest(
         group_id=message.group_id,
         prompt=_prompt_from_proto(message),
@@ -54,6 +61,7 @@ def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
         return_text=message.returns.text,
         return_processed=message.returns.processed_media,
         model=message.model,
+        return_routed_experts=message.returns.routed_experts,
     )
 
 
@@ -68,6 +76,7 @@ def _chat_message_to_proto(message: ChatMessage) -> pb.ChatMessage:
 def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
     match message.WhichOneof("prompt"):
         case "chat":
+            check_count(message.chat.messages, "chat.messages", _MAX_MESSAGES)
             return ChatPrompt(
                 tuple(
                     ChatMessage(chat_message.role, _parts_from_proto(chat_message, f"chat.messages[{i}]"))
@@ -77,6 +86,8 @@ def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
         case "text":
             return TextPrompt(message.text)
         case "tokens":
+            check_count(message.tokens.ids, "tokens.ids", _MAX_IDS)
+            check_count(message.tokens.placeholders, "tokens.placeholders", _MAX_MEDIA)
             runs = tuple(PlaceholderRange(run.offset, run.length) for run in message.tokens.placeholders)
             return TokenPrompt(tuple(message.tokens.ids), runs)
         case _:
@@ -84,6 +95,7 @@ def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
 
 
 def _parts_from_proto(message: pb.ChatMessage, field: str) -> tuple[TextPart | MediaPart, ...]:
+    check_count(message.parts, f"{field}.parts", _MAX_PARTS)
     parts: list[TextPart | MediaPart] = []
     for i, part in enumerate(message.parts):
         match part.WhichOneof("part"):

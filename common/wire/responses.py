@@ -6,6 +6,7 @@ import numpy as np
 
 from common.errors import InvalidRequest, MalformedResponse
 from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.tensors import Tensor
 from common.types import (
     BeamScore,
     Completion,
@@ -18,7 +19,12 @@ from common.types import (
     TopLogprobs,
     VersionSpan,
 )
-from common.wire.tensors import named_tensors_from_proto, named_tensors_to_proto
+from common.wire.tensors import (
+    named_tensors_from_proto,
+    named_tensors_to_proto,
+    tensor_from_proto,
+    tensor_to_proto,
+)
 
 _MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
 _MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
@@ -97,6 +103,8 @@ def completion_to_proto(completion: Completion) -> pb.Completion:
         message.stop_token_id = completion.stop
     elif completion.stop is not None:
         message.stop_string = completion.stop
+    if completion.routed_experts is not None:
+        message.routed_experts.CopyFrom(tensor_to_proto(completion.routed_experts))
     if (beam := completion.beam) is not None:
         message.beam.CopyFrom(pb.Beam(cumulative_logprob=beam.cumulative_logprob, score=beam.score))
     return message
@@ -125,7 +133,20 @@ def completion_from_proto(message: pb.Completion) -> Completion:
         top_logprobs=tuple(_top_from_proto(top) for top in message.top_logprobs),
         stop=getattr(message, stop) if stop is not None else None,
         beam=BeamScore(message.beam.cumulative_logprob, message.beam.score) if message.HasField("beam") else None,
+        routed_experts=_experts(message.routed_experts, num_tokens) if message.HasField("routed_experts") else None,
     )
+
+
+def _experts(message: pb.Tensor, num_tokens: int) -> Tensor:
+    try:
+        experts = tensor_from_proto(message, "completion.routed_experts")
+    except InvalidRequest as error:
+        raise MalformedResponse(error.message) from None
+    if experts.dtype not in ("I16", "I32") or len(experts.shape) != 3 or experts.shape[0] < num_tokens - 1:
+        raise MalformedResponse(
+            f"completion.routed_experts: {experts.dtype} {list(experts.shape)} for {num_tokens} tokens"
+        )
+    return experts
 
 
 def _top_to_proto(top: TopLogprobs) -> pb.TopLogprobs:

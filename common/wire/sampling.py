@@ -5,6 +5,7 @@ from typing import Any
 from common.errors import InvalidRequest
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Constraint, RepetitionDetection, SamplingParams, StructuredOutput
+from common.wire.bounds import check_count
 
 # Fields by kind; the names are the same on both sides.
 _PLAIN = (
@@ -32,6 +33,9 @@ _OPTIONAL = (
 )
 _REPEATED = ("stop_token_ids", "stop", "allowed_token_ids", "bad_token_ids", "bad_words")
 
+# Vocabularies are smaller; what a server takes is less, and checked in `actor.validation`.
+_MAX_ITEMS = 2**20
+
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
     """`SamplingParams` as a message; what is None stays unset."""
@@ -53,6 +57,8 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 def sampling_from_proto(message: pb.SamplingParams, field: str) -> SamplingParams:
     """Raises InvalidRequest for a constraint that is none; ranges are the business of `actor.validation`."""
+    for name in (*_REPEATED, "logit_bias"):
+        check_count(getattr(message, name), f"{field}.{name}", _MAX_ITEMS)
     values: dict[str, Any] = {name: getattr(message, name) for name in _PLAIN}
     values |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}  # type: ignore[arg-type]
     values |= {name: tuple(getattr(message, name)) for name in _REPEATED}
@@ -81,6 +87,7 @@ def _structured_to_proto(structured: StructuredOutput) -> pb.StructuredOutput:
 def _structured_from_proto(message: pb.StructuredOutput, field: str) -> StructuredOutput:
     match message.WhichOneof("constraint"):
         case "choice":
+            check_count(message.choice.texts, f"{field}.choice.texts", _MAX_ITEMS)
             return StructuredOutput(Constraint.CHOICE, choices=tuple(message.choice.texts))
         case "json_object":
             if not message.json_object:

@@ -9,6 +9,8 @@ from common.tensors import WIRE_NAMES, NamedTensor, Tensor, num_bytes
 _MAX_DIMENSIONS = 8
 _MAX_TENSORS = 64
 _MAX_NAME_CHARS = 128
+# Arrays are indexed with signed 64-bit numbers, also those without elements.
+_MAX_BYTES = 2**63 - 1
 _DTYPE = {name: pb.Dtype.Value(f"DTYPE_{wire_name}") for name, wire_name in WIRE_NAMES.items()}
 _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
 
@@ -31,8 +33,8 @@ def tensor_from_proto(message: pb.Tensor, field: str) -> Tensor:
     expected = num_bytes(dtype, shape)
     if len(message.data) != expected:
         raise InvalidRequest(f"{field}.data", f"{len(message.data)} bytes; dtype and shape make {expected}")
-    if num_bytes(dtype, tuple(max(size, 1) for size in shape)) >= 2**63:
-        raise InvalidRequest(f"{field}.shape", "is of more bytes than there can be, also where a size is 0")
+    if num_bytes(dtype, tuple(size for size in shape if size)) > _MAX_BYTES:
+        raise InvalidRequest(f"{field}.shape", "has a size of 0 and others that no memory holds")
     if dtype == "BOOL" and message.data.translate(None, b"\0\1"):
         raise InvalidRequest(f"{field}.data", "has a bool that is neither 0 nor 1")
     return Tensor(dtype, shape, message.data)

@@ -3,7 +3,8 @@
 The model runs on one long sequence [1, T]. Only here do rows matter: rows of similar length are laid side by side as
 [rows, longest], and go through `scaled_dot_product_attention` with a boolean mask from the branches (see
 `learner.batch.packing`); rows of a single completion need none, they are causal. Where every row has the same length
-that is a view, otherwise a gather. The vision tower keeps its own attention, and a forward without a layout is plain
+that is a view, otherwise a gather. On a GPU, in 16 bits, a pack goes through flash attention instead, in one call
+(`learner.model.varlen_attention`). The vision tower keeps its own attention, and a forward without a layout is plain
 causal attention.
 
 A query sees a key of its row that comes no later and is of the prompt or of the query's own branch. Two things that
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.model.sequence_parallel import SplitSequence
+from learner.model.varlen_attention import VarlenLayout, attend, fits, varlen_layout
 
 NAME = "outrider_packed"
 """What `config._attn_implementation` of the text model says."""
@@ -72,6 +74,8 @@ class PackedLayout:
     """int64 [M]: the token in each place, 0 in padding; None if places and tokens are the same."""
     scatter: Tensor | None
     """int64 [T]: the place of each token."""
+    varlen: VarlenLayout | None = None
+    """The same for flash attention; None where images see themselves in both directions."""
 
 
 def register() -> str:
@@ -112,12 +116,13 @@ def packed_layout(row_lengths: Sequence[int], branch_ids: Tensor, seen_whole: Te
         _block(gather.to(device), branch_ids, orders, spans, is_causal[rows[0]])
         for rows, gather in zip(groups, gathers, strict=True)
     )
+    varlen = varlen_layout(branches_of_rows, device) if seen_whole is None else None
     joined = torch.cat([gather.flatten() for gather in gathers])
     if torch.equal(joined, torch.arange(len(branch_ids))):
-        return PackedLayout(blocks, None, None)
+        return PackedLayout(blocks, None, None, varlen)
     places = torch.nonzero(joined >= 0).squeeze(1)
     scatter = torch.empty_like(places).index_copy_(0, joined[places], places)
-    return PackedLayout(blocks, joined.clamp_(min=0).to(device), scatter.to(device))
+    return PackedLayout(blocks, joined.clamp_(min=0).to(device), scatter.to(device), varlen)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # masks and blocks are another for each pack
@@ -155,30 +160,39 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return plain
-    gather, scatter = packed_layout.gather, packed_layout.scatter
-    # One contiguous line for each token: [places, heads, d].
+    # One line for each token: [T, heads, d].
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if packed_layout.varlen is not None and fits(q) and not dropout:
+        joined = attend(q, k, v, packed_layout.varlen, scaling=scaling, window=sliding_window)
+    else:
+        joined = _attend_blocks(q, k, v, packed_layout, scaling=scaling, window=sliding_window, dropout=dropout)
+    output = joined.unsqueeze(0)
+    return (output if split_sequence is None else split_sequence.to_tokens(output)), None
+
+
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, *, scaling: float | None, window: int | None, dropout: float
+) -> Tensor:
+    """`[T, heads, d]`, block by block."""
+    gather, scatter = layout.gather, layout.scatter
     if gather is not None and scatter is not None:
         q, k, v = (_pad(states.contiguous(), gather, scatter) for states in (q, k, v))
-    sizes = [block.num_rows * block.length for block in packed_layout.blocks]
+    sizes = [block.num_rows * block.length for block in layout.blocks]
     outputs = []
-    for block, *parts in zip(packed_layout.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+    for block, *parts in zip(layout.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         queries, keys, values = (
             part.reshape(block.num_rows, block.length, *part.shape[1:]).transpose(1, 2) for part in parts
         )
         groups = queries.shape[1] // keys.shape[1]
         if groups > 1:
             keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
-        mask = block.mask(sliding_window)
+        mask = block.mask(window)
         attended = nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if scatter is not None:
-        joined = _unpad(joined, scatter)
-    output = joined.unsqueeze(0)
-    return (output if split_sequence is None else split_sequence.to_tokens(output)), None
+    return joined if scatter is None else _unpad(joined, scatter)
 
 
 def _pad(states: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from common import tracing
 from common.log import get_logger
 from common.types import SamplingParams
 from learner.ledger import Ledger
@@ -169,7 +170,8 @@ class Dispatcher:
 
     async def _run_group(self, sequence: int, trained_at: int) -> None:
         try:
-            group = await self._make_group(sequence, trained_at)
+            with tracing.span("learner.group", sequence=sequence):
+                group = await self._make_group(sequence, trained_at)
         except (GroupFailed, RewardError) as error:
             self._drop(sequence, error)
             return
@@ -184,15 +186,18 @@ class Dispatcher:
             self._num_tokens += sum(len(completion.token_ids) for completion in group.completions)
 
     async def _make_group(self, sequence: int, trained_at: int) -> Group:
-        sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
+        with tracing.span("learner.prepare"):
+            sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
         max_staleness = self._credits.max_staleness
-        sampled = await self._sampler.sample(
-            build_request(self._group_id(sequence), sample, self._sampling_of(sequence)),
-            # The step that will train it may have moved on while it waited.
-            min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
-            expected=processed,
-        )
-        rewards = await self._rewards.score(sample, sampled.completions)
+        with tracing.span("learner.rollout"):
+            sampled = await self._sampler.sample(
+                build_request(self._group_id(sequence), sample, self._sampling_of(sequence)),
+                # The step that will train it may have moved on while it waited.
+                min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
+                expected=processed,
+            )
+        with tracing.span("learner.rewards"):
+            rewards = await self._rewards.score(sample, sampled.completions)
         return Group(sampled.prompt.group_id, sequence, sample, processed, sampled.prompt, sampled.completions, rewards)
 
     def _prepare(self, sequence: int) -> tuple[PromptSample, ProcessedPrompt]:

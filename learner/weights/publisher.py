@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from common import tracing
 from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
@@ -126,11 +127,12 @@ class Publisher:
             return
         merged = self._forms.choose(snapshot, members)
         full = any(member.version < 0 for member in members) or self._forms.changes(snapshot, merged=merged)
-        changes = None if full else await self._deltas.choose(snapshot, members)
-        if changes is not None:
-            times = await self._epoch.send(*changes)
-        else:
-            times = await self._epoch.update(snapshot, full=full, merged=merged, keep=self._deltas.enabled)
+        with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
+            changes = None if full else await self._deltas.choose(snapshot, members)
+            if changes is not None:
+                times = await self._epoch.send(*changes)
+            else:
+                times = await self._epoch.update(snapshot, full=full, merged=merged, keep=self._deltas.enabled)
         self._forms.sent(merged=merged)
         self._deltas.sent(snapshot, members, times)
         self._num_failures = 0

@@ -6,14 +6,15 @@ The trainer makes it between two steps and goes on; the publisher sends it, and 
 With LoRA what trains is the adapter. Actors that take adapters get it alone; for others it is merged here.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from common.types import LORA_A, LORA_B, Manifest
 from learner.model.lora import FILE_PREFIX, adapter_parameters, merge, own_name
+from learner.model.names import CheckpointForm
 from learner.weights.buckets import Buckets, BucketWriter, join
 
 
@@ -27,14 +28,23 @@ class AdapterFacts:
     rank: int
     merged_because: str = ""
     name: str = "policy"
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """The adapted modules, by the name that their weight has in the checkpoint."""
 
     @classmethod
-    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str]) -> "AdapterFacts":
-        """From its matrices, and the names of those that an image passes before the text model."""
-        rank = max(source.parameter.shape[0] for source in matrices if source.name.endswith(LORA_A))
-        if in_vision:
-            return cls(rank, f"vLLM applies no adapter to vision modules, as {in_vision[0]}")
-        return cls(rank)
+    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], base: "Sequence[_Source]") -> "AdapterFacts":
+        """From its matrices, the names of those that an image passes before the text model, and the model below."""
+        a = [source for source in matrices if source.name.endswith(LORA_A)]
+        adapted = {source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in a}
+        modules: dict[str, str] = {}
+        for source in base:
+            module = source.name.removesuffix(".weight")
+            if module in adapted:
+                [(name, _)] = source.tensors(torch.empty(source.parameter.shape, device="meta"))
+                modules[name] = module
+        rank = max(source.parameter.shape[0] for source in a)
+        because = f"vLLM applies no adapter to vision modules, as {in_vision[0]}" if in_vision else ""
+        return cls(rank, because, modules=modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ class Snapshot:
         """
         adapter = self.adapter.name if self.adapter is not None and not merged else ""
         if self.adapter is not None and merged:
-            parts = [_merged(self.trained, self.frozen, full=full)]
+            parts = [_merged(self.trained, self.frozen, self.adapter.modules, full=full)]
         else:
             parts = [self.frozen, self.trained] if full else [self.trained]
         parameters, buckets = join(parts, keep=self.trained if keep else None)
@@ -98,7 +108,8 @@ class Snapshotter:
             dtype: of floating-point parameters in the copy; None: as they are.
         """
         parameters = [(own_name(name), parameter) for name, parameter in model.named_parameters()]
-        own = [_Source(name, parameter) for name, parameter in parameters if name is not None]
+        form = CheckpointForm(model, [name for name, _ in parameters if name is not None])
+        own = [_Source(name, parameter, form=form) for name, parameter in parameters if name is not None]
         lora = [_Source(*fields) for fields in adapter_parameters(model)]
         trained = lora or [source for source in own if source.parameter.requires_grad]
         frozen = own if lora else [source for source in own if not source.parameter.requires_grad]
@@ -109,7 +120,7 @@ class Snapshotter:
             if source.name.removeprefix(FILE_PREFIX).startswith(f"{module}.")
         ]
         self._trains_vision = bool(in_vision)
-        self._adapter = AdapterFacts.of(lora, in_vision) if lora else None
+        self._adapter = AdapterFacts.of(lora, in_vision, own) if lora else None
         self._trained = _Gatherer(trained, bucket_bytes, dtype, is_sender=is_sender)
         self._frozen = _Gatherer(frozen, bucket_bytes, dtype, is_sender=is_sender).gather()
 
@@ -123,11 +134,20 @@ class Snapshotter:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A parameter, its name on the wire, and what it is multiplied by on the way."""
+    """A parameter, what it is multiplied by on the way, and in what form it goes; None: as it is."""
 
     name: str
     parameter: torch.Tensor
     factor: float = 1.0
+    form: CheckpointForm | None = None
+
+    def tensors(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What goes on the wire for the whole parameter, by name."""
+        tensor = whole if self.factor == 1 else whole * self.factor
+        if self.form is None:
+            yield self.name, tensor
+        else:
+            yield from self.form.tensors(self.name, tensor)
 
 
 class _Gatherer:
@@ -137,11 +157,8 @@ class _Gatherer:
         self, sources: Sequence[_Source], bucket_bytes: int, dtype: torch.dtype | None, *, is_sender: bool
     ) -> None:
         self._sources = sources
-        layout = [
-            (source.name, torch.empty(source.parameter.shape, dtype=_dtype(source.parameter, dtype), device="meta"))
-            for source in sources
-        ]
-        self._writer = BucketWriter(layout, bucket_bytes) if is_sender else None
+        self._dtype = dtype
+        self._writer = BucketWriter(bucket_bytes) if is_sender else None
 
     def gather(self) -> Buckets | None:
         """A collective; None on all ranks but 0."""
@@ -153,12 +170,11 @@ class _Gatherer:
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for source in self._sources:
-            tensor = _full(source.parameter)
-            yield source.name, tensor if source.factor == 1 else tensor * source.factor
-
-
-def _dtype(parameter: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and parameter.is_floating_point() else parameter.dtype
+            whole = _full(source.parameter)
+            if self._writer is not None:
+                for name, tensor in source.tensors(whole):
+                    is_cast = self._dtype is not None and tensor.is_floating_point()
+                    yield name, tensor.to(self._dtype) if is_cast else tensor
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
@@ -166,23 +182,25 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return (full_tensor() if full_tensor is not None else parameter).detach()
 
 
-def _merged(adapter: Buckets, base: Buckets, *, full: bool) -> Buckets:
+def _merged(adapter: Buckets, base: Buckets, modules: Mapping[str, str], *, full: bool) -> Buckets:
     """The weights of the base model with the adapter in them; `full`: and all others.
 
     What lies beside an adapted layer comes along: engines pack such layers together, and can only load them together.
     """
     matrices = dict(adapter.tensors())
-    adapted = {name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for name in matrices if name.endswith(LORA_A)}
-    parents = {module.rpartition(".")[0] for module in adapted}
+    parents = {_parent(name) for name in modules}
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in base.tensors():
-            module = name.rpartition(".")[0]
-            if name == f"{module}.weight" and module in adapted:
-                a, b = (matrices[FILE_PREFIX + module + ending] for ending in (LORA_A, LORA_B))
+            if name in modules:
+                a, b = (matrices[FILE_PREFIX + modules[name] + ending] for ending in (LORA_A, LORA_B))
                 yield name, merge(tensor, a, b, 1.0)
-            elif full or module.rpartition(".")[0] in parents:
+            elif full or _parent(name) in parents:
                 yield name, tensor
 
-    tensors = list(weights())
-    return BucketWriter(tensors, max(buffer.numel() for buffer in base.buffers)).write(tensors)
+    return BucketWriter(max(buffer.numel() for buffer in base.buffers)).write(weights())
+
+
+def _parent(name: str) -> str:
+    """Of the module that a parameter belongs to."""
+    return name.rpartition(".")[0].rpartition(".")[0]

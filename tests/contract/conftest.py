@@ -1,8 +1,11 @@
-"""An actor with the fake engine on a real socket, in the test's own event loop."""
+"""Actors with the fake engine on real sockets: in the test's own event loop, or as a process of their own."""
 
+import asyncio
 import io
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +20,9 @@ from common.pb.admin.v1.admin_pb2_grpc import AdminServiceStub
 from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
+from tests.launched import as_in_a_terminal
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -56,6 +62,49 @@ async def start_actor() -> AsyncIterator[StartActor]:
         await actor.channel.close()
         await actor.server.stop(grace_s=0)
         await actor.engine.stop()
+
+
+@dataclass
+class Running:
+    process: asyncio.subprocess.Process
+    address: str = ""
+
+    async def exit_code(self, timeout_s: float = 10) -> int:
+        async with asyncio.timeout(timeout_s):
+            return await self.process.wait()
+
+
+Launch = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def launch() -> AsyncIterator[Launch]:
+    processes: list[asyncio.subprocess.Process] = []
+
+    async def start(*arguments: str, wait_ready: bool = True) -> Running:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "actor",
+            *arguments,
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=as_in_a_terminal,
+        )
+        processes.append(process)
+        if not wait_ready:
+            return Running(process)
+        assert process.stdout is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+        assert " ready on " in line, (line, await process.communicate())
+        return Running(process, line.split(" ready on ")[1].split(": ")[0])
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
 
 
 def png(seed: int = 0, size: int = 8, image_format: str = "PNG") -> bytes:

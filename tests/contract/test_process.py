@@ -5,8 +5,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +18,7 @@ from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1 import weights_pb2
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
-from tests.contract.conftest import png
-from tests.launched import as_in_a_terminal
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Running:
-    process: asyncio.subprocess.Process
-    address: str = ""
-
-    async def exit_code(self, timeout_s: float = 10) -> int:
-        async with asyncio.timeout(timeout_s):
-            return await self.process.wait()
-
-
-Launch = Callable[..., Awaitable[Running]]
-
-
-@pytest.fixture
-async def launch() -> AsyncIterator[Launch]:
-    processes: list[asyncio.subprocess.Process] = []
-
-    async def start(*arguments: str, wait_ready: bool = True) -> Running:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "actor",
-            *arguments,
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            preexec_fn=as_in_a_terminal,
-        )
-        processes.append(process)
-        if not wait_ready:
-            return Running(process)
-        assert process.stdout is not None
-        line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
-        assert " ready on " in line, (line, await process.communicate())
-        return Running(process, line.split(" ready on ")[1].split(": ")[0])
-
-    yield start
-    for process in processes:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+from tests.contract.conftest import ROOT, Launch, png
 
 
 def _slow_request(max_tokens: int) -> pb.GenerateRequest:

@@ -1,16 +1,21 @@
 """Media that are no files, over a real socket, with the fake engine."""
 
+import asyncio
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.client import GrpcClient
-from common.errors import InvalidRequest, MediaMissing, OutriderError, TooLarge
+from common.errors import InvalidRequest, MediaMissing, OutriderError, QueueFull, TooLarge
+from common.media import content_hash
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensor_of, tensors_hash
 from common.types import MediaItem, PlaceholderRange, RolloutRequest, SamplingParams, TextPrompt, TokenPrompt
 from tests.contract.conftest import StartActor, png
+from tests.fakes import until
 
 FAST = {"token_s": 0.0, "tokens_per_image": 3}
 PIXELS = tensor_of(np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8))
@@ -173,3 +178,26 @@ async def test_expanded_prompts(start_actor: StartActor) -> None:
     with pytest.raises(InvalidRequest) as refused:
         await _ask(actor.address, _request(item, item, prompt=TokenPrompt(tokens.ids, runs)))
     assert str(refused.value) == "tokens.placeholders[1].offset: is 3, before the end of the range before it, 4"
+
+
+async def test_media_of_requests_under_way_have_a_bound(start_actor: StartActor) -> None:
+    """Small files can be large images: what there is no room for is not decoded, and its client may come again."""
+    buffer = io.BytesIO()
+    Image.new("1", (1024, 1024)).save(buffer, "PNG")  # 3 MiB once it is decoded
+    item = MediaItem(content_hash(buffer.getvalue()), buffer.getvalue())
+    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_held_media_bytes": 7 * 2**20})
+    client = GrpcClient(actor.address)
+    under_way = [asyncio.create_task(client.generate(_request(item), timeout_s=60)) for _ in range(2)]
+    await until(lambda: actor.engine.load().num_running == 2)
+    with pytest.raises(QueueFull, match=r"media of 629\d{4} bytes are held for the requests under way") as full:
+        await _ask(actor.address, _request(item))
+    assert full.value.retry_after_s == 0.5
+    under_way[0].cancel()
+    await until(lambda: actor.engine.load().num_running == 1)
+    under_way[0] = asyncio.create_task(client.generate(_request(item), timeout_s=60))
+    await until(lambda: actor.engine.load().num_running == 2)
+    with pytest.raises(TooLarge, match=r"media: 943\d{4} bytes with what they decode to; the limit is 7340032"):
+        await _ask(actor.address, _request(item, item, item))
+    for task in under_way:
+        task.cancel()
+    await client.close()

@@ -172,7 +172,7 @@ async def test_bad_uploads_keep_nothing(
         (
             {"returns": pb.ReturnOptions(routed_experts=True)},
             errors.Unimplemented,
-            "returns.routed_experts: routed experts are not returned by this version",
+            "returns.routed_experts: the fake engine has no experts",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.errors import InvalidRequest, MalformedResponse, OutriderError
+from common.media import frames_hash, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensors_hash
@@ -24,12 +25,14 @@ from common.types import (
     Constraint,
     EpochSpec,
     FinishReason,
+    Frames,
     Manifest,
     ManifestBucket,
     ManifestParameter,
     MediaItem,
     MediaPart,
     MediaUse,
+    Modality,
     PlaceholderRange,
     PromptInfo,
     RepetitionDetection,
@@ -206,6 +209,34 @@ def test_the_hash_of_tensors_is_the_documented_one() -> None:
     assert tensors_hash((b, a)) == tensors_hash((a, b)) == expected
 
 
+def test_golden_videos() -> None:
+    """A video in files, one by hash, and experts asked for: by hand, as above."""
+    request = RolloutRequest(
+        "g",
+        TextPrompt("x"),
+        (
+            MediaItem(b"", modality=Modality.VIDEO, frames=Frames((b"ab", b"c")), frames_per_second=1.5),
+            MediaItem(HASH, modality=Modality.VIDEO),
+        ),
+        return_routed_experts=True,
+    )
+    message = wire.request_to_proto(request)
+    encoded = message.SerializeToString(deterministic=True).hex()
+    frames = "3a 07 0a02 6162 0a01 63"  # 7: { 1: files }
+    assert f"2a 14 0802 {frames} 41 000000000000f83f".replace(" ", "") in encoded  # 8: frames_per_second, a double
+    assert "2a240802 1220".replace(" ", "") + HASH.hex() in encoded
+    assert encoded.endswith("3a021001")  # 7: returns { 2: routed_experts }
+    assert wire.request_from_proto(message) == request
+
+
+def test_the_hash_of_frames_is_the_documented_one() -> None:
+    """By the words of the proto file; where a file ends is part of it."""
+    files = [b"ab", b"c"]
+    expected = hashlib.sha256(b"frames 2\n" + b"".join(hashlib.sha256(file).digest() for file in files)).digest()
+    assert frames_hash(Frames(tuple(files))) == media_hash(Frames(tuple(files))) == expected
+    assert frames_hash(Frames((b"a", b"bc"))) != expected
+
+
 def test_golden_completion() -> None:
     expected = (
         "12 39 0a 37"  # GenerateResponse 2: completions { 1: items
@@ -244,7 +275,7 @@ def test_round_trips() -> None:
     for state in ActorState:
         status = ActorStatus("a", state, 3, "run", 4, -1, 5, 6, 7)
         assert wire.status_from_proto(wire.status_to_proto(status)) == status
-    info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7, 8), (8, 9))
+    info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (8, 9))
     assert wire.server_info_from_proto(wire.server_info_to_proto(info)) == info
 
 
@@ -293,6 +324,11 @@ def test_what_was_asked_for_round_trips() -> None:
         assert found.finish_reason is FinishReason.REPETITION
         assert found.stop == stop
         assert type(found.stop) is type(stop)
+    experts = Tensor("I16", (5, 2, 2), bytes(range(40)))
+    found = wire.completion_from_proto(
+        wire.completion_to_proto(dataclasses.replace(COMPLETION, routed_experts=experts))
+    )
+    assert found.routed_experts == experts
 
 
 def test_an_empty_request_means_the_documented_defaults() -> None:
@@ -333,7 +369,10 @@ def _processed(*names: str) -> pb.GenerateRequest:
         (_item(modality=7, encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
         (_item(modality=IMAGE), "INVALID_ARGUMENT", "media[1].content"),
         (_item(modality=IMAGE, sha256=b"short"), "INVALID_ARGUMENT", "media[1].sha256"),
-        (_item(modality=pb.MODALITY_VIDEO, encoded=b"x"), "UNIMPLEMENTED", "media[1].modality"),
+        (_item(modality=pb.MODALITY_VIDEO, encoded=b"x"), "INVALID_ARGUMENT", "media[1].encoded"),
+        (_item(modality=IMAGE, frames=pb.EncodedFrames(files=[b"x"])), "INVALID_ARGUMENT", "media[1].frames"),
+        (_item(modality=IMAGE, sha256=HASH, frames_per_second=2), "INVALID_ARGUMENT", "media[1].frames_per_second"),
+        (_item(modality=pb.MODALITY_VIDEO), "INVALID_ARGUMENT", "media[1].content"),
         (_item(modality=IMAGE, pixels=pb.Tensor()), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
         (_item(modality=IMAGE, pixels=_tensor(dtype=99)), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
         (_item(modality=IMAGE, pixels=_tensor(shape=[2, -1, 3])), "INVALID_ARGUMENT", "media[1].pixels.shape"),
@@ -367,11 +406,6 @@ def _processed(*names: str) -> pb.GenerateRequest:
             ),
             "INVALID_ARGUMENT",
             "sampling.structured_output.json_object",
-        ),
-        (
-            pb.GenerateRequest(text="x", returns=pb.ReturnOptions(routed_experts=True)),
-            "UNIMPLEMENTED",
-            "returns.routed_experts",
         ),
     ],
 )
@@ -504,6 +538,28 @@ def test_an_epoch_with_a_rank_outside_the_world() -> None:
             )
         ),
         pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=HASH)])),
+        *(
+            pb.GenerateResponse(
+                completions=pb.Completions(
+                    items=[
+                        pb.Completion(
+                            token_ids=[1, 2, 3],
+                            logprobs=[0, 0, 0],
+                            finish_reason=1,
+                            version_spans=[pb.VersionSpan(end=3)],
+                            routed_experts=experts,
+                        )
+                    ]
+                )
+            )
+            for experts in (
+                pb.Tensor(),
+                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[1, 1, 1], data=bytes(2)),  # of fewer tokens
+                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[2, 1, 1], data=bytes(2)),
+                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[2, 1], data=bytes(4)),
+                pb.Tensor(dtype=pb.DTYPE_INT64, shape=[2, 1, 1], data=bytes(16)),
+            )
+        ),
     ],
 )
 def test_a_malformed_response(broken: pb.GenerateResponse) -> None:

@@ -8,7 +8,6 @@ transformers' own padded batch.
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +35,8 @@ from learner.model.lora import save_adapter
 from learner.types import Group
 from tests.families import FAMILIES, build
 from tests.integration.parity_ranks import LOSS, MODES
-from tests.unit.learner_math.groups import centred, conversation, mixed_groups
+from tests.integration.plain_forward import continued, distribution, plain_model, prompt_inputs
+from tests.unit.learner_math.groups import centred, mixed_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
@@ -121,32 +120,11 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain_model(directory: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").train()
-
-
 def sequence(processor: Any, group: Group, completion: Any) -> dict[str, Tensor]:
-    """The model's inputs for a prompt and a completion of it, by the family's own processor."""
-    images = {"images": [Image.open(io.BytesIO(data)).convert("RGB") for data in group.sample.images]}
-    text = processor.apply_chat_template(conversation(group.sample), tokenize=False, add_generation_prompt=True)
-    output = dict(processor(text=[text], return_tensors="pt", **(images if group.sample.images else {})))
-    assert torch.equal(output["input_ids"][0], torch.from_numpy(group.processed.input_ids).long())
-    output["input_ids"] = torch.cat([output["input_ids"], torch.from_numpy(completion).long()[None]], 1)
-    output["attention_mask"] = torch.ones_like(output["input_ids"])
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in output:
-            output[name] = torch.nn.functional.pad(output[name], (0, len(completion)))
-    return output
-
-
-def distribution(logits: Tensor, chosen: Any, suppressed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Logprobs of the chosen tokens, and entropies, without the suppressed ids."""
-    kept = [i for i in range(logits.shape[1]) if i not in suppressed]
-    logprobs = torch.log_softmax(logits[:, kept].float(), -1)
-    places = torch.tensor([kept.index(token) for token in chosen.tolist()])
-    return logprobs.gather(1, places[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(1)
+    """The model's inputs for a prompt and a completion of it."""
+    inputs = prompt_inputs(processor, group.sample)
+    assert torch.equal(inputs["input_ids"][0], torch.from_numpy(group.processed.input_ids).long())
+    return continued(inputs, completion)
 
 
 def is_vision(name: str) -> bool:

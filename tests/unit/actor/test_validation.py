@@ -5,12 +5,15 @@ import pytest
 
 from actor.validation import check_request
 from common.errors import OutriderError, TooLarge
+from common.tensors import NamedTensor, Tensor
 from common.types import (
     ChatMessage,
     ChatPrompt,
     Constraint,
+    Frames,
     MediaItem,
     MediaPart,
+    Modality,
     PlaceholderRange,
     RepetitionDetection,
     RolloutRequest,
@@ -22,7 +25,8 @@ from common.types import (
     TokenPrompt,
 )
 
-LIMITS = ServerLimits(max_group_size=8, max_context_tokens=100, max_media_items=2, max_media_bytes=10)
+LIMITS = ServerLimits(max_group_size=8, max_context_tokens=100, max_media_items=2, max_media_bytes=10, max_videos=1)
+GRID = NamedTensor("video_grid_thw", Tensor("U8", (1,), b"1"))
 HASH = bytes(32)
 
 
@@ -73,7 +77,26 @@ def test_good_requests_pass() -> None:
             {"prompt": _chat(MediaPart(0)), "media": (MediaItem(HASH), MediaItem(HASH))},
             "media: 2 items came, but the messages refer to 1",
         ),
-        ({"media": (MediaItem(HASH),) * 3}, "media: 3 items; this server takes 2"),
+        ({"media": (MediaItem(HASH),) * 3}, "media: 3 images; this server takes 2"),
+        (
+            {"media": (MediaItem(HASH, modality=Modality.VIDEO),) * 2},
+            "media: 2 videos; this server takes 1 (its setting max_videos)",
+        ),
+        *(
+            (
+                {"media": (MediaItem(HASH, modality=Modality.VIDEO, frames_per_second=pace),)},
+                f"media[0].frames_per_second: is {pace}; must be more than 0 and at most 1000",
+            )
+            for pace in (0.0, -1.0, 1001.0, float("inf"), float("nan"))
+        ),
+        (
+            {"media": (MediaItem(HASH, modality=Modality.VIDEO, processed=(GRID,), frames_per_second=1.0),)},
+            "media[0].frames_per_second: has no effect on processed tensors",
+        ),
+        (
+            {"media": (MediaItem(HASH, modality=Modality.VIDEO, frames=Frames((b"01234", b"56789a"))),)},
+            "media[0].frames: 11 bytes; the limit is 10",
+        ),
         ({"media": (MediaItem(HASH, b""),)}, "media[0].encoded: is empty"),
         (
             {"media": (MediaItem(HASH), MediaItem(HASH, b"0123456789a"))},

@@ -1,9 +1,11 @@
 """vLLM's reports as completions, without vLLM: pieces as it hands them out."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actor.engine import EngineRequest
@@ -32,6 +34,27 @@ def _part(ids: list[int], flat: Any, reason: str | None = None, **values: Any) -
         | {"weight_versions": spans, "stop_reason": None}
         | values
     )
+
+
+@pytest.mark.parametrize(("narrow", "dtype"), [(np.uint8, "I16"), (np.uint16, "I32")])
+def test_experts_come_in_a_signed_type_that_holds_them(narrow: Any, dtype: str) -> None:
+    found = np.array([[[0, 255]], [[7, 1]]], narrow)
+    last = _part([5], _flat([(5, -2.0)]), "stop", routed_experts=found)
+    for asked in (True, False):
+        sample = Sample(0.25)
+        sample.add(last)
+        completion = sample.completion(last, replace(REQUEST, return_routed_experts=asked), "name", finished_s=0.5)
+        assert (completion.routed_experts is not None) is asked
+        if completion.routed_experts is not None:
+            assert completion.routed_experts.dtype == dtype
+            assert completion.routed_experts.array().tolist() == found.tolist()
+    with pytest.raises(EngineDead, match="no routed experts"):
+        Sample(0.25).completion(
+            _part([5], None, "stop", routed_experts=None),
+            replace(REQUEST, return_routed_experts=True),
+            "n",
+            finished_s=1,
+        )
 
 
 def test_pieces_make_a_completion() -> None:

@@ -38,6 +38,44 @@ def naive_attention(
     return torch.stack(outputs).view(num_tokens, heads, dim)
 
 
+def naive_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    max_queries: int,
+    max_keys: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What torch says of its varlen_attn, for the windows (left, 0): causal, and the last query sees all keys."""
+    assert (query_offsets.dtype, key_offsets.dtype) == (torch.int32, torch.int32)
+    lengths = query_offsets.diff().tolist(), key_offsets.diff().tolist()
+    assert (max(lengths[0]), max(lengths[1])) == (max_queries, max_keys)
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:]
+    left, right = window_size
+    assert right == 0
+    outputs = []
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        place, other = torch.arange(len(q))[:, None] + len(k) - len(q), torch.arange(len(k))
+        visible = (other <= place) & ((other >= place - left) | (left == -1))
+        scores = torch.einsum("qhd,khd->hqk", q, k).mul(scale).masked_fill(~visible, -math.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["blocks", "varlen"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a pack; that of GPUs with a stand-in for the kernel."""
+    if request.param == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", naive_varlen)
+        monkeypatch.setattr("learner.model.attention.fits", lambda _query: True)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("row_lengths", "branches"),
     [
@@ -66,6 +104,36 @@ def test_values_and_gradients_are_those_of_a_naive_loop(row_lengths: list[int], 
         torch.testing.assert_close(state.grad, copy.grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_windows_are_those_of_a_naive_loop(window: int) -> None:
+    torch.manual_seed(0)
+    row_lengths, branches = [9, 5, 3], [0, 0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 0, 1, 2, 0, 0, 1]
+    rows = [row for row, length in enumerate(row_lengths) for _ in range(length)]
+    query, key, value = (torch.randn(heads, len(rows), 8) for heads in (4, 2, 2))
+    states = (state.unsqueeze(0) for state in (query, key, value))
+    layout = packed_layout(row_lengths, torch.tensor(branches))
+    output, _ = packed_attention(
+        nn.Identity(), *states, None, scaling=8**-0.5, sliding_window=window, packed_layout=layout
+    )
+    expected = naive_attention(query, key, value, rows, branches, window=window)
+    torch.testing.assert_close(output[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_keys_of_flash_attention_by_hand() -> None:
+    varlen = packed_layout([8, 3], torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 1])).varlen
+    assert varlen is not None
+    assert varlen.gather is not None
+    assert varlen.query_offsets.tolist() == [0, 3, 5, 8, 11]
+    assert varlen.key_offsets.tolist() == [0, 3, 8, 14, 17]
+    assert varlen.gather.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10]
+    assert (varlen.max_queries, varlen.max_keys) == (3, 6)
+    alone = packed_layout([2, 3], torch.tensor([0, 1, 0, 1, 1])).varlen
+    assert alone is not None
+    assert alone.gather is None
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("window", [None, 2, 4])
 def test_windows_and_images_are_those_of_a_naive_loop(window: int | None) -> None:
     torch.manual_seed(0)

@@ -13,12 +13,15 @@ needs nothing but this file:
 
 Errors are gRPC status codes with google.rpc details, never fields of a response:
 
-  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`.
+  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`; it is
+                      empty where the bytes are no message of the call at all.
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
                       of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
                       again. Reason WEIGHTS_PENDING: the actor does not serve yet.
   UNAVAILABLE         reason DRAINING, PAUSED or ENGINE_DEAD: ask another actor.
-  RESOURCE_EXHAUSTED  reason QUEUE_FULL (RetryInfo says when), or a size limit (the message names it).
+  RESOURCE_EXHAUSTED  reason QUEUE_FULL, or TOO_MANY_STREAMS for a caller (an address, with the names of its
+                      certificate) that has too many calls of Generate and PutMedia open: RetryInfo says when to come
+                      again. Reason TOO_LARGE: a size limit; the message names it.
   UNIMPLEMENTED       the request asks for something that this server version does not do; the field is named.
   DEADLINE_EXCEEDED, CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
 """
@@ -310,16 +313,23 @@ class MediaItem(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     PIXELS_FIELD_NUMBER: _builtins.int
     PROCESSED_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     PROCESSOR_FIELD_NUMBER: _builtins.int
+    FRAMES_PER_SECOND_FIELD_NUMBER: _builtins.int
     modality: Global___Modality.ValueType
     sha256: _builtins.bytes
     """sha256 of the content, 32 bytes. May be left empty with content; must be given alone to refer to cached content;
     with both, they must agree. Of `encoded` it is the hash of the file. Of tensors it is the hash of, for each tensor
     in ascending order of names, the ASCII line "<name> <dtype> <shape>\\n" and then its data; the dtype as in Dtype
     without its prefix, the shape with commas, the name of `pixels` being "pixels". Example: "pixels UINT8 56,56,3\\n".
+    Of `frames` it is the hash of the ASCII line "frames <count>\\n" and then the sha256 of each file, 32 bytes each.
     """
     encoded: _builtins.bytes
-    """A PNG, JPEG or WebP file."""
+    """Of an image: a PNG, JPEG or WebP file."""
+    frames_per_second: _builtins.float
+    """Of a video: how many of its frames are one second, more than 0. Models that place frames in time (Qwen2.5-VL,
+    Qwen3-VL) need it, and others make nothing of it. Not part of the hash, and not with `processed`.
+    """
     @_builtins.property
     def pixels(self) -> Global___Tensor:
         """Decoded pixels: uint8, [height, width, 3] for an image, [frames, height, width, 3] for a video."""
@@ -329,6 +339,10 @@ class MediaItem(_message.Message):
         """What the model's own processor yields for this item, by name (`pixel_values`, `image_grid_thw`, ...): handed to
         the model as it is. Names, dtypes and shapes must be those that the processor of this server would give.
         """
+
+    @_builtins.property
+    def frames(self) -> Global___EncodedFrames:
+        """Of a video: its frames."""
 
     @_builtins.property
     def processor(self) -> Global___ProcessorOptions:
@@ -342,17 +356,48 @@ class MediaItem(_message.Message):
         encoded: _builtins.bytes = ...,
         pixels: Global___Tensor | None = ...,
         processed: Global___ProcessedMedia | None = ...,
+        frames: Global___EncodedFrames | None = ...,
         processor: Global___ProcessorOptions | None = ...,
+        frames_per_second: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded", "pixels", b"pixels", "processed", b"processed", "processor", b"processor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "content", b"content", "encoded", b"encoded", "frames", b"frames", "frames_per_second", b"frames_per_second", "pixels", b"pixels", "processed", b"processed", "processor", b"processor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded", "modality", b"modality", "pixels", b"pixels", "processed", b"processed", "processor", b"processor", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "content", b"content", "encoded", b"encoded", "frames", b"frames", "frames_per_second", b"frames_per_second", "modality", b"modality", "pixels", b"pixels", "processed", b"processed", "processor", b"processor", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["encoded", "pixels", "processed"]  # noqa: Y015
+    _WhichOneofReturnType__frames_per_second: _TypeAlias = _typing.Literal["frames_per_second"]  # noqa: Y015
+    _WhichOneofArgType__frames_per_second: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["encoded", "pixels", "processed", "frames"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frames_per_second) -> _WhichOneofReturnType__frames_per_second | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___MediaItem: _TypeAlias = MediaItem  # noqa: Y015
+
+@_typing.final
+class EncodedFrames(_message.Message):
+    """The frames of a video in order, each a PNG, JPEG or WebP file of the same width and height. The server uses every
+    frame that it gets: choosing them is the caller's business.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodedFrames: _TypeAlias = EncodedFrames  # noqa: Y015
 
 @_typing.final
 class ProcessedMedia(_message.Message):
@@ -700,7 +745,7 @@ class ReturnOptions(_message.Message):
     processed_media: _builtins.bool
     """The processor's tensors of each media item, as the engine used them."""
     routed_experts: _builtins.bool
-    """Routed experts of each token (MoE models)."""
+    """Routed experts of each token. Of MoE models, and of servers that were started for it; not with num_beams."""
     text: _builtins.bool
     """The decoded text of each completion."""
     def __init__(
@@ -924,7 +969,9 @@ class Completion(_message.Message):
 
     @_builtins.property
     def routed_experts(self) -> Global___Tensor:
-        """If asked for: int16 or int32 [tokens, layers, experts per token]."""
+        """If asked for: int16 or int32 [tokens, layers, experts per token]. The tokens are those that the model was given: all
+        expanded ids of the prompt, and those of the completion but the last. Layers without experts have zeros.
+        """
 
     @_builtins.property
     def beam(self) -> Global___Beam:
@@ -1067,22 +1114,30 @@ class PutMediaRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    FRAME_NUM_BYTES_FIELD_NUMBER: _builtins.int
     sha256: _builtins.bytes
     """Given in the first chunk of each item, empty in the others."""
     num_bytes: _builtins.int
     """Total length of the item in bytes; given with sha256."""
     chunk: _builtins.bytes
     """At most 1 MiB."""
+    @_builtins.property
+    def frame_num_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the frames of a video, given with sha256: the length of each file. The files follow one another, and num_bytes is
+        their sum. Empty: the item is one image file.
+        """
+
     def __init__(
         self,
         *,
         sha256: _builtins.bytes = ...,
         num_bytes: _builtins.int = ...,
         chunk: _builtins.bytes = ...,
+        frame_num_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "num_bytes", b"num_bytes", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "frame_num_bytes", b"frame_num_bytes", "num_bytes", b"num_bytes", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1191,16 +1246,24 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_COMPLETIONS_FIELD_NUMBER: _builtins.int
     MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_VIDEOS_FIELD_NUMBER: _builtins.int
+    MAX_VIDEO_FRAMES_FIELD_NUMBER: _builtins.int
     max_group_size: _builtins.int
     max_context_tokens: _builtins.int
     max_media_items: _builtins.int
+    """Images of one prompt."""
     max_media_bytes: _builtins.int
+    """Of one item. The pixels of a video are those of all its frames together."""
     max_media_pixels: _builtins.int
     max_message_bytes: _builtins.int
     max_queued_completions: _builtins.int
     """Completions that may run or wait at once before QUEUE_FULL."""
     max_logprobs: _builtins.int
     """Alternatives per token."""
+    max_videos: _builtins.int
+    """Videos of one prompt. 0: this server takes none."""
+    max_video_frames: _builtins.int
+    """Frames of one video."""
     def __init__(
         self,
         *,
@@ -1212,10 +1275,12 @@ class Limits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_queued_completions: _builtins.int = ...,
         max_logprobs: _builtins.int = ...,
+        max_videos: _builtins.int = ...,
+        max_video_frames: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "max_group_size", b"max_group_size", "max_logprobs", b"max_logprobs", "max_media_bytes", b"max_media_bytes", "max_media_items", b"max_media_items", "max_media_pixels", b"max_media_pixels", "max_message_bytes", b"max_message_bytes", "max_queued_completions", b"max_queued_completions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "max_group_size", b"max_group_size", "max_logprobs", b"max_logprobs", "max_media_bytes", b"max_media_bytes", "max_media_items", b"max_media_items", "max_media_pixels", b"max_media_pixels", "max_message_bytes", b"max_message_bytes", "max_queued_completions", b"max_queued_completions", "max_video_frames", b"max_video_frames", "max_videos", b"max_videos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

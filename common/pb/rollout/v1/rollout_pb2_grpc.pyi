@@ -13,12 +13,15 @@ needs nothing but this file:
 
 Errors are gRPC status codes with google.rpc details, never fields of a response:
 
-  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`.
+  INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`; it is
+                      empty where the bytes are no message of the call at all.
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
                       of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
                       again. Reason WEIGHTS_PENDING: the actor does not serve yet.
   UNAVAILABLE         reason DRAINING, PAUSED or ENGINE_DEAD: ask another actor.
-  RESOURCE_EXHAUSTED  reason QUEUE_FULL (RetryInfo says when), or a size limit (the message names it).
+  RESOURCE_EXHAUSTED  reason QUEUE_FULL, or TOO_MANY_STREAMS for a caller (an address, with the names of its
+                      certificate) that has too many calls of Generate and PutMedia open: RetryInfo says when to come
+                      again. Reason TOO_LARGE: a size limit; the message names it.
   UNIMPLEMENTED       the request asks for something that this server version does not do; the field is named.
   DEADLINE_EXCEEDED, CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
 """

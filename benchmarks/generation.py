@@ -1,0 +1,139 @@
+"""What the benchmarks of generation share: the work of a turn, the actor, and its client.
+
+A turn, on every side, goes from PNG files in memory to the token ids and logprobs of every completion, for the same
+checkpoint, engine settings, images, prompts and lengths. Images are new in each turn, so that no cache helps. Beside
+each timed turn of sampled groups every side answers the same images greedily, untimed: those tokens must be equal.
+"""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import say
+
+NUM_PROMPTS = 64
+GROUP_SIZE = 8
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 512,
+    "max_num_batched_tokens": 4096,
+    "kv_cache_gib": 1,
+    "max_images": 1,
+}
+# Of the greedy completions; where two tokens are equally likely, rounding in differently composed batches decides.
+MIN_EQUAL_SHARE = 0.95
+
+Generate = Callable[[str, list[bytes], dict[str, Any]], tuple[float, list[list[int]]]]
+"""(name of the turn, images, sampling parameters) to (seconds, token ids of each completion in the images' order)."""
+
+
+def measure(case: str, max_tokens: int, ours: Generate, peer: Generate, *, pairs: int, goal: float) -> Any:
+    """A `harness.Comparison` of tokens/s."""
+    say(f"{case}: {NUM_PROMPTS} images x {GROUP_SIZE} completions of {max_tokens} tokens a turn, {pairs} pairs")
+    greedy = {"n": 1, "temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+    sampled = {"n": GROUP_SIZE, "max_tokens": max_tokens, "ignore_eos": True}
+    latest: dict[str, list[list[int]]] = {}
+    turns = {"ours": 0, "peer": 0}
+
+    def take(who: str, generate: Generate) -> float:
+        images = images_of(turns[who])
+        name = f"{case}-{turns[who]}"
+        turns[who] += 1
+        seconds, token_ids = generate(name, images, sampled)
+        lengths = [len(ids) for ids in token_ids]
+        harness.require_equal("lengths", lengths, [max_tokens] * NUM_PROMPTS * GROUP_SIZE)
+        _, latest[who] = generate(f"{name}-greedy", images, greedy)
+        if who == "peer":
+            _require_equal_tokens(latest["ours"], latest["peer"])
+        return sum(lengths) / seconds
+
+    say("warming up")
+    for _ in range(2):
+        take("ours", ours)
+        take("peer", peer)
+    return harness.compare(
+        case, lambda: take("ours", ours), lambda: take("peer", peer), pairs=pairs, goal=goal, unit="tokens/s"
+    )
+
+
+def _require_equal_tokens(ours: list[list[int]], peer: list[list[int]]) -> None:
+    harness.require_equal("numbers of completions", len(ours), len(peer))
+    harness.require_equal("lengths", [len(ids) for ids in ours], [len(ids) for ids in peer])
+    equal = sum(mine == theirs for mine, theirs in zip(ours, peer, strict=True)) / len(ours)
+    if equal < MIN_EQUAL_SHARE:
+        raise harness.UnequalWorkError(f"only {equal:.1%} of the completions have the same tokens on both sides")
+
+
+def images_of(turn: int) -> list[bytes]:
+    """PNG files that no other turn has."""
+    from examples.digits import data
+
+    rows, _ = data.split()
+    return [data.png(int(rows[(turn * NUM_PROMPTS + index) % len(rows)])) for index in range(NUM_PROMPTS)]
+
+
+class ActorSide:
+    """The learner's own client of an actor."""
+
+    def __init__(self, address: str, runner: asyncio.Runner) -> None:
+        from common.client import GrpcClient
+
+        async def connect() -> GrpcClient:
+            return GrpcClient(address)
+
+        self._runner = runner
+        self._client = runner.run(connect())
+
+    def generate(self, name: str, images: list[bytes], sampling: dict[str, Any]) -> tuple[float, list[list[int]]]:
+        """See `Generate`."""
+        from common.types import SamplingParams
+        from examples.digits import data
+        from learner.rollouts.sampler import build_request
+        from learner.types import PromptSample
+
+        async def sample() -> tuple[float, list[list[int]]]:
+            started_at = time.perf_counter()
+            requests = [
+                build_request(
+                    f"{name}-{row}",
+                    PromptSample(row=row, messages=data.messages(), images=(image,), ground_truth=""),
+                    SamplingParams(**sampling),
+                )
+                for row, image in enumerate(images)
+            ]
+            groups = await asyncio.gather(*(self._client.generate(request, timeout_s=120) for request in requests))
+            token_ids = [completion.token_ids.tolist() for group in groups for completion in group.completions]
+            return time.perf_counter() - started_at, token_ids
+
+        return self._runner.run(sample())
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._runner.run(self._client.close())
+
+
+@contextmanager
+def actor(model: Path, log: Path) -> Iterator[str]:
+    """A standalone actor process; its address once it serves."""
+    command = [sys.executable, "-m", "actor", "--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
+    command += [f"vllm.{name}={value}" for name, value in ENGINE.items()]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if " ready on " in line:
+                yield line.split(" ready on ")[1].rsplit(": ", 1)[0]
+                break
+        else:
+            raise RuntimeError(f"the actor ended with status {process.wait()}: {log.read_text()[-2000:]}")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

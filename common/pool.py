@@ -1,0 +1,108 @@
+"""Several actors as one, for callers without a fleet: retries on another actor, one deadline, hedging if asked for.
+
+    generate --> the least busy actor --fails--> the next one ... --none left--> a pause, and all of them again
+        +------> (hedging) no answer yet: the same from another actor on; the first answer wins, the other is cancelled
+
+An answer is one call's, whole: what other calls had sent of the group is thrown away, so no trajectory counts twice.
+The learner has `learner.rollouts` instead, which knows states and versions.
+"""
+
+import asyncio
+import collections
+from collections.abc import Iterable, Sequence
+
+from common.client import RolloutClient, SampledGroup
+from common.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    OutriderError,
+    PermissionDenied,
+    QueueFull,
+    TooLarge,
+    Unimplemented,
+)
+from common.types import RolloutRequest
+
+# The request itself is at fault: every actor would answer the same.
+_HOPELESS = (InvalidRequest, PermissionDenied, TooLarge, Unimplemented)
+_PAUSE_S = 0.2
+
+
+class RolloutPool:
+    """Belongs to one event loop, as the clients do, which their owner closes.
+
+    Args:
+        clients: one for each actor.
+        hedge_after_s: ask another actor when none has answered for so long. None: never. It may cost the work twice;
+            of use where the time of one group matters more than how many the actors finish.
+        max_failures: calls that may fail before the last error is raised; an actor that is only full does not count.
+    """
+
+    def __init__(
+        self, clients: Sequence[RolloutClient], *, hedge_after_s: float | None = None, max_failures: int = 4
+    ) -> None:
+        if not clients:
+            raise ValueError("clients: is empty; give at least one")
+        self._clients = tuple(clients)
+        self._hedge_after_s = hedge_after_s
+        self._max_failures = max_failures
+        self._in_flight: collections.Counter[RolloutClient] = collections.Counter()
+
+    async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
+        """Sample a group on some actor, within `timeout_s` in all. Raises OutriderError, the last one that came."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        asked: set[RolloutClient] = set()
+        tries = {asyncio.create_task(self._try_each(request, deadline, asked))}
+        try:
+            async with asyncio.timeout_at(deadline):
+                if self._hedge_after_s is not None and len(self._clients) > 1:
+                    done, _ = await asyncio.wait(tries, timeout=self._hedge_after_s)
+                    if not done:
+                        tries.add(asyncio.create_task(self._try_each(request, deadline, asked)))
+                return await _first_answer(tries)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no actor answered within {timeout_s:g} s") from None
+        finally:
+            for task in tries:
+                task.cancel()
+            await asyncio.gather(*tries, return_exceptions=True)
+
+    async def _try_each(self, request: RolloutRequest, deadline: float, asked: set[RolloutClient]) -> SampledGroup:
+        """One actor after the other. `asked` is shared by all who try for this group: they never meet on one."""
+        num_failures = 0
+        pause_s = _PAUSE_S
+        mine: set[RolloutClient] = set()
+        while True:
+            free = [client for client in self._clients if client not in asked]
+            if not free:
+                await asyncio.sleep(pause_s)
+                asked -= mine  # those that failed may have recovered
+                mine.clear()
+                continue
+            client = min(free, key=lambda client: self._in_flight[client])
+            asked.add(client)
+            self._in_flight[client] += 1
+            try:
+                left_s = deadline - asyncio.get_running_loop().time()
+                return await client.generate(request, timeout_s=max(0.0, left_s))
+            except _HOPELESS:
+                raise
+            except QueueFull as error:
+                pause_s = max(error.retry_after_s, _PAUSE_S)
+            except OutriderError:
+                num_failures += 1
+                if num_failures >= self._max_failures:
+                    raise
+            finally:
+                self._in_flight[client] -= 1
+            mine.add(client)
+
+
+async def _first_answer(tries: Iterable[asyncio.Task[SampledGroup]]) -> SampledGroup:
+    """The first result; an error only if nobody has one."""
+    waiting = set(tries)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if task.exception() is None or not waiting or isinstance(task.exception(), _HOPELESS):
+                return task.result()

@@ -1,0 +1,67 @@
+"""How many streams one caller may have open."""
+
+import asyncio
+
+import pytest
+
+from common.client import GrpcClient
+from common.errors import QueueFull, TooManyStreams
+from common.rpc.peers import StreamLimit
+from common.types import ActorState, RolloutRequest, SamplingParams, TextPrompt
+from tests.contract.conftest import StartActor
+from tests.fakes import until
+
+REQUEST = RolloutRequest("g", TextPrompt("hello"), (), SamplingParams(max_tokens=2))
+
+
+async def test_more_connections_bring_no_more_streams(start_actor: StartActor) -> None:
+    """Refused at once, with a time to come again; calls that are no streams go through; what ends makes room."""
+    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_streams_per_peer": 3})
+    clients = [GrpcClient(actor.address) for _ in range(4)]
+    open_streams = [asyncio.create_task(client.generate(REQUEST, timeout_s=60)) for client in clients[:3]]
+    await until(lambda: actor.engine.load().num_running == 3)
+    for refused in (clients[3].generate(REQUEST, timeout_s=10), clients[0].put_media([b"x"])):
+        with pytest.raises(TooManyStreams, match="3 streams of this caller are open, the most") as full:
+            await refused
+        assert full.value.retry_after_s == 0.5
+        assert isinstance(full.value, QueueFull)  # those who know that one wait and come again
+    status = await clients[3].status()
+    assert (status.state, status.num_running) == (ActorState.SERVING, 3)
+    open_streams[0].cancel()
+    await until(lambda: actor.engine.load().num_running == 2)
+    again = asyncio.create_task(clients[3].generate(REQUEST, timeout_s=60))
+    await until(lambda: actor.engine.load().num_running == 3)
+    for task in (*open_streams, again):
+        task.cancel()
+    await asyncio.gather(*open_streams, again, return_exceptions=True)
+    for client in clients:
+        await client.close()
+
+
+async def test_on_one_connection_too(start_actor: StartActor) -> None:
+    """gRPC's own bound on a connection lets a caller wait without a word: ours answers before that."""
+    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_streams_per_peer": 2})
+    client = GrpcClient(actor.address)
+    tasks = [asyncio.create_task(client.generate(REQUEST, timeout_s=60)) for _ in range(20)]
+    await until(lambda: sum(task.done() for task in tasks) == 18)
+    assert all(isinstance(task.exception(), TooManyStreams) for task in tasks if task.done())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()
+
+
+def test_callers_do_not_share_a_limit() -> None:
+    limit = StreamLimit(1)
+    learner, reader, other = (
+        ("ipv4:10.0.0.1", frozenset({"learner.outrider"})),
+        ("ipv4:10.0.0.1", frozenset({"reader.outrider"})),
+        ("ipv4:10.0.0.2", frozenset({"learner.outrider"})),
+    )
+    with limit.stream(learner), limit.stream(reader), limit.stream(other):
+        for peer in (learner, reader, other):
+            with pytest.raises(TooManyStreams), limit.stream(peer):
+                pass
+    with limit.stream(learner):
+        pass
+    assert not limit._open  # nobody is remembered who has left

@@ -1,0 +1,60 @@
+"""What the fuzzer calls: from bytes on a socket to the point where the engine would get them.
+
+A target returns, or raises one of the typed errors that it lets pass; anything else is a find.
+"""
+
+from google.protobuf.message import DecodeError
+
+from actor import media_intake
+from actor.validation import check_request
+from common import wire
+from common.errors import InvalidRequest, TooLarge, Unimplemented
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.pb.weights.v1 import weights_pb2
+from common.types import ServerLimits
+
+LIMITS = ServerLimits(
+    max_group_size=16, max_context_tokens=64, max_media_items=4, max_media_bytes=2**16, max_media_pixels=2**12
+)
+_VOCAB_SIZE = 320
+_REFUSED = (InvalidRequest, TooLarge, Unimplemented, DecodeError)
+
+
+def generate(data: bytes) -> None:
+    """A `GenerateRequest`: parse, validate, decode its media."""
+    try:
+        wire.check_bounds(data, pb.GenerateRequest.DESCRIPTOR)
+        request = wire.request_from_proto(pb.GenerateRequest.FromString(data))
+        check_request(request, LIMITS, _VOCAB_SIZE, (1,))
+        pairs = [(item, item.content) for item in request.media if item.content is not None]
+        media, contents = tuple(item for item, _ in pairs), [content for _, content in pairs]
+        media_intake._bytes_to_hold(contents, LIMITS.max_media_pixels)
+        decoded = media_intake._decode(media, contents, LIMITS.max_media_pixels)
+    except _REFUSED:
+        return
+    for item in decoded:
+        size = getattr(item.content, "size", (0, 0))
+        if size[0] * size[1] > LIMITS.max_media_pixels:
+            raise AssertionError(f"decoded {size}")
+
+
+def stage(data: bytes) -> None:
+    """A `StageRequest`: parse, validate the manifest."""
+    try:
+        wire.check_bounds(data, weights_pb2.StageRequest.DESCRIPTOR)
+        manifest = wire.manifest_from_proto(weights_pb2.StageRequest.FromString(data).manifest)
+    except _REFUSED:
+        return
+    if manifest != wire.manifest_from_proto(wire.manifest_to_proto(manifest)):
+        raise AssertionError("a manifest that was taken does not come back")
+
+
+def planted(data: bytes) -> None:
+    """Has a mistake: for a good request that no seed is, it raises what it must not."""
+    try:
+        request = wire.request_from_proto(pb.GenerateRequest.FromString(data))
+        check_request(request, LIMITS, _VOCAB_SIZE, (1,))
+    except _REFUSED:
+        return
+    if request.group_id != "g":
+        raise RuntimeError("planted")

@@ -1,0 +1,52 @@
+"""Small good requests of every shape, from which a fuzzer starts."""
+
+import random
+from collections.abc import Iterator
+
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.pb.weights.v1 import weights_pb2
+from tests.hostile import images
+
+
+def generate_requests() -> Iterator[bytes]:
+    """Each way to ask, with each kind of media."""
+    rng = random.Random(0)
+    encoded = [pb.MediaItem(encoded=images.picture(rng, name, size=4)) for name in ("PNG", "JPEG", "WEBP")]
+    pixels = pb.MediaItem(pixels=pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[2, 2, 3], data=bytes(12)))
+    named = pb.NamedTensor(name="x", tensor=pb.Tensor(dtype=pb.DTYPE_BFLOAT16, shape=[2], data=bytes(4)))
+    processed = pb.MediaItem(processed=pb.ProcessedMedia(tensors=[named]))
+    by_hash = pb.MediaItem(sha256=bytes(32), processor=pb.ProcessorOptions(min_pixels=4, max_pixels=9))
+    for item in (*encoded, pixels, processed, by_hash):
+        item.modality = pb.MODALITY_IMAGE
+        parts = [pb.ChatPart(media_index=0), pb.ChatPart(text="?")]
+        chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=parts)])
+        yield pb.GenerateRequest(group_id="g", chat=chat, media=[item]).SerializeToString()
+    run = pb.PlaceholderRange(offset=1, length=2)
+    tokens = pb.TokenPrompt(ids=[5, 1, 1, 6], placeholders=[run])
+    yield pb.GenerateRequest(group_id="g", tokens=tokens, media=[pixels]).SerializeToString()
+    for sampling in (
+        pb.SamplingParams(n=4, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=1, stop=["x"], logit_bias={3: 1.0}),
+        pb.SamplingParams(structured_output=pb.StructuredOutput(choice=pb.Choice(texts=["a", "b"]))),
+        pb.SamplingParams(structured_output=pb.StructuredOutput(regex="a+"), bad_words=["x"]),
+        pb.SamplingParams(num_beams=3, n=2, length_penalty=0.5),
+        pb.SamplingParams(repetition_detection=pb.RepetitionDetection(max_pattern_size=4, min_count=3), top_logprobs=3),
+    ):
+        yield pb.GenerateRequest(group_id="g", text="hello", sampling=sampling).SerializeToString()
+
+
+def stage_requests() -> Iterator[bytes]:
+    """One and several buckets."""
+    parameter, bucket = weights_pb2.Parameter, weights_pb2.Bucket
+    for parameters, buckets in (
+        ([parameter(name="w", dtype="F32", shape=[2, 2])], [bucket(num_bytes=16, xxh3=1)]),
+        (
+            [
+                parameter(name="a", dtype="BF16", shape=[3]),
+                parameter(name="b", dtype="F32", offset=16),
+                parameter(name="c", dtype="U8", shape=[5], bucket=1),
+            ],
+            [bucket(num_bytes=20), bucket(num_bytes=5)],
+        ),
+    ):
+        manifest = weights_pb2.Manifest(policy_version=3, parameters=parameters, buckets=buckets)
+        yield weights_pb2.StageRequest(run_id="r", epoch=1, manifest=manifest, timeout_ms=9).SerializeToString()

@@ -1,0 +1,79 @@
+"""An actor process with vLLM: what `tests/contract` proves with the fake engine, of the real one."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.client import GrpcClient
+from common.media import content_hash
+from common.rpc.channel import open_channel
+from common.types import (
+    ActorState,
+    ChatMessage,
+    ChatPrompt,
+    MediaItem,
+    MediaPart,
+    RolloutRequest,
+    SamplingParams,
+    TextPart,
+)
+from examples.digits.model import build_model
+from tests.audit.watch import WatchedActor, use_everything, watched_actor
+from tests.hostile.requests import KINDS, bad_calls, send
+from tests.integration.live_actor import CONFIG, snapshot
+from tests.unit.learner_math.groups import image_bytes
+
+# Two of each kind of bad call.
+NUM_CALLS = 2 * len(KINDS)
+VOCAB_SIZE = 320
+IMAGE = MediaItem(content_hash(image_bytes(1)), image_bytes(1))
+PROMPT = ChatPrompt((ChatMessage("user", (MediaPart(0), TextPart("what is this?"))),))
+REQUEST = RolloutRequest("g", PROMPT, (IMAGE,), SamplingParams(n=4, max_tokens=8, seed=7))
+LIMITS = ("limits.max_media_pixels=524288", "limits.max_media_bytes=1048576", "limits.max_message_bytes=4194304")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def actor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedActor]:
+    values = CONFIG.model_dump(exclude_unset=True)
+    arguments = ("--model", str(model_dir), *(f"vllm.{name}={value}" for name, value in values.items()), *LIMITS)
+    with watched_actor(tmp_path_factory.mktemp("actor"), *arguments) as watched:
+        yield watched
+
+
+async def test_nothing_is_unpickled_while_vllm_serves(actor: WatchedActor, model_dir: Path) -> None:
+    """Neither in the process with the socket nor in the engine's; that one begins with a pickle, so that is seen."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(model_dir)
+    await use_everything(actor.address, REQUEST, snapshot(model, 1))
+    assert actor.unpickled() == []
+    loading = {entry["pid"] for entry in actor.unpickled(while_loading=True)}
+    assert loading
+    assert actor.pid not in loading
+
+
+async def test_bad_requests(actor: WatchedActor) -> None:
+    client, channel = GrpcClient(actor.address), open_channel(actor.address)
+    try:
+        expected = await client.generate(REQUEST, timeout_s=60)
+        limits = (await client.server_info()).limits
+        for call in itertools.islice(bad_calls(2, limits, VOCAB_SIZE), NUM_CALLS):
+            error = await send(channel, call, timeout_s=60)
+            assert call.is_answered_by(error), (call.kind, repr(error))
+        after = await client.generate(REQUEST, timeout_s=60)
+        for before, now in zip(expected.completions, after.completions, strict=True):
+            assert now.token_ids.tolist() == before.token_ids.tolist()
+        status = await client.status()
+        assert (status.state, status.num_running) == (ActorState.SERVING, 0)
+    finally:
+        await channel.close()
+        await client.close()
