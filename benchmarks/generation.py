@@ -57,7 +57,7 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
         model = build_model(folder / "model", seed=0)
         say("starting the actor and the peer (one or two minutes)")
         with (
-            _actor(model, folder / "actor.log") as address,
+            actor(model, folder / "actor.log") as address,
             asyncio.Runner() as runner,
             peer(model, folder, runner) as theirs,
         ):
@@ -158,7 +158,7 @@ class ActorSide:
 
 
 @contextmanager
-def _actor(model: Path, log: Path) -> Iterator[str]:
+def actor(model: Path, log: Path) -> Iterator[str]:
     """A standalone actor process; its address once it serves."""
     command = [sys.executable, "-m", "actor", "--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
     command += [f"vllm.{name}={value}" for name, value in ENGINE.items()]
