@@ -59,6 +59,10 @@ class VllmConfig(Config):
     max_logprobs: int = Field(64, ge=0)
     # MoE models on GPUs: requests may ask which experts each token went through. Keeps them for what is in the cache.
     return_routed_experts: bool = False
+    # LoRA: take adapters up to this rank through the weight service. 0: none, which makes every layer a little faster.
+    max_lora_rank: int = Field(0, ge=0, le=512)
+    # Adapters that can be at hand, and in one batch, at the same time.
+    max_loras: int = Field(1, ge=1)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 
@@ -83,6 +87,9 @@ class FakeConfig(Config):
     # Completions that run at once; further ones wait.
     max_num_seqs: int = Field(256, ge=1)
     num_workers: int = Field(1, ge=1)
+    # As those of vLLM.
+    max_lora_rank: int = Field(0, ge=0)
+    max_loras: int = Field(1, ge=1)
     # The engine dies when this group (counted from 1) starts; 0: never.
     die_at_group: int = Field(0, ge=0)
 

@@ -55,6 +55,8 @@ class EngineRequest:
     sampling: SamplingParams
     return_text: bool = False
     return_processed: bool = False
+    model: str = ""
+    """An adapter, or the base model, by name; empty: the policy."""
     return_routed_experts: bool = False
 
 
@@ -69,6 +71,7 @@ class EngineInfo:
     vocab_size: int
     num_workers: int
     suppressed_token_ids: tuple[int, ...]
+    max_lora_rank: int = 0
     takes_videos: bool = True
 
 
@@ -91,7 +94,7 @@ class Engine(Protocol):
         """Sample one group: first its `PromptInfo`, then completions as they finish.
 
         Closing the iterator aborts what is left. Raises `common.errors.InvalidRequest` for a prompt that the model
-        cannot take and `common.errors.EngineDead` when the engine has died.
+        cannot take and for a model that is not here, and `common.errors.EngineDead` when the engine has died.
         """
         ...
 
@@ -100,9 +103,10 @@ class Engine(Protocol):
         ...
 
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
-        """Receive one update into staging memory while generation goes on; the crc32 of each bucket received.
+        """Receive one update into staging memory while generation goes on; the checksum of each bucket received.
 
-        Raises `common.errors.StageTimeout`. The live weights are untouched in every case.
+        Raises `common.errors.StageTimeout`, and `common.errors.InvalidRequest` for an adapter that does not fit. The
+        live weights are untouched in every case.
         """
         ...
 
@@ -120,6 +124,10 @@ class Engine(Protocol):
 
     async def abort_epoch(self) -> None:
         """Drop what is staged and leave the group; never raises for having nothing to leave."""
+        ...
+
+    def adapters(self) -> tuple[str, ...]:
+        """Adapters that requests may name."""
         ...
 
     def load(self) -> EngineLoad:

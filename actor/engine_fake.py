@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actor.adapters import Adapters
 from actor.config import FakeConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.fake_answers import best_beams, processed, top_logprobs, with_prompt_logprobs
@@ -62,6 +63,7 @@ class FakeEngine:
         self._going.set()
         self._receivers: list[WeightReceiver] = []
         self._staged: Manifest | None = None
+        self._adapters = Adapters("fake", config.max_lora_rank, config.max_loras)
         # When each version went live, ascending, on the monotonic clock.
         self._commit_times: list[float] = [0.0]
         self._versions: list[int] = [0]
@@ -77,6 +79,7 @@ class FakeEngine:
             vocab_size=self._config.vocab_size,
             num_workers=self._config.num_workers,
             suppressed_token_ids=(PLACEHOLDER_ID,),
+            max_lora_rank=self._config.max_lora_rank,
         )
 
     # ------------------------------------------------------------------------------------------------ generation
@@ -87,6 +90,7 @@ class FakeEngine:
         if self._num_groups == self._config.die_at_group:
             self._dead = True
         await self.check()
+        self._adapters.find(request.model)
         if request.return_routed_experts:
             raise Unimplemented("returns.routed_experts", "the fake engine has no experts")
         if request.sampling.structured_output is not None:
@@ -255,8 +259,9 @@ class FakeEngine:
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         """See `Engine.stage`."""
         self._staged = None
+        self._adapters.check(manifest)
         results: list[tuple[int, ...]] = await _finish(
-            [receiver.receive(manifest) for receiver in self._receivers], timeout_s
+            [receiver.receive(manifest, _Discard()) for receiver in self._receivers], timeout_s
         )
         if any(result != results[0] for result in results):
             raise RuntimeError("workers received different bytes")
@@ -269,8 +274,8 @@ class FakeEngine:
             raise NotStaged(f"version {policy_version} is not staged")
         await asyncio.sleep(self._config.commit_s)
         for receiver in self._receivers:
-            for _ in receiver.take(policy_version):
-                pass
+            receiver.take(policy_version, _Discard)
+        self._adapters.commit(self._staged)
         self._staged = None
         self._commit_times.append(time.monotonic())
         self._versions.append(policy_version)
@@ -297,6 +302,10 @@ class FakeEngine:
 
     # ------------------------------------------------------------------------------------------------ life
 
+    def adapters(self) -> tuple[str, ...]:
+        """See `Engine.adapters`."""
+        return self._adapters.names
+
     def load(self) -> EngineLoad:
         """See `Engine.load`."""
         return EngineLoad(self._num_running, self._num_waiting)
@@ -309,6 +318,16 @@ class FakeEngine:
     async def stop(self) -> None:
         """See `Engine.stop`."""
         self._leave()
+
+
+class _Discard:
+    """Receives weights for nothing."""
+
+    def add(self, tensors: object) -> None:
+        """See `Staging.add`."""
+
+    def finish(self) -> None:
+        """See `Staging.finish`."""
 
 
 async def _finish(jobs: "list[Future[Any]]", timeout_s: float) -> list[Any]:

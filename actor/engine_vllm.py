@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from actor.adapters import Adapters
 from actor.config import VllmConfig, parse_cores
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.vllm_beams import search_beams
@@ -23,7 +24,15 @@ from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
 from common.config import ConfigError
-from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout, Unimplemented
+from common.errors import (
+    EngineDead,
+    InvalidRequest,
+    NotStaged,
+    OutriderError,
+    StageCorrupt,
+    StageTimeout,
+    Unimplemented,
+)
 from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
@@ -44,6 +53,7 @@ from common.types import (
 if TYPE_CHECKING:
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.inputs import EngineInput
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -52,6 +62,8 @@ if TYPE_CHECKING:
 _FIRST_AND_LAST_ONLY = 2**30
 _POLL_S = 0.002
 _WARM_UP_TOKENS = 4
+# What vLLM takes as the largest rank.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -66,6 +78,7 @@ class VllmEngine:
         self._media: VllmMedia
         self._eos_ids: frozenset[int] = frozenset()
         self._staged: Manifest | None = None
+        self._adapters = Adapters(model.resolve().name, config.max_lora_rank, config.max_loras)
         self._paused = False
         self._standing = asyncio.Lock()  # held by whoever lets generation stand still or go on
         self._tokenizing = threading.Lock()
@@ -114,6 +127,7 @@ class VllmEngine:
             logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
             worker_extension_cls="actor.vllm_worker.WorkerExtension",
             weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
+            **_lora_arguments(self._config),
             disable_log_stats=True,
             enable_log_requests=False,
         )
@@ -121,6 +135,8 @@ class VllmEngine:
             _check_cpu(arguments.create_model_config(), self._config)
         self._engine = AsyncLLM.from_engine_args(arguments)
         await self._engine.update_weight_version("0")
+        if self._config.max_lora_rank:
+            await self._on_workers("take_adapters")
         self._processor = transformers.AutoProcessor.from_pretrained(self._model)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
@@ -135,6 +151,7 @@ class VllmEngine:
             vocab_size=model_config.get_vocab_size(),
             num_workers=self._engine.vllm_config.parallel_config.world_size,
             suppressed_token_ids=self._placeholder_ids,
+            max_lora_rank=self._config.max_lora_rank,
             takes_videos=self._media.takes_videos,
         )
         await self._warm_up()
@@ -186,6 +203,10 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineDead("the vLLM engine has died; its log says why") from error
 
+    def adapters(self) -> tuple[str, ...]:
+        """See `Engine.adapters`."""
+        return self._adapters.names
+
     def load(self) -> EngineLoad:
         """See `Engine.load`."""
         unfinished = self._require().get_num_unfinished_requests() if self._engine else 0
@@ -208,6 +229,7 @@ class VllmEngine:
 
         accepted_at = time.monotonic()
         wanted = request.sampling
+        self._adapters.find(request.model)
         if request.return_routed_experts:
             self._check_experts(wanted)
         scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
@@ -266,7 +288,7 @@ class VllmEngine:
         except (ValueError, VLLMClientError) as error:
             raise refusal(error) from error
         samples: dict[int, Sample] = {}
-        async with contextlib.aclosing(self._outputs(engine_input, parameters, request.group_id)) as outputs:
+        async with contextlib.aclosing(self._outputs(engine_input, parameters, request)) as outputs:
             async for output in outputs:
                 now_s = time.monotonic() - accepted_at
                 finished = []
@@ -290,7 +312,7 @@ class VllmEngine:
             engine_input,
             max_context_tokens=self._require().model_config.max_model_len,
             eos_ids=self._eos_ids,
-            generate=functools.partial(self._outputs, name=request.group_id),
+            generate=functools.partial(self._outputs, request=request),
             accepted_at=accepted_at,
         )
         yield [
@@ -299,24 +321,40 @@ class VllmEngine:
         ]
 
     async def _outputs(
-        self, engine_input: "EngineInput", parameters: "VllmSamplingParams", name: str
+        self, engine_input: "EngineInput", parameters: "VllmSamplingParams", request: EngineRequest
     ) -> "AsyncGenerator[RequestOutput, None]":
         """What vLLM reports. Raises InvalidRequest for what it does not take."""
         from vllm.exceptions import VLLMClientError
 
-        engine = self._require()
+        engine, name, lora = self._require(), request.group_id, self._lora_request(request.model)
         prompt: Any = engine_input
         try:
             if parameters.structured_outputs is not None:
                 # vLLM parses the grammar when it takes a request, for up to some tenths of a second: not on this loop.
                 prompt = await engine.input_processor.process_inputs_async(
-                    name, engine_input, parameters, supported_tasks=await engine.get_supported_tasks()
+                    name,
+                    engine_input,
+                    parameters,
+                    supported_tasks=await engine.get_supported_tasks(),
+                    lora_request=lora,
                 )
-            async with contextlib.aclosing(engine.generate(prompt, parameters, request_id=name)) as outputs:
+            async with contextlib.aclosing(
+                engine.generate(prompt, parameters, request_id=name, lora_request=lora)
+            ) as outputs:
                 async for output in outputs:
                     yield output
         except (ValueError, VLLMClientError) as error:  # only while it looks at the request
             raise refusal(error) from error
+
+    def _lora_request(self, model: str) -> "LoRARequest | None":
+        """The adapter that answers. Raises InvalidRequest for one that is not here."""
+        from vllm.lora.request import LoRARequest
+
+        adapter = self._adapters.find(model)
+        if adapter is None:
+            return None
+        # The path is only a name: vLLM keeps cached prefixes apart by it.
+        return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
 
     async def _understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[list[int], EngineInput]":
         """Unexpanded ids and what vLLM makes of the prompt. Raises InvalidRequest."""
@@ -380,7 +418,7 @@ class VllmEngine:
         """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can."""
         wanted = request.sampling
         parameters = scoring_params(wanted.prompt_top_logprobs)
-        reported = [output async for output in self._outputs(engine_input, parameters, request.group_id)]
+        reported = [output async for output in self._outputs(engine_input, parameters, request)]
         flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]
         if len(flats) != 1 or len(flats[0]) != len(info.expanded_ids):
             raise EngineDead("the engine gave no logprobs of the prompt")
@@ -413,6 +451,7 @@ class VllmEngine:
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         """See `Engine.stage`."""
         self._staged = None
+        self._adapters.check(manifest)
         await self._on_workers("stage_weights", asdict(manifest))
         results = await self._finish_job(timeout_s)
         if any(tuple(result) != tuple(results[0]) for result in results):
@@ -439,6 +478,7 @@ class VllmEngine:
             await engine.reset_prefix_cache(reset_running_requests=True)
             if manifest.updates_vision:
                 await engine.reset_encoder_cache()
+            self._adapters.commit(manifest)
             if not self._paused:
                 await engine.resume_generation()
             return time.monotonic() - started_at
@@ -471,7 +511,7 @@ class VllmEngine:
             reports = await self._on_workers("job_result")
             for report in reports:
                 if report["done"] and report["error"] is not None:
-                    raise StageTimeout(f"a worker could not finish its part: {report['error']}")
+                    raise _job_error(**report)
             if all(report["done"] for report in reports):
                 return [report["result"] for report in reports]
             if time.monotonic() > deadline:
@@ -486,6 +526,22 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> OutriderError:  # noqa: ARG001 - its report
+    """What the error of a worker's background job is here."""
+    if field is not None:
+        return InvalidRequest(field, error)
+    if kind == StageCorrupt.__name__:
+        return StageCorrupt(error)
+    return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
+
+
+def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
+    if not config.max_lora_rank:
+        return {}
+    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
 
 
 def _check_cpu(model_config: Any, config: VllmConfig) -> None:

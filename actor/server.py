@@ -53,7 +53,7 @@ class ActorServer:
             self.metrics,
             config.limits.max_held_media_bytes,
         )
-        self._weights = WeightService(engine, self.policy, actor_id, info.num_workers, self.metrics)
+        self._weights = WeightService(engine, self.policy, actor_id, info, self.metrics)
         self._admin = AdminService(engine, self.policy)
 
     async def start(self, address: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from actor.engine import Engine
+from actor.engine import Engine, EngineInfo
 from actor.metrics import ActorMetrics
 from actor.weights import PolicyState
 from common.errors import InvalidRequest
@@ -21,12 +21,13 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     """See proto/weights/v1/weights.proto."""
 
     def __init__(
-        self, engine: Engine, policy: PolicyState, actor_id: str, num_workers: int, metrics: ActorMetrics
+        self, engine: Engine, policy: PolicyState, actor_id: str, info: EngineInfo, metrics: ActorMetrics
     ) -> None:
         self._engine = engine
         self._policy = policy
         self._actor_id = actor_id
-        self._num_workers = num_workers
+        self._num_workers = info.num_workers
+        self._max_lora_rank = info.max_lora_rank
         self._metrics = metrics
 
     def add_to(self, server: grpc.aio.Server) -> str:
@@ -47,6 +48,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_workers=self._num_workers,
+            max_lora_rank=self._max_lora_rank,
         )
         return status_to_proto(status)
 
@@ -66,7 +68,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         manifest = await asyncio.to_thread(manifest_from_proto, request.manifest)
         timeout_s = _timeout_s(request.timeout_ms)
         checksums, receive_s = await self._policy.stage(request.run_id, request.epoch, manifest, timeout_s)
-        return pb.StageResponse(crc32=checksums, receive_s=receive_s)
+        return pb.StageResponse(xxh3=checksums, receive_s=receive_s)
 
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         """Make the staged version live."""

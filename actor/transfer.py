@@ -1,24 +1,44 @@
 """The receiving end of a weight update, as it runs inside each engine worker (and in the fake engine).
 
-Joining an epoch and receiving an update both wait for other machines, so they run on a thread of their own while the
-worker goes on generating. What arrives lies in staging memory, private to this class, until it is asked for: a torn,
-late or corrupt update never touches the model.
+    wire --broadcast--> buffer --checksum--> Staging.add ... Staging.finish        then, at the commit: take
+
+Joining an epoch and receiving an update both wait for other machines, so they run on threads of their own while the
+worker goes on generating. What arrives goes into a `Staging`, which nobody serves from until it is asked for: a torn,
+late or corrupt update never touches the model. Two buffers take turns: one is received while the other is worked on.
 """
 
 import math
 import threading
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import torch
 
+from actor.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
 from common.dtypes import TORCH_DTYPES
-from common.types import EpochSpec, Manifest
+from common.types import EpochSpec, Manifest, ManifestParameter
+
+_NUM_BUFFERS = 2
 
 T = TypeVar("T")
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
+
+
+class Staging(Protocol):
+    """Takes one update in, beside what is live."""
+
+    def add(self, tensors: NamedTensors) -> None:
+        """The next tensors, by their names in the manifest. They are views on memory that is used again afterwards."""
+        ...
+
+    def finish(self) -> None:
+        """All have been added."""
+        ...
+
+
+StagingT = TypeVar("StagingT", bound=Staging)
 
 
 class WeightReceiver:
@@ -32,7 +52,10 @@ class WeightReceiver:
         self._device = device
         self._group: BroadcastGroup | None = None
         self._generation = 0  # of the epoch: a job that outlives its epoch finds another number and stores nothing
-        self._staged: tuple[Manifest, list[torch.Tensor]] | None = None
+        self._staged: tuple[int, Staging] | None = None
+        self._memory = _Memory()
+        self._kept = KeptBuckets()
+        self._receiving: Future[tuple[int, ...]] | None = None
         self._lock = threading.Lock()
 
     def join(self, spec: EpochSpec, rank: int) -> "Future[None]":
@@ -45,51 +68,69 @@ class WeightReceiver:
             with self._lock:
                 if generation == self._generation:
                     self._group = group
+                    self._memory = _Memory()
                     return
             group.abort()
             raise RuntimeError("the weight epoch was left while joining it")
 
         return _run_in_thread(job, f"join-epoch-{spec.epoch}")
 
-    def receive(self, manifest: Manifest) -> "Future[tuple[int, ...]]":
-        """Receive every bucket of one update into staging memory; the crc32 of each, as received.
+    def receive(self, manifest: Manifest, staging: Staging) -> "Future[tuple[int, ...]]":
+        """Receive every bucket of one update into `staging`; the checksum of each, as received.
 
         `manifest` adds up: `common.wire` has checked it.
+
+        Raises:
+            InvalidRequest: it is a delta from a version that is not here.
         """
-        group, generation = self._group, self._generation
+        group, generation, memory = self._group, self._generation, self._memory
         if group is None:
             raise RuntimeError("no weight epoch has been joined")
         self._staged = None
+        if self._receiving is not None and not self._receiving.done():
+            self._kept = KeptBuckets()  # of an epoch that was left, and still at work on its memory
+        kept = self._kept = self._kept.next(manifest)
+        by_bucket: list[list[ManifestParameter]] = [[] for _ in manifest.buckets]
+        for parameter in manifest.parameters:
+            by_bucket[parameter.bucket].append(parameter)
+
+        def work(buffer: torch.Tensor, index: int) -> int:
+            whole, received = kept.take(buffer, index)
+            staging.add([(parameter.name, _view(whole, parameter)) for parameter in by_bucket[index]])
+            return received
 
         def job() -> tuple[int, ...]:
-            buffers, checksums = [], []
-            for bucket in manifest.buckets:
-                buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
-                group.broadcast(buffer)
-                buffers.append(buffer)
-                checksums.append(zlib.crc32(buffer.cpu().numpy().data))
+            results: list[Future[int]] = []
+            with ThreadPoolExecutor(1, thread_name_prefix="stage") as worker:
+                for i, bucket in enumerate(manifest.buckets):
+                    if i >= _NUM_BUFFERS:
+                        results[i - _NUM_BUFFERS].result()  # its buffer is free
+                    buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
+                    group.broadcast(buffer)
+                    results.append(worker.submit(work, buffer, i))
+                checksums = tuple(result.result() for result in results)
+                worker.submit(staging.finish).result()
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")
-                self._staged = (manifest, buffers)
-            return tuple(checksums)
+                self._staged = (manifest.policy_version, staging)
+                kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
+            return checksums
 
-        return _run_in_thread(job, f"receive-version-{manifest.policy_version}")
+        self._receiving = _run_in_thread(job, f"receive-version-{manifest.policy_version}")
+        return self._receiving
 
-    def take(self, policy_version: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The staged tensors by their checkpoint names, as views on staging memory, which is given up.
+    def take(self, policy_version: int, kind: type[StagingT]) -> StagingT:
+        """What was staged for this version, which is given up here.
 
         Raises:
             RuntimeError: this version is not staged.
         """
-        if self._staged is None or self._staged[0].policy_version != policy_version:
+        if self._staged is None or self._staged[0] != policy_version:
             raise RuntimeError(f"version {policy_version} is not staged")
-        (manifest, buffers), self._staged = self._staged, None
-        for parameter in manifest.parameters:
-            dtype = TORCH_DTYPES[parameter.dtype]
-            num_bytes = math.prod(parameter.shape) * dtype.itemsize
-            flat = buffers[parameter.bucket][parameter.offset : parameter.offset + num_bytes]
-            yield parameter.name, flat.view(dtype).view(parameter.shape)
+        (_, staging), self._staged = self._staged, None
+        assert isinstance(staging, kind)
+        return staging
 
     def leave(self) -> None:
         """Drop what is staged and leave the epoch; a job under way fails soon. Idempotent."""
@@ -97,8 +138,31 @@ class WeightReceiver:
             self._generation += 1
             group, self._group = self._group, None
             self._staged = None
+            self._memory = _Memory()
         if group is not None:
             group.abort()
+
+
+class _Memory:
+    """Buffers that are used again, on a CPU: memory that a process touches for the first time is slow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def take(self, index: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Buffer `index`, of so many bytes; the one before it is void."""
+        kept = self._buffers.get(index)
+        if kept is None or kept.numel() < num_bytes:
+            kept = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            if device.type == "cpu":  # torch keeps the memory of a GPU by itself
+                self._buffers[index] = kept
+        return kept[:num_bytes]
+
+
+def _view(buffer: torch.Tensor, parameter: ManifestParameter) -> torch.Tensor:
+    dtype = TORCH_DTYPES[parameter.dtype]
+    num_bytes = math.prod(parameter.shape) * dtype.itemsize
+    return buffer[parameter.offset : parameter.offset + num_bytes].view(dtype).view(parameter.shape)
 
 
 def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":

@@ -2,7 +2,7 @@
 
 `WorkerExtension` adds the calls of the stage phase to vLLM's worker (reached by `collective_rpc`); they only start and
 watch a background job, so that generation goes on. `StagedWeightTransfer` is the swap, in the form that vLLM's weight
-transfer registry asks for: by then everything has been received and verified, and the load is a memory copy.
+transfer registry asks for: by then everything has been received, verified and processed, and what is left is a copy.
 """
 
 from concurrent.futures import Future
@@ -17,13 +17,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-from actor.transfer import WeightReceiver
+from actor.transfer import NamedTensors, WeightReceiver
+from actor.vllm_adapters import WorkerAdapters
+from actor.vllm_shadow import ReloadedModel, ShadowModel, can_shadow
+from common.errors import InvalidRequest
 from common.placeholders import placeholder_ids
-from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
+from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora
 
 
 @dataclass
@@ -39,7 +40,7 @@ class NoInitInfo(WeightTransferInitInfo):
 
 
 class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
-    """Loads a staged update into the live model, between vLLM's `start_` and `finish_weight_update`."""
+    """Swaps a staged update into the live model, between vLLM's `start_` and `finish_weight_update`."""
 
     init_info_cls = NoInitInfo
     update_info_cls = CommitInfo
@@ -49,35 +50,79 @@ class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self.receiver = WeightReceiver(device)
+        self.adapters: WorkerAdapters | None = None
+        self._new_model = ShadowModel if can_shadow(model) else ReloadedModel
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """Nothing to do: see `WorkerExtension.join_epoch`."""
 
+    def stage(self, manifest: Manifest) -> "Future[tuple[int, ...]]":
+        """Start receiving an update."""
+        model = self._new_model(self.model, self.vllm_config) if manifest.updates_base else None
+        return self.receiver.receive(manifest, StagedUpdate(manifest, model, self.adapters))
+
     def start_weight_update(self) -> None:
-        """vLLM repacks parameters after loading; this gives each layer its loadable form back, layer by layer."""
-        initialize_layerwise_reload(self.model)
+        """Nothing to do: all has been prepared."""
 
     def receive_weights(self, update_info: CommitInfo) -> None:
-        """Load what was staged for this version."""
-        with torch.inference_mode():
-            self.model.load_weights(self.receiver.take(update_info.policy_version))
+        """Make live what was staged for this version."""
+        self.receiver.take(update_info.policy_version, StagedUpdate).swap()
 
     def finish_weight_update(self) -> None:
-        """Repack the layers that changed."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_head(self.model)
+        """Nothing is left to do."""
 
     def shutdown(self) -> None:
         """Leave the epoch."""
         self.receiver.leave()
 
 
+class StagedUpdate:
+    """One update on its way: weights of the model, an adapter, or both."""
+
+    def __init__(
+        self, manifest: Manifest, model: ShadowModel | ReloadedModel | None, adapters: WorkerAdapters | None
+    ) -> None:
+        self._manifest = manifest
+        self._model = model
+        self._adapters = adapters
+        self._lora: list[tuple[str, torch.Tensor]] = []
+        self._adapter: Any = None
+
+    def add(self, tensors: NamedTensors) -> None:
+        """See `Staging.add`."""
+        lora = [(name, tensor) for name, tensor in tensors if self._manifest.adapter and is_lora(name)]
+        self._lora += [(name, tensor.to("cpu", copy=True)) for name, tensor in lora]
+        if self._model is not None and len(lora) < len(tensors):
+            names = {name for name, _ in lora}
+            self._model.add([(name, tensor) for name, tensor in tensors if name not in names])
+
+    def finish(self) -> None:
+        """See `Staging.finish`. Raises InvalidRequest and ValueError for what the model cannot take."""
+        if self._model is not None:
+            self._model.finish()
+        if self._lora:
+            assert self._adapters is not None  # the engine has refused it otherwise
+            self._adapter = self._adapters.build(self._lora)
+
+    def swap(self) -> None:
+        """Make it live."""
+        if self._model is not None:
+            self._model.swap()
+        if self._adapters is not None:
+            self._adapters.commit(self._manifest.adapter, self._adapter, base_changed=self._model is not None)
+
+
 class WorkerExtension:
     """Calls that vLLM's worker class gains; `self` is the worker. One job at a time."""
 
     rank: int
+    model_runner: Any
     weight_transfer_engine: StagedWeightTransfer
     _job: "Future[Any]"
+
+    def take_adapters(self) -> None:
+        """From now on adapters come through the weight service."""
+        self.weight_transfer_engine.adapters = WorkerAdapters(self.model_runner.lora_manager)
 
     def join_epoch(self, spec: dict[str, Any]) -> None:
         """Start joining a broadcast group; `job_result` tells when it is done."""
@@ -86,16 +131,22 @@ class WorkerExtension:
 
     def stage_weights(self, manifest: dict[str, Any]) -> None:
         """Start receiving an update."""
-        self._job = self.weight_transfer_engine.receiver.receive(_manifest_from_dict(manifest))
+        self._job = Future()
+        try:
+            self._job = self.weight_transfer_engine.stage(_manifest_from_dict(manifest))
+        except InvalidRequest as error:
+            self._job.set_exception(error)
 
     def job_result(self) -> dict[str, Any]:
-        """`{"done": False}`, or the job's result or error as plain values."""
+        """`{"done": False}`, or the job's result or error as plain values (`field`: of the manifest, if at fault)."""
         if not self._job.done():
             return {"done": False}
         error = self._job.exception()
-        if error is not None:
-            return {"done": True, "error": f"{type(error).__name__}: {error}"}
-        return {"done": True, "error": None, "result": self._job.result()}
+        if error is None:
+            return {"done": True, "error": None, "result": self._job.result()}
+        field = error.field if isinstance(error, InvalidRequest) else None
+        message = str(error).removeprefix(f"{field}: ")
+        return {"done": True, "error": message, "kind": type(error).__name__, "field": field}
 
     def leave_epoch(self) -> None:
         """Drop what is staged and leave the group; ends a job under way."""
@@ -118,16 +169,6 @@ class SuppressPlaceholders(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """The mask is the same for every request."""
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """A head that shares the weight of the embedding has not been loaded, yet on CPUs computes with a packed copy."""
-    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
-    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
-    shared = {layer.weight.data_ptr() for layer in layers if layer not in heads}
-    for head in heads:
-        if head.weight.data_ptr() in shared:
-            head.quant_method.process_weights_after_loading(head)
 
 
 def _manifest_from_dict(fields: dict[str, Any]) -> Manifest:

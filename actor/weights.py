@@ -118,7 +118,7 @@ class PolicyState:
     async def stage(
         self, run_id: str, epoch: int, manifest: Manifest, timeout_s: float
     ) -> tuple[tuple[int, ...], float]:
-        """Receive one version; the crc32 of each bucket, and the seconds that it took.
+        """Receive one version; the checksum of each bucket, and the seconds that it took.
 
         Raises StaleEpoch, InvalidRequest (a version before the one served), StageTimeout, StageCorrupt, Draining or
         EngineDead.
@@ -136,11 +136,11 @@ class PolicyState:
                 )
             self.staged_version = -1
             checksums = await self._interruptible(self._engine.stage(manifest, timeout_s), timeout_s)
-            expected = tuple(bucket.crc32 for bucket in manifest.buckets)
+            expected = tuple(bucket.xxh3 for bucket in manifest.buckets)
             if checksums != expected:
                 await self._leave()
                 wrong = [i for i, pair in enumerate(zip(checksums, expected, strict=False)) if pair[0] != pair[1]]
-                raise StageCorrupt(f"version {version}: the crc32 of bucket(s) {wrong} is not the manifest's")
+                raise StageCorrupt(f"version {version}: the checksum of bucket(s) {wrong} is not the manifest's")
             self.staged_version = version
             return checksums, time.monotonic() - started_s
 

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "image_ingress",
     "bad_requests",
     "event_loop_stall",
+    "group_bytes",
     "packed_step",
     "fused_logprobs",
 )

@@ -85,7 +85,7 @@ class RolloutClient(Protocol):
         ...
 
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
-        """Have the actor receive one update; the crc32 of each bucket received."""
+        """Have the actor receive one update; the checksum of each bucket received."""
         ...
 
     async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
@@ -251,7 +251,7 @@ class GrpcClient:
         request = weights_pb2.StageRequest(
             run_id=run_id, epoch=epoch, manifest=wire.manifest_to_proto(manifest), timeout_ms=_ms(timeout_s)
         )
-        return tuple((await _call(self._weights.Stage(request, timeout=timeout_s + _SLACK_S))).crc32)
+        return tuple((await _call(self._weights.Stage(request, timeout=timeout_s + _SLACK_S))).xxh3)
 
     async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
         """See `RolloutClient.commit`. Raises `MalformedResponse` if another version went live."""

@@ -210,6 +210,8 @@ class RolloutRequest:
     min_policy_version: int = 0
     return_text: bool = False
     return_processed: bool = False
+    model: str = ""
+    """An adapter, or the base model, by name; empty: the policy."""
     return_routed_experts: bool = False
 
 
@@ -321,6 +323,7 @@ class ServerInfo:
     policy_version: int
     limits: ServerLimits
     suppressed_token_ids: tuple[int, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 class ActorState(enum.Enum):
@@ -336,7 +339,10 @@ class ActorState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ActorStatus:
-    """What an actor reports to the learner. `staged_version` is -1 for none, `run_id` empty for none."""
+    """What an actor reports to the learner. `staged_version` is -1 for none, `run_id` empty for none.
+
+    `max_lora_rank` is the largest rank of an adapter that it takes, 0 if it takes none.
+    """
 
     actor_id: str
     state: ActorState
@@ -347,6 +353,7 @@ class ActorStatus:
     num_running: int
     num_waiting: int
     num_workers: int
+    max_lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,18 +383,51 @@ class ManifestParameter:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBucket:
-    """One flat buffer of an update and the crc32 of its bytes."""
+    """One flat buffer of an update and the checksum of its bytes (`common.checksum`).
+
+    `keep`: for the delta that may follow. In a delta, `delta_bytes` cross the wire, in words of `word_bytes`
+    (`common.delta`); `num_bytes` and the checksum are of the result.
+    """
 
     num_bytes: int
-    crc32: int
+    xxh3: int
+    keep: bool = False
+    delta_bytes: int = 0
+    word_bytes: int = 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """What crosses the wire for it."""
+        return self.delta_bytes or self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What one weight update sends, in order."""
+    """What one weight update sends, in order: model weights, an adapter of the name `adapter`, or both."""
 
     policy_version: int
     parameters: tuple[ManifestParameter, ...]
     buckets: tuple[ManifestBucket, ...]
     updates_vision: bool
     adapter: str = ""
+    base_version: int = -1
+    """Of a delta: the version from which it leads here; -1 for none."""
+
+    @property
+    def updates_base(self) -> bool:
+        """Whether model weights are among the parameters."""
+        return not self.adapter or any(not is_lora(parameter.name) for parameter in self.parameters)
+
+    @property
+    def adapter_rank(self) -> int:
+        """Largest rank among the adapter's layers; 0 without adapter."""
+        return max((p.shape[0] for p in self.parameters if self.adapter and p.name.endswith(LORA_A)), default=0)
+
+
+# How the parameters of an adapter end, in PEFT's files and in manifests.
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of a manifest with an adapter belongs to the adapter."""
+    return name.endswith((LORA_A, LORA_B))

@@ -185,6 +185,13 @@ class WeightsConfig(Config):
     # Bound on opening an epoch and on staging one update.
     timeout_s: float = Field(30.0, gt=0)
     bucket_mib: int = Field(64, ge=1)
+    # Send only what changed since the last version, bit by bit, where encoding it takes less time than it saves on the
+    # link; actors keep a copy of what trains in their host's memory for it. Pays for bfloat16 on slow links.
+    delta: bool = False
+    # Dtype in which weights are sent; None: the one in which they are trained. Actors may compute in less than float32.
+    dtype: Literal["bfloat16"] | None = None
+    # LoRA: send the model with the adapter merged into it, also where all actors take adapters (vllm.max_lora_rank).
+    merge_adapter: bool = False
 
 
 class LocalConfig(Config):
@@ -227,6 +234,8 @@ class LearnerConfig(Config):
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
+        if self.weights.merge_adapter and self.model.adapter is None:
+            raise ValueError("weights.merge_adapter needs model.lora_rank or model.lora_adapter_path")
         if self.algorithm.overlong_buffer > self.rollout.max_tokens:
             raise ValueError("algorithm.overlong_buffer is longer than rollout.max_tokens")
         return self

@@ -243,6 +243,8 @@ class Control:
                 host=self._config.weights.host or _own_address(self._fleet.live()[0].address),
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
+                merge_adapter=self._config.weights.merge_adapter,
+                delta=self._config.weights.delta,
                 notify=self._update_failed,
                 on_update=self._metrics.updated,
             )

@@ -84,7 +84,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
 
     if prepare is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
-    actors = LocalActors(config.local, config.model.path, run_dir)
+    actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config))
     config = config.model_copy(
         update={
             "run_dir": run_dir,
@@ -120,6 +120,14 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
             _end_learner(learner, deadline)
         if not was_killed:
             actors.end(deadline)
+
+
+def _lora_rank(config: "LearnerConfig") -> int:
+    """Of the adapter that the learner will send as it is; 0 if it will send none."""
+    adapter = config.model.adapter
+    if adapter is None or config.weights.merge_adapter or not config.model.freeze_vision_tower:
+        return 0
+    return adapter.rank  # of one from a directory nothing is known here: `local.actor` can say it
 
 
 def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[bytes]:

@@ -40,8 +40,10 @@ class _Actor:
 class LocalActors:
     """`config.num_actors` actors on ascending ports of the loopback interface."""
 
-    def __init__(self, config: LocalConfig, model: Path, run_dir: Path) -> None:
+    def __init__(self, config: LocalConfig, model: Path, run_dir: Path, *, lora_rank: int = 0) -> None:
+        """`lora_rank`: of the adapters that they should take."""
         self._config = config
+        self._lora_rank = lora_rank
         self._model = model
         self._run_dir = run_dir
         self._actors = [_Actor(i, f"{_HOST}:{config.base_port + i}") for i in range(config.num_actors)]
@@ -112,6 +114,8 @@ class LocalActors:
             # Two engines on one core would wait for each other at every step.
             cores = sorted(os.sched_getaffinity(0))
             settings["vllm"] = {"cpu_cores": str(cores[actor.index % len(cores)]), **settings.get("vllm", {})}
+        if settings.get("engine", "vllm") == "vllm" and self._lora_rank:
+            settings["vllm"] = {"max_lora_rank": self._lora_rank, **settings.get("vllm", {})}
         config = self._run_dir / f"actor-{actor.index}.yaml"
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         command = [sys.executable, "-m", "actor", "--config", str(config)]

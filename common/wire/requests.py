@@ -31,6 +31,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
         media=[media_to_proto(item) for item in request.media],
         sampling=sampling_to_proto(request.sampling),
         min_policy_version=request.min_policy_version,
+        model=request.model,
     )
     message.returns.text = request.return_text
     message.returns.processed_media = request.return_processed
@@ -59,6 +60,7 @@ def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
         min_policy_version=message.min_policy_version,
         return_text=message.returns.text,
         return_processed=message.returns.processed_media,
+        model=message.model,
         return_routed_experts=message.returns.routed_experts,
     )
 

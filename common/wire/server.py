@@ -19,6 +19,7 @@ _STATUS_FIELDS = (
     "num_running",
     "num_waiting",
     "num_workers",
+    "max_lora_rank",
 )
 
 
@@ -28,6 +29,7 @@ def server_info_to_proto(info: ServerInfo) -> rollout_pb2.GetServerInfoResponse:
         **{name: getattr(info, name) for name in _INFO_FIELDS},
         limits=rollout_pb2.Limits(**dataclasses.asdict(info.limits)),
         suppressed_token_ids=info.suppressed_token_ids,
+        adapters=info.adapters,
     )
 
 
@@ -38,6 +40,7 @@ def server_info_from_proto(message: rollout_pb2.GetServerInfoResponse) -> Server
         **{name: getattr(message, name) for name in _INFO_FIELDS},
         limits=ServerLimits(**{name: getattr(message.limits, name) for name in names}),
         suppressed_token_ids=tuple(message.suppressed_token_ids),
+        adapters=tuple(message.adapters),
     )
 
 

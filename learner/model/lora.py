@@ -24,7 +24,7 @@ _NAME = "default"
 _BASE = ".base_layer."
 _WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT puts before the names of the model's own modules in its files.
-_FILE_PREFIX = "base_model.model."
+FILE_PREFIX = "base_model.model."
 
 
 def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> int:
@@ -84,6 +84,16 @@ def adapted_weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor, float] 
     return layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight, layer.scaling[_NAME]
 
 
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+    """The matrices by their names in PEFT's files, each with its factor: the scaling for B, 1 for A. Maybe none."""
+    for name, parameter in model.named_parameters():
+        layer_name, found, _ = name.rpartition(".lora_")
+        if found:
+            layer: Any = model.get_submodule(layer_name)
+            factor = layer.scaling[_NAME] if ".lora_B." in name else 1.0
+            yield FILE_PREFIX + name.replace(f".{_NAME}.", "."), parameter, factor
+
+
 def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """W + scaling * B A, computed in float32, in the dtype of W."""
     return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
@@ -132,7 +142,7 @@ def save_adapter(model: Any, state: Mapping[str, Tensor], base: Path, directory:
     config.inference_mode = True
     config.save_pretrained(str(directory))
     weights = {
-        _FILE_PREFIX + name.replace(f".{_NAME}.", "."): tensor.contiguous()
+        FILE_PREFIX + name.replace(f".{_NAME}.", "."): tensor.contiguous()
         for name, tensor in state.items()
         if ".lora_" in name
     }
@@ -143,7 +153,7 @@ def _load(model: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
-    own = {_FILE_PREFIX + name.replace(f".{_NAME}.", "."): parameters[name] for name in parameters if ".lora_" in name}
+    own = {FILE_PREFIX + name.replace(f".{_NAME}.", "."): parameters[name] for name in parameters if ".lora_" in name}
     weights = load_file(file)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())

@@ -3,70 +3,101 @@
     FSDP shards --full_tensor(), all ranks together--> rank 0: pages of CPU memory --> Manifest + buckets
 
 The trainer makes it between two steps and goes on; the publisher sends it, and sends it again to whoever joins later.
+With LoRA what trains is the adapter. Actors that take adapters get it alone; for others it is merged here.
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from common.dtypes import DTYPE_NAMES
-from common.types import Manifest, ManifestBucket, ManifestParameter
-from learner.model.lora import adapted_weight, merge, own_name
+from common.types import LORA_A, LORA_B, Manifest
+from learner.model.lora import FILE_PREFIX, adapter_parameters, merge, own_name
 from learner.model.names import CheckpointForm
-
-_ALIGNMENT = 16
+from learner.weights.buckets import Buckets, BucketWriter, join
 
 
 @dataclass(frozen=True, slots=True)
-class Buckets:
-    """Some parameters, end to end in flat buffers. `buffers[i]` is uint8 on the CPU, with `checksums[i]` its crc32."""
+class AdapterFacts:
+    """What trains is a LoRA adapter; `rank` is the largest of its layers, `name` the one under which actors have it.
 
-    parameters: tuple[ManifestParameter, ...]
-    buffers: tuple[torch.Tensor, ...]
-    checksums: tuple[int, ...]
+    `merged_because` says why actors cannot apply it; empty if they can.
+    """
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(buffer.numel() for buffer in self.buffers)
+    rank: int
+    merged_because: str = ""
+    name: str = "policy"
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """The adapted modules, by the name that their weight has in the checkpoint."""
+
+    @classmethod
+    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], base: "Sequence[_Source]") -> "AdapterFacts":
+        """From its matrices, the names of those that an image passes before the text model, and the model below."""
+        a = [source for source in matrices if source.name.endswith(LORA_A)]
+        adapted = {source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in a}
+        modules: dict[str, str] = {}
+        for source in base:
+            module = source.name.removesuffix(".weight")
+            if module in adapted:
+                [(name, _)] = source.tensors(torch.empty(source.parameter.shape, device="meta"))
+                modules[name] = module
+        rank = max(source.parameter.shape[0] for source in a)
+        because = f"vLLM applies no adapter to vision modules, as {in_vision[0]}" if in_vision else ""
+        return cls(rank, because, modules=modules)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One version: what trains, and what is frozen and so the same in every version."""
+    """One version: what trains, and what is frozen and so the same in every version.
+
+    With an adapter, `trained` is the adapter as manifests have it, and `frozen` is the whole model below it.
+    """
 
     version: int
     trained: Buckets
     frozen: Buckets
     trains_vision: bool
+    adapter: AdapterFacts | None = None
 
-    def update(self, *, full: bool) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
-        """Manifest and buffers of an update; `full` adds what is frozen, for members that have just joined."""
-        parts = [self.frozen, self.trained] if full else [self.trained]
-        parameters: list[ManifestParameter] = []
-        buckets: list[ManifestBucket] = []
-        buffers: list[torch.Tensor] = []
-        for part in parts:
-            first = len(buckets)
-            parameters += [
-                ManifestParameter(p.name, p.dtype, p.shape, p.bucket + first, p.offset) for p in part.parameters
-            ]
-            buckets += [
-                ManifestBucket(buffer.numel(), checksum)
-                for buffer, checksum in zip(part.buffers, part.checksums, strict=True)
-            ]
-            buffers += part.buffers
-        manifest = Manifest(self.version, tuple(parameters), tuple(buckets), updates_vision=full or self.trains_vision)
-        return manifest, tuple(buffers)
+    def update(
+        self, *, full: bool, merged: bool = False, keep: bool = False
+    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
+        """Manifest and buffers of an update.
+
+        Args:
+            full: add what is frozen, for members that have just joined.
+            merged: an adapter goes into the model's weights; takes a pass over those in question.
+            keep: members keep what trains, for a delta.
+        """
+        adapter = self.adapter.name if self.adapter is not None and not merged else ""
+        if self.adapter is not None and merged:
+            parts = [_merged(self.trained, self.frozen, self.adapter.modules, full=full)]
+        else:
+            parts = [self.frozen, self.trained] if full else [self.trained]
+        parameters, buckets = join(parts, keep=self.trained if keep else None)
+        manifest = Manifest(
+            self.version,
+            parameters,
+            buckets,
+            updates_vision=full or (self.trains_vision and not adapter),
+            adapter=adapter,
+        )
+        return manifest, tuple(buffer for part in parts for buffer in part.buffers)
 
 
 class Snapshotter:
     """Takes snapshots of one model. Every rank has one and calls it together with the others; rank 0 gets the copy."""
 
-    def __init__(self, model: nn.Module, vision_modules: Sequence[str], *, is_sender: bool, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vision_modules: Sequence[str],
+        *,
+        is_sender: bool,
+        bucket_bytes: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Make it, on every rank.
 
         Args:
@@ -74,46 +105,76 @@ class Snapshotter:
             vision_modules: what an image passes before the text model, projectors included.
             is_sender: whether this is rank 0.
             bucket_bytes: size at which a buffer is closed.
+            dtype: of floating-point parameters in the copy; None: as they are.
         """
-        self._model = model
-        self._is_sender = is_sender
-        self._bucket_bytes = bucket_bytes
-        trained = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad or adapted_weight(model, name) is not None
+        parameters = [(own_name(name), parameter) for name, parameter in model.named_parameters()]
+        form = CheckpointForm(model, [name for name, _ in parameters if name is not None])
+        own = [_Source(name, parameter, form=form) for name, parameter in parameters if name is not None]
+        lora = [_Source(*fields) for fields in adapter_parameters(model)]
+        trained = lora or [source for source in own if source.parameter.requires_grad]
+        frozen = own if lora else [source for source in own if not source.parameter.requires_grad]
+        in_vision = [
+            source.name
+            for source in trained
+            for module in vision_modules
+            if source.name.removeprefix(FILE_PREFIX).startswith(f"{module}.")
         ]
-        self._trained = frozenset(trained)
-        own_names = [own for name, _ in model.named_parameters() if (own := own_name(name)) is not None]
-        self._form = CheckpointForm(model, own_names)
-        self._trains_vision = any(name.startswith(f"{module}.") for name in trained for module in vision_modules)
-        self._frozen = self._gather(trained=False)
+        self._trains_vision = bool(in_vision)
+        self._adapter = AdapterFacts.of(lora, in_vision, own) if lora else None
+        self._trained = _Gatherer(trained, bucket_bytes, dtype, is_sender=is_sender)
+        self._frozen = _Gatherer(frozen, bucket_bytes, dtype, is_sender=is_sender).gather()
 
     def take(self, version: int) -> Snapshot | None:
         """A collective; None on all ranks but 0."""
-        buckets = self._gather(trained=True)
+        buckets = self._trained.gather()
         if buckets is None or self._frozen is None:
             return None
-        return Snapshot(version, buckets, self._frozen, self._trains_vision)
+        return Snapshot(version, buckets, self._frozen, self._trains_vision, self._adapter)
 
-    def _gather(self, *, trained: bool) -> Buckets | None:
-        builder = _BucketBuilder(self._bucket_bytes)
-        for name, tensor in self._full_tensors(trained):
-            if self._is_sender:
-                builder.add(name, tensor)
-        return builder.finish() if self._is_sender else None
 
-    def _full_tensors(self, trained: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """In the form that they have in the checkpoint. An adapter is merged."""
-        for name, parameter in self._model.named_parameters():
-            own = own_name(name)
-            if own is None or (name in self._trained) is not trained:
-                continue
-            tensor = _full(parameter)
-            if (adapted := adapted_weight(self._model, name)) is not None:
-                a, b, scaling = adapted
-                tensor = merge(tensor, _full(a), _full(b), scaling)
-            yield from self._form.tensors(own, tensor)
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A parameter, what it is multiplied by on the way, and in what form it goes; None: as it is."""
+
+    name: str
+    parameter: torch.Tensor
+    factor: float = 1.0
+    form: CheckpointForm | None = None
+
+    def tensors(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What goes on the wire for the whole parameter, by name."""
+        tensor = whole if self.factor == 1 else whole * self.factor
+        if self.form is None:
+            yield self.name, tensor
+        else:
+            yield from self.form.tensors(self.name, tensor)
+
+
+class _Gatherer:
+    """Copies always the same parameters, whole, into buckets of rank 0."""
+
+    def __init__(
+        self, sources: Sequence[_Source], bucket_bytes: int, dtype: torch.dtype | None, *, is_sender: bool
+    ) -> None:
+        self._sources = sources
+        self._dtype = dtype
+        self._writer = BucketWriter(bucket_bytes) if is_sender else None
+
+    def gather(self) -> Buckets | None:
+        """A collective; None on all ranks but 0."""
+        if self._writer is not None:
+            return self._writer.write(self._full_tensors())
+        for _ in self._full_tensors():
+            pass
+        return None
+
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for source in self._sources:
+            whole = _full(source.parameter)
+            if self._writer is not None:
+                for name, tensor in source.tensors(whole):
+                    is_cast = self._dtype is not None and tensor.is_floating_point()
+                    yield name, tensor.to(self._dtype) if is_cast else tensor
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
@@ -121,39 +182,25 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return (full_tensor() if full_tensor is not None else parameter).detach()
 
 
-class _BucketBuilder:
-    """Lays tensors into buffers, each tensor whole and aligned."""
+def _merged(adapter: Buckets, base: Buckets, modules: Mapping[str, str], *, full: bool) -> Buckets:
+    """The weights of the base model with the adapter in them; `full`: and all others.
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self._bucket_bytes = bucket_bytes
-        self._parameters: list[ManifestParameter] = []
-        self._buffers: list[torch.Tensor] = []
-        self._open: list[torch.Tensor] = []
-        self._open_bytes = 0
+    What lies beside an adapted layer comes along: engines pack such layers together, and can only load them together.
+    """
+    matrices = dict(adapter.tensors())
+    parents = {_parent(name) for name in modules}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self._open and self._open_bytes + num_bytes > self._bucket_bytes:
-            self._close()
-        dtype = DTYPE_NAMES.get(tensor.dtype)
-        if dtype is None:
-            raise ValueError(f"parameter {name} has dtype {tensor.dtype}, which the weight protocol does not carry")
-        self._parameters.append(
-            ManifestParameter(name, dtype, tuple(tensor.shape), len(self._buffers), self._open_bytes)
-        )
-        padding = -num_bytes % _ALIGNMENT
-        # reshape, then view: a copy of the bytes, whatever the device and the strides
-        self._open.append(tensor.to("cpu", copy=True).reshape(-1).view(torch.uint8))
-        if padding:
-            self._open.append(torch.zeros(padding, dtype=torch.uint8))
-        self._open_bytes += num_bytes + padding
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in base.tensors():
+            if name in modules:
+                a, b = (matrices[FILE_PREFIX + modules[name] + ending] for ending in (LORA_A, LORA_B))
+                yield name, merge(tensor, a, b, 1.0)
+            elif full or _parent(name) in parents:
+                yield name, tensor
 
-    def finish(self) -> Buckets:
-        self._close()
-        checksums = tuple(zlib.crc32(buffer.numpy().data) for buffer in self._buffers)
-        return Buckets(tuple(self._parameters), tuple(self._buffers), checksums)
+    return BucketWriter(max(buffer.numel() for buffer in base.buffers)).write(weights())
 
-    def _close(self) -> None:
-        if self._open:
-            self._buffers.append(torch.cat(self._open))
-            self._open, self._open_bytes = [], 0
+
+def _parent(name: str) -> str:
+    """Of the module that a parameter belongs to."""
+    return name.rpartition(".")[0].rpartition(".")[0]

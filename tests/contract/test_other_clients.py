@@ -130,7 +130,7 @@ async def test_every_call(connect: Connect, kind: type[NodeClient | BufClient], 
     message = wire.manifest_to_proto(manifest)
     stage = weights_pb2.StageRequest(run_id="run", epoch=1, manifest=message, timeout_ms=30_000)
     [staged], _ = await asyncio.gather(call(WEIGHTS, "Stage", weights_pb2.StageResponse, stage), sender.send(buffers))
-    assert list(staged.crc32) == [bucket.crc32 for bucket in manifest.buckets]
+    assert list(staged.xxh3) == [bucket.xxh3 for bucket in manifest.buckets]
     commit = weights_pb2.CommitRequest(run_id="run", epoch=1, policy_version=1, timeout_ms=30_000)
     [committed] = await call(WEIGHTS, "Commit", weights_pb2.CommitResponse, commit)
     assert committed.policy_version == 1

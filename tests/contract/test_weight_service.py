@@ -1,15 +1,16 @@
 """`weights.v1` over a real socket: a real broadcast over Gloo into the fake engine."""
 
 import asyncio
+import dataclasses
 import socket
 import threading
-import zlib
 from typing import Any
 
 import grpc
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 
 from common import errors
 from common.collective import BroadcastGroup
@@ -23,9 +24,9 @@ from tests.contract.conftest import FakeActor, StartActor
 VALUES = torch.arange(6, dtype=torch.float32)
 
 
-def _manifest(version: int, crc32: int | None = None) -> Manifest:
+def _manifest(version: int, xxh3: int | None = None) -> Manifest:
     parameter = ManifestParameter("w", "F32", (2, 3), bucket=0, offset=0)
-    checksum = zlib.crc32(VALUES.numpy().tobytes()) if crc32 is None else crc32
+    checksum = xxhash.xxh3_64_intdigest(VALUES.numpy().tobytes()) if xxh3 is None else xxh3
     return Manifest(version, (parameter,), (ManifestBucket(24, checksum),), updates_vision=False)
 
 
@@ -86,7 +87,7 @@ async def test_stage_and_commit(start_actor: StartActor, num_workers: int) -> No
     assert (status.run_id, status.epoch, status.staged_version) == ("", 0, -1)
     await learner.open(1)
     response = await learner.stage(1, _manifest(7))
-    assert list(response.crc32) == [zlib.crc32(VALUES.numpy().tobytes())]
+    assert list(response.xxh3) == [xxhash.xxh3_64_intdigest(VALUES.numpy().tobytes())]
     assert (await learner.status()).staged_version == 7
     committed = await learner.commit(1, 7)
     assert committed.policy_version == 7
@@ -113,7 +114,7 @@ async def test_corrupt_weights_are_never_served(start_actor: StartActor) -> None
     await learner.open(1)
     await learner.stage(1, _manifest(1))
     await learner.commit(1, 1)
-    error = await _error(learner.stage(1, _manifest(2, crc32=123)))
+    error = await _error(learner.stage(1, _manifest(2, xxh3=123)))
     assert isinstance(error, errors.StageCorrupt)
     status = await learner.status()
     assert (status.state, status.policy_version, status.staged_version) == (pb.ACTOR_STATE_SERVING, 1, -1)
@@ -192,3 +193,32 @@ async def test_a_restarted_learner_takes_over(start_actor: StartActor) -> None:
     await new.commit(1, 50, "new")
     status = await new.status()
     assert (status.state, status.policy_version, status.run_id) == (pb.ACTOR_STATE_SERVING, 50, "new")
+
+
+async def test_requests_name_adapters(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0, "max_lora_rank": 3})
+    learner = Learner(actor)
+    assert (await learner.status()).max_lora_rank == 3
+    await learner.open(1)
+    await learner.stage(1, _manifest(1))
+    await learner.commit(1, 1)
+
+    async def versions(model: str) -> set[int]:
+        request = rollout_pb2.GenerateRequest(group_id="g", text="hi", model=model)
+        events = [event async for event in actor.rollouts.Generate(request)]
+        return {span.policy_version for item in events[1].completions.items for span in item.version_spans}
+
+    refused = await _error(versions("judge"))
+    assert isinstance(refused, errors.InvalidRequest)
+    assert (refused.field, refused.message) == ("model", "model: 'judge' is not here; there is 'fake'")
+    a = ManifestParameter("x.lora_A.weight", "F32", (3, 1), bucket=0, offset=0)
+    b = ManifestParameter("x.lora_B.weight", "BF16", (1, 3), bucket=0, offset=16)
+    await learner.stage(1, dataclasses.replace(_manifest(2), parameters=(a, b), adapter="judge"))
+    await learner.commit(1, 2)
+    info = await actor.rollouts.GetServerInfo(rollout_pb2.GetServerInfoRequest())
+    assert list(info.adapters) == ["judge"]
+    for model in ("judge", "fake", ""):
+        assert await versions(model) == {2}
+    await learner.stage(1, _manifest(3))
+    await learner.commit(1, 3)
+    assert isinstance(await _error(versions("judge")), errors.InvalidRequest)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import wire
-from common.errors import InvalidRequest, MalformedResponse, OutriderError, Unimplemented
+from common.errors import InvalidRequest, MalformedResponse, OutriderError
 from common.media import frames_hash, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
@@ -72,6 +73,7 @@ REQUEST = RolloutRequest(
     ),
     min_policy_version=4,
     return_text=True,
+    model="critic",
 )
 INFO = PromptInfo(
     group_id="g1",
@@ -128,8 +130,8 @@ def test_golden_request() -> None:
         "2a 24 0801 1220" + HASH.hex() +
         # 6: sampling
         "32" + f"{len(bytes.fromhex(sampling)):02x}" + sampling +
-        # 7: returns { 3: text }; 8: min_policy_version
-        "3a 02 1801 40 04"
+        # 7: returns { 3: text }; 8: min_policy_version; 9: model
+        "3a 02 1801 40 04 4a 06" + b"critic".hex()
     )  # fmt: skip
     assert wire.request_to_proto(REQUEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
 
@@ -255,7 +257,7 @@ def test_golden_manifest() -> None:
         "12 13 0a08" + b"visual.w".hex() + "1203 463332 1a02 0203"  # 2: { name, dtype, shape }; bucket 0, offset 0
         "12 14 0a07" + b"model.b".hex() + "1204 42463136 1a01 04 2820"
         "12 12 0a07" + b"model.s".hex() + "1203 463136 2001 2810"
-        "1a 07 0828 15 efbeadde 1a 07 0812 15 01000000"  # 3: buckets; crc32 is fixed32, little-endian
+        "1a 0b 0828 19 efbeadde00000000 1a 0b 0812 19 0100000000000000"  # 3: buckets; xxh3 is fixed64, little-endian
         "20 01 2a 04" + b"lora".hex()  # 4, 5
     )  # fmt: skip
     message = wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora"))
@@ -445,9 +447,41 @@ def test_a_bucket_that_nobody_fills() -> None:
     assert raised.value.field == "manifest.buckets[1].num_bytes"
 
 
-def test_an_adapter_is_refused_by_name() -> None:
-    with pytest.raises(Unimplemented, match=r"manifest\.adapter"):
-        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora")))
+def _adapter(*shapes: tuple[str, tuple[int, ...]]) -> Manifest:
+    """A manifest of float32 matrices of one byte count, and so of one bucket each."""
+    parameters = tuple(ManifestParameter(name, "F32", shape, i, 0) for i, (name, shape) in enumerate(shapes))
+    buckets = tuple(ManifestBucket(4 * math.prod(shape), 1) for _, shape in shapes)
+    return Manifest(3, parameters, buckets, updates_vision=False, adapter="lora")
+
+
+def test_an_adapter_and_the_model_below_it() -> None:
+    alone = _adapter(("x.q.lora_A.weight", (2, 8)), ("x.q.lora_B.weight", (4, 2)))
+    both = _adapter(("x.q.weight", (4, 8)), *((p.name, p.shape) for p in alone.parameters))
+    for manifest in (alone, both):
+        assert wire.manifest_from_proto(wire.manifest_to_proto(manifest)) == manifest
+        assert manifest.adapter_rank == 2
+    assert [manifest.updates_base for manifest in (alone, both, MANIFEST)] == [False, True, True]
+    assert MANIFEST.adapter_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "field", "message"),
+    [
+        ([("w", (2, 2))], "manifest.adapter", "no parameter ends in .lora_A.weight"),
+        ([("q.lora_A.weight", (2, 8))], "manifest.parameters", r"q: .lora_A.weight has shape \[2, 8\], .* \[\]"),
+        (
+            [("q.lora_A.weight", (2, 8)), ("q.lora_B.weight", (4, 3))],
+            "manifest.parameters",
+            r"must be \[rank, inputs\] and \[outputs, rank\]",
+        ),
+        ([("q.lora_A.weight", (0, 8)), ("q.lora_B.weight", (4, 0))], "manifest.parameters", "must be"),
+        ([("q.lora_A.weight", (8,)), ("q.lora_B.weight", (8,))], "manifest.parameters", "must be"),
+    ],
+)
+def test_matrices_that_are_no_adapter(shapes: list[tuple[str, tuple[int, ...]]], field: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as raised:
+        wire.manifest_from_proto(wire.manifest_to_proto(_adapter(*shapes)))
+    assert raised.value.field == field
 
 
 @pytest.mark.parametrize("field", ["run_id", "epoch", "master_host", "master_port", "rank", "backend", "timeout_ms"])

@@ -40,7 +40,7 @@ def stage_requests() -> Iterator[bytes]:
     """One and several buckets."""
     parameter, bucket = weights_pb2.Parameter, weights_pb2.Bucket
     for parameters, buckets in (
-        ([parameter(name="w", dtype="F32", shape=[2, 2])], [bucket(num_bytes=16, crc32=1)]),
+        ([parameter(name="w", dtype="F32", shape=[2, 2])], [bucket(num_bytes=16, xxh3=1)]),
         (
             [
                 parameter(name="a", dtype="BF16", shape=[3]),

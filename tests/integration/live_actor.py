@@ -73,7 +73,7 @@ class LiveActor:
         self.policy.loaded(standalone=True)
 
     def stream(
-        self, sample: PromptSample, sampling: SamplingParams, prompt: Prompt | None = None
+        self, sample: PromptSample, sampling: SamplingParams, prompt: Prompt | None = None, model: str = ""
     ) -> AsyncIterator[PromptInfo | list[Completion]]:
         """The events of one group. `prompt` replaces the chat that the sample's messages are."""
         self._num_groups += 1
@@ -82,6 +82,7 @@ class LiveActor:
             prompt=prompt or ChatPrompt(sample.messages),
             media=media_of(sample.images),
             sampling=sampling,
+            model=model,
         )
         return self.engine.generate(request)
 
@@ -108,11 +109,13 @@ class LiveActor:
         [info] = infos
         return SampledGroup(info, tuple(sorted(completions, key=lambda completion: completion.index)))
 
-    async def sample(self, sample: PromptSample, prompt: Prompt | None = None, **sampling: Any) -> SampledGroup:
+    async def sample(
+        self, sample: PromptSample, prompt: Prompt | None = None, model: str = "", **sampling: Any
+    ) -> SampledGroup:
         """One whole group; completions in the order in which they came."""
         infos: list[PromptInfo] = []
         completions: list[Completion] = []
-        async for event in self.stream(sample, SamplingParams(**sampling), prompt):
+        async for event in self.stream(sample, SamplingParams(**sampling), prompt, model):
             if isinstance(event, PromptInfo):
                 assert not completions
                 infos.append(event)
@@ -121,9 +124,9 @@ class LiveActor:
         [info] = infos
         return SampledGroup(info, tuple(completions))
 
-    async def group(self, sample: PromptSample, **sampling: Any) -> Group:
+    async def group(self, sample: PromptSample, model: str = "", **sampling: Any) -> Group:
         """One group as the trainer gets it, with made-up rewards of which no two are equal."""
-        sampled = await self.sample(sample, **sampling)
+        sampled = await self.sample(sample, model=model, **sampling)
         completions = tuple(sorted(sampled.completions, key=lambda completion: completion.index))
         processed = self._processor.process(sample)
         rewards = np.linspace(0, 1, len(completions), dtype=np.float32)
@@ -188,9 +191,9 @@ class WeightSource:
         """Make `model` what the actor serves; its version. `says_vision` replaces what the manifest says truly."""
         return await self.publish_snapshot(snapshot(model, self.version + 1, says_vision), full=full)
 
-    async def publish_snapshot(self, taken: Snapshot, *, full: bool = True) -> int:
+    async def publish_snapshot(self, taken: Snapshot, *, full: bool = True, merged: bool = False) -> int:
         """Make a snapshot what the actor serves."""
-        await (await self.open()).update(taken, full=full)
+        await (await self.open()).update(taken, full=full, merged=merged)
         self.version = taken.version
         return self.version
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from common.types import ManifestParameter
-from learner.weights.snapshot import Buckets, Snapshot
+from learner.weights.buckets import Buckets
+from learner.weights.snapshot import Snapshot
 
 _FROZEN = 7
 _NUM_TRAINED = 2

@@ -148,7 +148,7 @@ async def test_versions_of_one_run_do_not_go_back(policy: PolicyState) -> None:
 async def test_a_corrupt_stage_touches_nothing_and_ends_the_epoch(engine: ScriptedEngine, policy: PolicyState) -> None:
     await _serve(policy, 1)
     engine.checksums = (11, 23)
-    with pytest.raises(StageCorrupt, match=r"crc32 of bucket\(s\) \[1\]"):
+    with pytest.raises(StageCorrupt, match=r"checksum of bucket\(s\) \[1\]"):
         await policy.stage("a", 1, manifest(2), 5)
     assert (policy.state, policy.policy_version, policy.staged_version) == (ActorState.SERVING, 1, -1)
     with pytest.raises(NotStaged):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from learner.batch.packing import PackedBatch, pack_batch
@@ -19,6 +20,7 @@ from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter
 from learner.policy import Policy
+from learner.weights.buckets import tensor_of
 from learner.weights.snapshot import Snapshotter
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups
 
@@ -93,20 +95,34 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
 
     snapshot = policy.snapshot()
     assert snapshot is not None
-    own = dict(began.named_parameters())
-    sent = {parameter.name for parameter in snapshot.trained.parameters}
-    assert sent == {f"{name}.weight" for name, module in began.named_modules() if is_adapted(name, module)}
-    assert sent | {parameter.name for parameter in snapshot.frozen.parameters} == own.keys()
-    assert not snapshot.trains_vision
+    own = load_file(large_model_dir / "model.safetensors")  # under the names of the checkpoint
+    # To actors that take adapters: the adapter alone, as in PEFT's files, the scaling (8 / 4) in B.
+    manifest, buffers = snapshot.update(full=False)
+    matrices = {parameter.name: tensor_of(buffers, parameter) for parameter in manifest.parameters}
+    adapted = [name for name, module in began.named_modules() if is_adapted(name, module)]
+    assert matrices.keys() == {f"base_model.model.{name}.lora_{x}.weight" for name in adapted for x in "AB"}
+    assert (manifest.adapter, manifest.adapter_rank, manifest.updates_base) == ("policy", 4, False)
+    assert not manifest.updates_vision
+    parameters = dict(policy.model.named_parameters())
+    for name, tensor in matrices.items():
+        trained_name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        assert torch.equal(tensor, full(parameters[trained_name]) * (2 if ".lora_B." in name else 1)), name
+    manifest, _ = snapshot.update(full=True)
+    assert {parameter.name for parameter in manifest.parameters} == own.keys() | matrices.keys()
+    assert (manifest.updates_base, manifest.updates_vision) == (True, True)
+    # To others: the weights that it changes, with those that engines pack together with them.
+    manifest, buffers = snapshot.update(full=False, merged=True)
+    sent = {parameter.name for parameter in manifest.parameters}
+    assert sent == {name for name in own if ".self_attn." in name or (".mlp." in name and "visual" not in name)}
+    assert (manifest.adapter, manifest.updates_vision) == ("", False)
+    assert {parameter.name for parameter in snapshot.update(full=True, merged=True)[0].parameters} == own.keys()
 
     export = policy.export(tmp_path / "export")
     merged = load_policy(export)[0]
     torch.testing.assert_close(logprobs(merged, pack), now, atol=2e-5, rtol=1e-4)
-    for parameter in snapshot.trained.parameters:
-        size = torch.Size(parameter.shape).numel() * 4
-        sent_bytes = snapshot.trained.buffers[parameter.bucket][parameter.offset : parameter.offset + size]
-        tensor = sent_bytes.view(torch.float32).view(parameter.shape)
-        assert torch.equal(tensor, merged.get_parameter(parameter.name)), parameter.name
+    exported = load_file(export / "model.safetensors")
+    for parameter in manifest.parameters:
+        assert torch.equal(tensor_of(buffers, parameter), exported[parameter.name]), parameter.name
 
     read = AutoModelForImageTextToText.from_pretrained(large_model_dir)
     by_peft = PeftModel.from_pretrained(read, str(export / "adapter")).merge_and_unload()
@@ -210,11 +226,20 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path,
 
 def test_a_snapshot_without_adapter_is_the_plain_one(model_dir: Path) -> None:
     model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
-    plain = load_policy(model_dir)[0]
     taken = Snapshotter(model, [], is_sender=True, bucket_bytes=2**20).take(0)
     assert taken is not None
-    sent = {parameter.name for part in (taken.trained, taken.frozen) for parameter in part.parameters}
-    assert sent == dict(plain.named_parameters()).keys()
+    assert {parameter.name for parameter in taken.frozen.parameters} == load_file(
+        model_dir / "model.safetensors"
+    ).keys()
+
+
+def test_an_adapter_of_the_vision_tower_is_merged(model_dir: Path) -> None:
+    model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
+    taken = Snapshotter(model, ["model.visual"], is_sender=True, bucket_bytes=2**20).take(0)
+    assert taken is not None
+    assert taken.adapter is not None
+    assert "vision modules, as base_model.model.model.visual." in taken.adapter.merged_because
+    assert taken.update(full=False, merged=True)[0].updates_vision
 
 
 def full(parameter: Any) -> Tensor:

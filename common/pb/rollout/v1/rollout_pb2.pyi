@@ -130,12 +130,17 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     RETURNS_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """The caller's name for this group; returned unchanged, part of every trajectory id. 1 to 128 characters."""
     text: _builtins.str
     """Text as the processor takes it: with the model's own placeholder strings, one for each media item."""
     min_policy_version: _builtins.int
     """The oldest policy version that may answer. An actor below it fails with reason WEIGHTS_PENDING. 0 = any."""
+    model: _builtins.str
+    """Which model answers: the name of an adapter (GetServerInfoResponse.adapters), or of the base model
+    (GetServerInfoResponse.model), without any adapter. Empty: the policy, which is what was committed last.
+    """
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """The model's own chat template is applied, with the generation prompt added."""
@@ -165,10 +170,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         returns: Global___ReturnOptions | None = ...,
         min_policy_version: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "returns", b"returns", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "group_id", b"group_id", "media", b"media", "min_policy_version", b"min_policy_version", "prompt", b"prompt", "returns", b"returns", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "group_id", b"group_id", "media", b"media", "min_policy_version", b"min_policy_version", "model", b"model", "prompt", b"prompt", "returns", b"returns", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -1189,6 +1195,7 @@ class GetServerInfoResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SUPPRESSED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     model: _builtins.str
     """Directory name of the model, and the architecture of its config."""
@@ -1201,6 +1208,10 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> Global___Limits: ...
     @_builtins.property
     def suppressed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that requests may name, as loaded through weights.v1."""
+
     def __init__(
         self,
         *,
@@ -1213,10 +1224,11 @@ class GetServerInfoResponse(_message.Message):
         policy_version: _builtins.int = ...,
         limits: Global___Limits | None = ...,
         suppressed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "architecture", b"architecture", "engine", b"engine", "engine_version", b"engine_version", "limits", b"limits", "model", b"model", "policy_version", b"policy_version", "server_version", b"server_version", "suppressed_token_ids", b"suppressed_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "adapters", b"adapters", "architecture", b"architecture", "engine", b"engine", "engine_version", b"engine_version", "limits", b"limits", "model", b"model", "policy_version", b"policy_version", "server_version", b"server_version", "suppressed_token_ids", b"suppressed_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

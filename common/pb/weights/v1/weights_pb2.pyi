@@ -115,6 +115,7 @@ class GetStatusResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     """One random id of this server process; changes at every restart."""
     state: Global___ActorState.ValueType
@@ -129,6 +130,8 @@ class GetStatusResponse(_message.Message):
     num_waiting: _builtins.int
     num_workers: _builtins.int
     """Processes that join an epoch: the engine's workers."""
+    max_lora_rank: _builtins.int
+    """Largest rank of an adapter that it takes; 0: it takes none."""
     def __init__(
         self,
         *,
@@ -141,10 +144,11 @@ class GetStatusResponse(_message.Message):
         num_running: _builtins.int = ...,
         num_waiting: _builtins.int = ...,
         num_workers: _builtins.int = ...,
+        max_lora_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "epoch", b"epoch", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_workers", b"num_workers", "policy_version", b"policy_version", "run_id", b"run_id", "staged_version", b"staged_version", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "epoch", b"epoch", "max_lora_rank", b"max_lora_rank", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_workers", b"num_workers", "policy_version", b"policy_version", "run_id", b"run_id", "staged_version", b"staged_version", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,7 +246,8 @@ Global___StageRequest: _TypeAlias = StageRequest  # noqa: Y015
 @_typing.final
 class Manifest(_message.Message):
     """What one update sends. Parameters have Hugging Face checkpoint names, and lie end to end in the buckets, in this
-    order, each aligned to 16 bytes and never across two buckets.
+    order, each aligned to 16 bytes and never across two buckets. Each commit makes what it brought the policy: model
+    weights, or the model with the adapter. Adapters of other names stay at hand, for requests that name them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -252,11 +257,22 @@ class Manifest(_message.Message):
     BUCKETS_FIELD_NUMBER: _builtins.int
     UPDATES_VISION_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     updates_vision: _builtins.bool
     """True if a parameter of the vision tower or its projector is among them: embeddings of images are then stale."""
     adapter: _builtins.str
-    """LoRA: the parameters are an adapter of this name, to be applied on the base model. Empty: model weights."""
+    """LoRA: name of the adapter that this update brings or replaces; empty: none. Its parameters are those with the names
+    of PEFT's files, "base_model.model.<module>.lora_A.weight" ([rank, inputs]) and "....lora_B.weight"
+    ([outputs, rank]); B is multiplied by the scaling already. Other parameters are weights of the base model below it.
+    Weights of the base model void all adapters that were loaded before: requests under way that named one go on
+    without.
+    """
+    base_version: _builtins.int
+    """Given: a delta. What crosses for each bucket is not its bytes but what changed in those of a bucket of this version
+    that the actor has kept: the first bucket here stands for the first that was kept, and so on, all of them. Fails
+    with INVALID_ARGUMENT, field manifest.base_version, where that version was not kept; the next update is then full.
+    """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
     @_builtins.property
@@ -269,12 +285,15 @@ class Manifest(_message.Message):
         buckets: _abc.Iterable[Global___Bucket] | None = ...,
         updates_vision: _builtins.bool = ...,
         adapter: _builtins.str = ...,
+        base_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "buckets", b"buckets", "parameters", b"parameters", "policy_version", b"policy_version", "updates_vision", b"updates_vision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "adapter", b"adapter", "base_version", b"base_version", "buckets", b"buckets", "parameters", b"parameters", "policy_version", b"policy_version", "updates_vision", b"updates_vision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
+    _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
 
@@ -316,19 +335,39 @@ class Bucket(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_BYTES_FIELD_NUMBER: _builtins.int
-    CRC32_FIELD_NUMBER: _builtins.int
+    XXH3_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    DELTA_BYTES_FIELD_NUMBER: _builtins.int
+    WORD_BYTES_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
-    crc32: _builtins.int
-    """crc32 (zlib) of the bytes of the bucket."""
+    xxh3: _builtins.int
+    """XXH3 (64 bits, seed 0) of the bytes of the bucket: as many bits of protection as memory and wire need, at the speed
+    of a memory copy.
+    """
+    keep: _builtins.bool
+    """Keep the bytes, in the host's memory, for a delta to the next version. Each update that is received replaces what
+    the one before it had kept; a delta keeps its results.
+    """
+    delta_bytes: _builtins.int
+    """Only in a delta: bytes that cross the wire, and the size of the words that they speak of (1, 2, 4 or 8). They are a
+    zstd frame of, little-endian: the number of changed words (8 bytes); for each the words since the changed one before
+    it, the first counted from the word before the buffer (4 bytes); for each the difference new - old, modulo 2 to the
+    word's bits, zigzag-coded. The latter two come in byte planes: the low bytes of all, then the next bytes, and so on.
+    `num_bytes` and `xxh3` are those of the result.
+    """
+    word_bytes: _builtins.int
     def __init__(
         self,
         *,
         num_bytes: _builtins.int = ...,
-        crc32: _builtins.int = ...,
+        xxh3: _builtins.int = ...,
+        keep: _builtins.bool = ...,
+        delta_bytes: _builtins.int = ...,
+        word_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "num_bytes", b"num_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_bytes", b"delta_bytes", "keep", b"keep", "num_bytes", b"num_bytes", "word_bytes", b"word_bytes", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,23 +377,23 @@ Global___Bucket: _TypeAlias = Bucket  # noqa: Y015
 class StageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CRC32_FIELD_NUMBER: _builtins.int
+    XXH3_FIELD_NUMBER: _builtins.int
     RECEIVE_S_FIELD_NUMBER: _builtins.int
     receive_s: _builtins.float
     """Seconds from the request to the last bucket."""
     @_builtins.property
-    def crc32(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What was received, equal to the manifest's checksums."""
+    def xxh3(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of what was received, bucket by bucket; equal to the manifest's."""
 
     def __init__(
         self,
         *,
-        crc32: _abc.Iterable[_builtins.int] | None = ...,
+        xxh3: _abc.Iterable[_builtins.int] | None = ...,
         receive_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "receive_s", b"receive_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receive_s", b"receive_s", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,204 @@
+"""LoRA adapters on the real vLLM engine: what is sampled with one is what transformers and PEFT compute."""
+
+import asyncio
+import copy
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from common.errors import InvalidRequest
+from examples.digits.model import build_model
+from learner.model.config import Adapter
+from learner.model.load import load_policy
+from learner.weights.epoch import EpochFailed
+from learner.weights.snapshot import Snapshot, Snapshotter
+from tests.fakes import until
+from tests.integration.live_actor import LiveActor, WeightSource, largest_difference
+from tests.unit.learner_math.conftest import enlarge
+from tests.unit.learner_math.groups import image_bytes, sample
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+
+PARITY = 1e-4
+SAMPLES = [sample(0, "what is this?", [image_bytes(4, 300, 280)]), sample(1, "only words, but enough for some blocks")]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForImageTextToText
+
+    path = build_model(tmp_path_factory.mktemp("tiny"), seed=0)
+    enlarge(AutoModelForImageTextToText.from_pretrained(path)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf(model_dir: Path) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model_dir)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
+    environment = dict(os.environ)
+    running = LiveActor(model_dir, max_lora_rank=4, max_loras=2)
+    try:
+        await running.start()
+        yield running
+    finally:
+        await running.engine.stop()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def source(actor: LiveActor) -> AsyncIterator[WeightSource]:
+    learner = WeightSource(actor)
+    yield learner
+    await learner.abort()
+
+
+class Trained:
+    """A policy whose adapter has random weights, and the same model as PEFT puts it together."""
+
+    def __init__(self, model_dir: Path, seed: int, targets: str | tuple[str, ...] = "all-linear") -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from transformers import AutoModelForImageTextToText
+
+        adapter = Adapter(rank=4, alpha=8, target_modules=targets)
+        policy, _ = load_policy(model_dir, frozen=["vision_tower"], adapter=adapter)
+        self.base = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+        self.model = copy.deepcopy(self.base)
+        config: Any = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=".*visual.*",
+        )
+        inject_adapter_in_model(config, self.model)
+        generator = torch.Generator().manual_seed(seed)
+        matrices = dict(policy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                    matrices.pop(name).copy_(parameter)
+        assert not any(".lora_" in name for name in matrices)
+        self._snapshotter = Snapshotter(policy, ["model.visual"], is_sender=True, bucket_bytes=2**19)
+
+    def snapshot(self, version: int, name: str = "policy") -> Snapshot:
+        taken = self._snapshotter.take(version)
+        assert taken is not None
+        assert taken.adapter is not None
+        return replace(taken, adapter=replace(taken.adapter, name=name))
+
+
+def moved(taken: Snapshot, old: str, new: str) -> Snapshot:
+    """The same matrices for modules of other names."""
+    parameters = tuple(replace(p, name=p.name.replace(old, new)) for p in taken.trained.parameters)
+    return replace(taken, trained=replace(taken.trained, parameters=parameters))
+
+
+async def test_the_policy_is_the_model_with_the_adapter(
+    actor: LiveActor, source: WeightSource, model_dir: Path, hf: Any
+) -> None:
+    first, second = Trained(model_dir, 1), Trained(model_dir, 2, ("q_proj", "v_proj", "down_proj"))
+    version = await source.publish_snapshot(first.snapshot(source.version + 1))
+    assert actor.engine.adapters() == ("policy",)
+    for prompt in SAMPLES:
+        group = await actor.group(prompt, n=4, max_tokens=12)
+        assert largest_difference(first.model, hf, group) <= PARITY
+        assert largest_difference(first.base, hf, group) > 100 * PARITY
+        assert {span.policy_version for c in group.completions for span in c.version_spans} == {version}
+    # The next version is the adapter alone. Both prompts, with the image, are in the prefix cache by now.
+    taken = second.snapshot(version + 1)
+    manifest, _ = taken.update(full=False)
+    assert all(".lora_" in parameter.name for parameter in manifest.parameters)
+    await source.publish_snapshot(taken, full=False)
+    for prompt in SAMPLES:
+        group = await actor.group(prompt, n=4, max_tokens=12)
+        assert largest_difference(second.model, hf, group) <= PARITY
+        assert largest_difference(first.model, hf, group) > 100 * PARITY
+        base = await actor.group(prompt, model_dir.name, n=2, max_tokens=12)
+        assert largest_difference(second.base, hf, base) <= PARITY
+
+
+async def test_a_new_adapter_goes_under_requests_that_go_on(
+    actor: LiveActor, source: WeightSource, model_dir: Path, hf: Any
+) -> None:
+    old, new = Trained(model_dir, 3), Trained(model_dir, 4)
+    old_version = await source.publish_snapshot(old.snapshot(source.version + 1))
+    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=600, ignore_eos=True))
+    of_base = asyncio.create_task(actor.group(SAMPLES[1], model_dir.name, n=1, max_tokens=600, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running == 3, pause_s=0.01)
+    new_version = await source.publish_snapshot(new.snapshot(old_version + 1), full=False)
+    assert not long.done()
+    assert not of_base.done()
+    group = await long
+    for completion in group.completions:
+        first, second = completion.version_spans
+        assert (first.policy_version, second.policy_version) == (old_version, new_version)
+        alone = replace(group, completions=(completion,))
+        assert largest_difference(old.model, hf, alone, slice(first.start, first.end)) <= PARITY
+        assert largest_difference(new.model, hf, alone, slice(second.start, second.end)) <= PARITY
+        assert largest_difference(old.model, hf, alone, slice(second.start, second.end)) > 100 * PARITY
+    assert largest_difference(old.base, hf, await of_base) <= PARITY
+
+
+async def test_adapters_by_name(actor: LiveActor, source: WeightSource, model_dir: Path, hf: Any) -> None:
+    first, second, third = (Trained(model_dir, seed) for seed in (5, 6, 7))
+    await source.publish_snapshot(first.snapshot(source.version + 1))
+    await source.publish_snapshot(second.snapshot(source.version + 1, "critic"), full=False)
+    assert actor.engine.adapters() == ("policy", "critic")
+    await source.publish_snapshot(third.snapshot(source.version + 1), full=False)  # replaces "policy"
+    # Both, and the base, in one batch; the beams and the prompt's logprobs are the adapter's too.
+    groups = await asyncio.gather(
+        *(actor.group(SAMPLES[0], name, n=2, max_tokens=12) for name in ("policy", "critic", model_dir.name, ""))
+    )
+    for trained, group in zip((third.model, second.model, first.base, third.model), groups, strict=True):
+        assert largest_difference(trained, hf, group) <= PARITY
+    beams = await actor.group(SAMPLES[1], "critic", n=2, num_beams=2, max_tokens=6)
+    assert largest_difference(second.model, hf, beams) <= PARITY
+    with pytest.raises(InvalidRequest, match=r"model: 'judge' is not here; there is .*'policy', 'critic'"):
+        await actor.group(SAMPLES[1], "judge", max_tokens=1)
+    version = source.version + 1
+    for taken, complaint in (
+        (first.snapshot(version, "judge"), "2 other adapters are here; max_loras is 2"),
+        (first.snapshot(version, model_dir.name), "the name of the base model"),
+        (moved(first.snapshot(version), ".self_attn.", ".no_attn."), "no_attn.*: vLLM applies no adapter there"),
+    ):
+        with pytest.raises(EpochFailed, match=rf"manifest\.adapter: .*{complaint}"):
+            await source.publish_snapshot(taken, full=False)
+        await source.abort()
+    assert largest_difference(second.model, hf, await actor.group(SAMPLES[0], "critic", n=2, max_tokens=12)) <= PARITY
+
+
+async def test_weights_of_the_model_void_its_adapters(
+    actor: LiveActor, source: WeightSource, model_dir: Path, hf: Any
+) -> None:
+    """As when an actor joins that takes none: all get the adapter merged, and go on without a break."""
+    # vLLM packs k_proj together with these two.
+    trained = Trained(model_dir, 8, ("q_proj", "v_proj"))
+    taken = trained.snapshot(source.version + 1)
+    await source.publish_snapshot(taken)
+    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=600, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running == 2, pause_s=0.01)
+    await source.publish_snapshot(replace(taken, version=source.version + 1), full=False, merged=True)
+    assert not long.done()
+    assert actor.engine.adapters() == ()
+    assert largest_difference(trained.model, hf, await long) <= PARITY  # the same policy in both forms
+    assert largest_difference(trained.model, hf, await actor.group(SAMPLES[1], n=2, max_tokens=12)) <= PARITY
+    with pytest.raises(InvalidRequest, match="'policy' is not here"):
+        await actor.group(SAMPLES[1], "policy", max_tokens=1)
+    # And back: the model below the adapter again, and the adapter.
+    await source.publish_snapshot(replace(taken, version=source.version + 1))
+    assert largest_difference(trained.model, hf, await actor.group(SAMPLES[1], n=2, max_tokens=12)) <= PARITY
+    base = await actor.group(SAMPLES[1], model_dir.name, n=2, max_tokens=12)
+    assert largest_difference(trained.base, hf, base) <= PARITY
