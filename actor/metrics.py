@@ -13,6 +13,7 @@
 | `outrider_actor_media_total` | counter by `source` | media items `sent` with a request, `stored` here, `missing` |
 | `outrider_actor_pause_seconds` | histogram | how long a weight update stopped generation |
 | `outrider_actor_longest_stall_seconds` | gauge | the longest that the event loop did not turn in the last minute |
+| `outrider_actor_longest_busy_seconds` | gauge | the longest that its thread computed: the rest is the machine's |
 """
 
 import functools
@@ -46,7 +47,11 @@ class ActorMetrics:
             "token_seconds", "Mean time to each further token of a completion.", _TOKEN_SECONDS
         )
         self.stalls = StallWatch()
-        self._gauge("longest_stall_seconds", "Longest stall of the event loop in a minute.", self.stalls.longest_s)
+        for name, text, longest in (
+            ("longest_stall_seconds", "Longest stall of the event loop in a minute.", self.stalls.stalled),
+            ("longest_busy_seconds", "Longest that the event loop computed in a minute.", self.stalls.busy),
+        ):
+            self._gauge(name, text, longest.value_s)
         self._finished_s = self._histogram("completion_seconds", "Time to the end of a completion.")
         self._gauge("policy_version", "Policy version that is served.", lambda: policy.policy_version)
         self._gauge("running_completions", "Completions in the engine.", lambda: engine.load().num_running)

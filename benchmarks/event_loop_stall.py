@@ -1,8 +1,9 @@
 """`python -m benchmarks.event_loop_stall`: how long the actor's event loop stands still under full load with images.
 
-Groups of 16 completions with an image of their own, more of them at once than vLLM runs; the figure is the metric
-`outrider_actor_longest_stall_seconds` of the minute in which they ran. The ratio is the bound, 10 ms, over that.
-Another process that wants the actor's core stalls the loop as well: the figure is one of an idle machine, or none.
+Groups of 16 completions with an image of their own, more of them at once than vLLM runs; the figures are two metrics of
+the minute in which they ran, each as the bound, 10 ms, over it: `stalled`, how long the loop did not turn, and `busy`,
+how long its thread computed meanwhile. Whoever else wants the actor's core stalls the loop as well, the engine's own
+threads among them: `stalled` is a figure of a machine with a core to spare, or none.
 """
 
 import argparse
@@ -21,7 +22,8 @@ BOUND_S = 0.010
 GROUPS_AT_ONCE = 64
 GROUP_SIZE = 16
 MAX_TOKENS = 64
-LOAD_S = 60.0  # what the metric looks back on
+LOAD_S = 60.0  # what the metrics look back on
+METRICS = {"stalled": "outrider_actor_longest_stall_seconds", "busy": "outrider_actor_longest_busy_seconds"}
 
 
 def main() -> None:
@@ -42,13 +44,14 @@ def main() -> None:
         with serving("actor", *arguments, log=folder / "actor.log") as address:
             harness.say("warming up")
             runner.run(_load(address, 10.0, 0))
-            ratios = []
+            ratios: dict[str, list[float]] = {case: [] for case in METRICS}
             for turn in range(1, options.rounds + 1):
                 num_groups = runner.run(_load(address, LOAD_S, turn))
-                stall_s = _longest_stall_s(port)
-                harness.say(f"round {turn}: {num_groups} groups, longest stall {1e3 * stall_s:.1f} ms")
-                ratios.append(BOUND_S / stall_s)
-    harness.report("event_loop_stall", {"full_load": harness.Comparison(tuple(ratios), GOAL)})
+                for case, metric in METRICS.items():
+                    seconds = _read(port, metric)
+                    harness.say(f"round {turn}, {num_groups} groups: {metric} {seconds:.4f}")
+                    ratios[case].append(BOUND_S / seconds)
+    harness.report("event_loop_stall", {case: harness.Comparison(tuple(found), GOAL) for case, found in ratios.items()})
 
 
 async def _load(address: str, seconds: float, turn: int) -> int:
@@ -79,10 +82,10 @@ async def _ask(client: Any, end: float, caller: int) -> int:
     return num_groups
 
 
-def _longest_stall_s(port: int) -> float:
+def _read(port: int, metric: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    [line] = [line for line in lines if line.startswith("outrider_actor_longest_stall_seconds ")]
+    [line] = [line for line in lines if line.startswith(f"{metric} ")]
     return float(line.split()[1])
 
 

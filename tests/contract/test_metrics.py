@@ -9,7 +9,7 @@ import pytest
 from common.config import ConfigError
 from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
-from common.stalls import StallWatch
+from common.stalls import Longest
 from tests.contract.conftest import StartActor, png
 from tests.fakes import until
 from tests.launched import free_ports
@@ -84,23 +84,32 @@ async def test_what_has_a_time_is_timed(start_actor: StartActor) -> None:
     assert after["outrider_actor_completion_seconds_sum"] >= 0.25 + 0.5 + 0.75
 
 
-async def test_a_stall_of_the_loop_shows(start_actor: StartActor) -> None:
+@pytest.mark.parametrize("computes", [True, False])
+async def test_a_stall_of_the_loop_shows(start_actor: StartActor, computes: bool) -> None:
+    """And whose fault it is: the loop's own thread computes, or it does not come to that."""
     port = free_ports(1)
     actor = await start_actor(metrics_listen=f"127.0.0.1:{port}")
-    await asyncio.sleep(0)  # the watch begins
-    await asyncio.sleep(0)
-    time.sleep(0.5)  # noqa: ASYNC251 - a handler that computes
-    await until(lambda: actor.server.metrics.stalls.longest_s() > 0.4)
-    assert (await asyncio.to_thread(scrape, port))["outrider_actor_longest_stall_seconds"] > 0.4
+    stalls = actor.server.metrics.stalls
+    await until(stalls.stalled._by_second.copy)  # the watch has begun
+    if computes:
+        end_s = time.thread_time() + 0.5
+        while time.thread_time() < end_s:
+            pass
+    else:
+        time.sleep(0.5)  # noqa: ASYNC251 - as when another process has the core
+    await until(lambda: stalls.stalled.value_s() > 0.4)
+    samples = await asyncio.to_thread(scrape, port)
+    assert samples["outrider_actor_longest_stall_seconds"] > 0.4
+    assert (samples["outrider_actor_longest_busy_seconds"] > 0.4) is computes
 
 
-def test_stalls_are_of_the_last_minute() -> None:
-    watch = StallWatch()
-    assert watch.longest_s() == 0
-    for now_s, late_s in ((0.2, 0.01), (0.9, 0.3), (30.0, 0.2), (59.9, 0.001)):
-        watch.add(now_s, late_s)
-    assert watch.longest_s() == 0.3
-    watch.add(60.0, 0.002)
-    assert watch.longest_s() == 0.2
-    watch.add(1000.0, 0.0)
-    assert watch.longest_s() == 0
+def test_the_longest_is_of_the_last_minute() -> None:
+    longest = Longest()
+    assert longest.value_s() == 0
+    for now_s, time_s in ((0.2, 0.01), (0.9, 0.3), (30.0, 0.2), (59.9, 0.001)):
+        longest.add(now_s, time_s)
+    assert longest.value_s() == 0.3
+    longest.add(60.0, 0.002)
+    assert longest.value_s() == 0.2
+    longest.add(1000.0, 0.0)
+    assert longest.value_s() == 0

@@ -335,7 +335,7 @@ class _Maker:
         return self._generate("group_id", group_id=self._rng.choice(("", "x" * 129, "x" * 10**5)))
 
     def version_of_the_past_or_the_future(self) -> BadCall:
-        version = self._rng.choice((-1, -_INT64, 1, _INT64))
+        version = self._rng.choice((-1, -_INT64, 10**6, _INT64))
         return self._generate("min_policy_version|", ("INVALID_REQUEST", "WEIGHTS_PENDING"), min_policy_version=version)
 
     def noise(self) -> BadCall:
