@@ -24,7 +24,15 @@ from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
 from common.chat import template_messages
 from common.config import ConfigError
-from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout, Unimplemented
+from common.errors import (
+    EngineDead,
+    InvalidRequest,
+    NotStaged,
+    OutriderError,
+    StageCorrupt,
+    StageTimeout,
+    Unimplemented,
+)
 from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
@@ -143,8 +151,8 @@ class VllmEngine:
             vocab_size=model_config.get_vocab_size(),
             num_workers=self._engine.vllm_config.parallel_config.world_size,
             suppressed_token_ids=self._placeholder_ids,
-            takes_videos=self._media.takes_videos,
             max_lora_rank=self._config.max_lora_rank,
+            takes_videos=self._media.takes_videos,
         )
         await self._warm_up()
         # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
@@ -221,9 +229,9 @@ class VllmEngine:
 
         accepted_at = time.monotonic()
         wanted = request.sampling
+        self._adapters.find(request.model)
         if request.return_routed_experts:
             self._check_experts(wanted)
-        self._adapters.find(request.model)
         scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
         is_answered = False
         try:
@@ -502,10 +510,8 @@ class VllmEngine:
         while True:
             reports = await self._on_workers("job_result")
             for report in reports:
-                if report["done"] and report.get("field"):
-                    raise InvalidRequest(report["field"], report["error"])
                 if report["done"] and report["error"] is not None:
-                    raise StageTimeout(f"a worker could not finish its part: {report['error']}")
+                    raise _job_error(**report)
             if all(report["done"] for report in reports):
                 return [report["result"] for report in reports]
             if time.monotonic() > deadline:
@@ -520,6 +526,22 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> OutriderError:  # noqa: ARG001 - its report
+    """What the error of a worker's background job is here."""
+    if field is not None:
+        return InvalidRequest(field, error)
+    if kind == StageCorrupt.__name__:
+        return StageCorrupt(error)
+    return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
+
+
+def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
+    if not config.max_lora_rank:
+        return {}
+    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
 
 
 def _check_cpu(model_config: Any, config: VllmConfig) -> None:
@@ -537,13 +559,6 @@ def _media_limits(config: VllmConfig) -> dict[str, Any]:
     """Items of a prompt. The frames are those of the made-up video with which vLLM sizes its buffers."""
     videos = {"count": config.max_videos, "num_frames": config.max_video_frames}
     return {"image": config.max_images, "video": videos if config.max_videos else 0}
-
-
-def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
-    if not config.max_lora_rank:
-        return {}
-    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
 
 
 def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:

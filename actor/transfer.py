@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from common.checksum import checksum
+from actor.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
 from common.dtypes import TORCH_DTYPES
 from common.types import EpochSpec, Manifest, ManifestParameter
@@ -54,6 +54,8 @@ class WeightReceiver:
         self._generation = 0  # of the epoch: a job that outlives its epoch finds another number and stores nothing
         self._staged: tuple[int, Staging] | None = None
         self._memory = _Memory()
+        self._kept = KeptBuckets()
+        self._receiving: Future[tuple[int, ...]] | None = None
         self._lock = threading.Lock()
 
     def join(self, spec: EpochSpec, rank: int) -> "Future[None]":
@@ -77,18 +79,24 @@ class WeightReceiver:
         """Receive every bucket of one update into `staging`; the checksum of each, as received.
 
         `manifest` adds up: `common.wire` has checked it.
+
+        Raises:
+            InvalidRequest: it is a delta from a version that is not here.
         """
         group, generation, memory = self._group, self._generation, self._memory
         if group is None:
             raise RuntimeError("no weight epoch has been joined")
         self._staged = None
+        if self._receiving is not None and not self._receiving.done():
+            self._kept = KeptBuckets()  # of an epoch that was left, and still at work on its memory
+        kept = self._kept = self._kept.next(manifest)
         by_bucket: list[list[ManifestParameter]] = [[] for _ in manifest.buckets]
         for parameter in manifest.parameters:
             by_bucket[parameter.bucket].append(parameter)
 
-        def work(buffer: torch.Tensor, parameters: Sequence[ManifestParameter]) -> int:
-            received = checksum(buffer)
-            staging.add([(parameter.name, _view(buffer, parameter)) for parameter in parameters])
+        def work(buffer: torch.Tensor, index: int) -> int:
+            whole, received = kept.take(buffer, index)
+            staging.add([(parameter.name, _view(whole, parameter)) for parameter in by_bucket[index]])
             return received
 
         def job() -> tuple[int, ...]:
@@ -97,18 +105,20 @@ class WeightReceiver:
                 for i, bucket in enumerate(manifest.buckets):
                     if i >= _NUM_BUFFERS:
                         results[i - _NUM_BUFFERS].result()  # its buffer is free
-                    buffer = memory.take(i % _NUM_BUFFERS, bucket.num_bytes, group.device)
+                    buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
                     group.broadcast(buffer)
-                    results.append(worker.submit(work, buffer, by_bucket[i]))
+                    results.append(worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)
                 worker.submit(staging.finish).result()
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")
                 self._staged = (manifest.policy_version, staging)
+                kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
             return checksums
 
-        return _run_in_thread(job, f"receive-version-{manifest.policy_version}")
+        self._receiving = _run_in_thread(job, f"receive-version-{manifest.policy_version}")
+        return self._receiving
 
     def take(self, policy_version: int, kind: type[StagingT]) -> StagingT:
         """What was staged for this version, which is given up here.

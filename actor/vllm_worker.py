@@ -131,18 +131,22 @@ class WorkerExtension:
 
     def stage_weights(self, manifest: dict[str, Any]) -> None:
         """Start receiving an update."""
-        self._job = self.weight_transfer_engine.stage(_manifest_from_dict(manifest))
+        self._job = Future()
+        try:
+            self._job = self.weight_transfer_engine.stage(_manifest_from_dict(manifest))
+        except InvalidRequest as error:
+            self._job.set_exception(error)
 
     def job_result(self) -> dict[str, Any]:
-        """`{"done": False}`, or the job's result or error as plain values; `field` is that of the manifest at fault."""
+        """`{"done": False}`, or the job's result or error as plain values (`field`: of the manifest, if at fault)."""
         if not self._job.done():
             return {"done": False}
         error = self._job.exception()
-        if isinstance(error, InvalidRequest):
-            return {"done": True, "error": error.message.removeprefix(f"{error.field}: "), "field": error.field}
-        if error is not None:
-            return {"done": True, "error": f"{type(error).__name__}: {error}", "field": None}
-        return {"done": True, "error": None, "result": self._job.result()}
+        if error is None:
+            return {"done": True, "error": None, "result": self._job.result()}
+        field = error.field if isinstance(error, InvalidRequest) else None
+        message = str(error).removeprefix(f"{field}: ")
+        return {"done": True, "error": message, "kind": type(error).__name__, "field": field}
 
     def leave_epoch(self) -> None:
         """Drop what is staged and leave the group; ends a job under way."""

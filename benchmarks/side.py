@@ -44,9 +44,17 @@ class Process:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Its answer. Raises `RuntimeError`, with the end of its log, if it ends instead."""
+        self.send(request)
+        return self.receive()
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Ask without waiting for the answer, which `receive` brings."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """The answer to what was sent. Raises as `ask`."""
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

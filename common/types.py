@@ -210,9 +210,9 @@ class RolloutRequest:
     min_policy_version: int = 0
     return_text: bool = False
     return_processed: bool = False
-    return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,10 +383,22 @@ class ManifestParameter:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBucket:
-    """One flat buffer of an update and the checksum of its bytes (`common.checksum`)."""
+    """One flat buffer of an update and the checksum of its bytes (`common.checksum`).
+
+    `keep`: for the delta that may follow. In a delta, `delta_bytes` cross the wire, in words of `word_bytes`
+    (`common.delta`); `num_bytes` and the checksum are of the result.
+    """
 
     num_bytes: int
     xxh3: int
+    keep: bool = False
+    delta_bytes: int = 0
+    word_bytes: int = 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """What crosses the wire for it."""
+        return self.delta_bytes or self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +410,8 @@ class Manifest:
     buckets: tuple[ManifestBucket, ...]
     updates_vision: bool
     adapter: str = ""
+    base_version: int = -1
+    """Of a delta: the version from which it leads here; -1 for none."""
 
     @property
     def updates_base(self) -> bool:

@@ -185,6 +185,11 @@ class WeightsConfig(Config):
     # Bound on opening an epoch and on staging one update.
     timeout_s: float = Field(30.0, gt=0)
     bucket_mib: int = Field(64, ge=1)
+    # Send only what changed since the last version, bit by bit, where encoding it takes less time than it saves on the
+    # link; actors keep a copy of what trains in their host's memory for it. Pays for bfloat16 on slow links.
+    delta: bool = False
+    # Dtype in which weights are sent; None: the one in which they are trained. Actors may compute in less than float32.
+    dtype: Literal["bfloat16"] | None = None
     # LoRA: send the model with the adapter merged into it, also where all actors take adapters (vllm.max_lora_rank).
     merge_adapter: bool = False
 

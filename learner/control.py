@@ -244,6 +244,7 @@ class Control:
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
                 merge_adapter=self._config.weights.merge_adapter,
+                delta=self._config.weights.delta,
                 notify=self._update_failed,
                 on_update=self._metrics.updated,
             )

@@ -75,6 +75,7 @@ class Policy:
             [f"model.{name}" for name, _ in self.model.model.named_children() if name not in _TEXT_MODELS],
             is_sender=ranks.is_main,
             bucket_bytes=config.weights.bucket_mib * 2**20,
+            dtype=torch.bfloat16 if config.weights.dtype is not None else None,
         )
         trainer = config.trainer
         self._needs_old_logprobs = (

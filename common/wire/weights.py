@@ -1,6 +1,7 @@
 """Epochs and manifests of `weights.v1`."""
 
 import math
+from dataclasses import asdict
 
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
@@ -12,6 +13,8 @@ _BACKEND_BACK = {number: backend for backend, number in _BACKEND.items()}
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 ALIGNMENT = 16
 _MAX_NAME_CHARS = 128
+_WORD_BYTES = (1, 2, 4, 8)
+_DELTA_OVERHEAD_BYTES = 1024
 
 
 def epoch_to_proto(spec: EpochSpec) -> pb.OpenEpochRequest:
@@ -64,9 +67,10 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
             pb.Parameter(name=item.name, dtype=item.dtype, shape=item.shape, bucket=item.bucket, offset=item.offset)
             for item in manifest.parameters
         ],
-        buckets=[pb.Bucket(num_bytes=bucket.num_bytes, xxh3=bucket.xxh3) for bucket in manifest.buckets],
+        buckets=[pb.Bucket(**asdict(bucket)) for bucket in manifest.buckets],
         updates_vision=manifest.updates_vision,
         adapter=manifest.adapter,
+        base_version=manifest.base_version if manifest.base_version >= 0 else None,
     )
 
 
@@ -79,7 +83,8 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         raise InvalidRequest("manifest.policy_version", "must not be negative")
     if not message.parameters:
         raise InvalidRequest("manifest.parameters", "is empty")
-    buckets = tuple(ManifestBucket(bucket.num_bytes, bucket.xxh3) for bucket in message.buckets)
+    is_delta = message.HasField("base_version")
+    buckets = tuple(_bucket(bucket, f"manifest.buckets[{i}]", is_delta) for i, bucket in enumerate(message.buckets))
     parameters = []
     position = (0, 0)
     ends = [0] * len(buckets)
@@ -98,7 +103,29 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
             raise InvalidRequest(f"manifest.buckets[{i}].num_bytes", f"is {bucket.num_bytes}; {end} are filled")
     if message.adapter:
         _check_adapter(message.adapter, parameters)
-    return Manifest(message.policy_version, tuple(parameters), buckets, message.updates_vision, message.adapter)
+    if is_delta and message.base_version < 0:
+        raise InvalidRequest("manifest.base_version", "must not be negative")
+    base_version = message.base_version if is_delta else -1
+    return Manifest(
+        message.policy_version, tuple(parameters), buckets, message.updates_vision, message.adapter, base_version
+    )
+
+
+def _bucket(message: pb.Bucket, field: str, is_delta: bool) -> ManifestBucket:
+    bucket = ManifestBucket(message.num_bytes, message.xxh3, message.keep, message.delta_bytes, message.word_bytes)
+    if not is_delta:
+        if bucket.delta_bytes or bucket.word_bytes:
+            raise InvalidRequest(f"{field}.delta_bytes", "has no effect without manifest.base_version")
+        return bucket
+    if not 1 <= bucket.delta_bytes <= bucket.num_bytes + _DELTA_OVERHEAD_BYTES:
+        raise InvalidRequest(
+            f"{field}.delta_bytes", f"is {bucket.delta_bytes} for a bucket of {bucket.num_bytes} bytes"
+        )
+    if bucket.word_bytes not in _WORD_BYTES or bucket.num_bytes % bucket.word_bytes:
+        raise InvalidRequest(
+            f"{field}.word_bytes", f"is {bucket.word_bytes}; must be 1, 2, 4 or 8, and divide num_bytes"
+        )
+    return bucket
 
 
 def _check_adapter(name: str, parameters: list[ManifestParameter]) -> None:

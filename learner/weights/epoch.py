@@ -11,9 +11,11 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from common.errors import OutriderError, Unreachable
 from common.log import get_logger
-from common.types import EpochSpec
+from common.types import EpochSpec, Manifest
 from learner.rollouts.members import Member
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import Sender, Transport
@@ -33,10 +35,11 @@ class EpochFailed(Exception):  # noqa: N818 - says what happened
 
 @dataclass(frozen=True, slots=True)
 class UpdateTimes:
-    """Seconds of one update: until all members had staged it, and the longest pause of generation."""
+    """Seconds of one update: until all members had staged it, and the longest pause of generation. Bytes sent."""
 
     stage_s: float
     pause_s: float
+    num_bytes: int = 0
 
 
 class Epoch:
@@ -47,9 +50,17 @@ class Epoch:
         self._spec = spec
         self._sender = sender
 
-    async def update(self, snapshot: Snapshot, *, full: bool, merged: bool = False) -> UpdateTimes:
-        """Bring every member to the snapshot's version, as `Snapshot.update` makes it. Those that serve it already
-        receive it too, as the broadcast wants, and go on undisturbed.
+    async def update(self, snapshot: Snapshot, *, full: bool, merged: bool = False, keep: bool = False) -> UpdateTimes:
+        """Bring every member to the snapshot's version, as `Snapshot.update` makes it. Raises as `send`."""
+        if merged:
+            manifest, buffers = await asyncio.to_thread(snapshot.update, full=full, merged=True)
+        else:
+            manifest, buffers = snapshot.update(full=full, keep=keep)
+        return await self.send(manifest, buffers)
+
+    async def send(self, manifest: Manifest, buffers: Sequence[torch.Tensor]) -> UpdateTimes:
+        """Bring every member to the manifest's version. Those that serve it already receive it too, as the broadcast
+        wants, and go on undisturbed.
 
         Raises:
             EpochFailed: a member, or the broadcast, failed before all were through. A member is either at the new
@@ -57,21 +68,17 @@ class Epoch:
         """
         loop = asyncio.get_running_loop()
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
-        if merged:
-            manifest, buffers = await asyncio.to_thread(snapshot.update, full=full, merged=True)
-        else:
-            manifest, buffers = snapshot.update(full=full)
+        version = manifest.policy_version
         started_at = loop.time()
         broadcast = asyncio.ensure_future(self._sender.send(buffers))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
-        await _all_or_fail(f"staging version {snapshot.version}", self.members, stages, broadcast)
+        await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
         staged_at = loop.time()
-        behind = [member for member in self.members if member.version < snapshot.version]
-        commits = [
-            member.client.commit(run_id, epoch, snapshot.version, timeout_s=_COMMIT_TIMEOUT_S) for member in behind
-        ]
-        pauses = await _all_or_fail(f"committing version {snapshot.version}", behind, commits)
-        return UpdateTimes(staged_at - started_at, max(pauses))
+        behind = [member for member in self.members if member.version < version]
+        commits = [member.client.commit(run_id, epoch, version, timeout_s=_COMMIT_TIMEOUT_S) for member in behind]
+        pauses = await _all_or_fail(f"committing version {version}", behind, commits)
+        num_bytes = sum(bucket.wire_bytes for bucket in manifest.buckets)
+        return UpdateTimes(staged_at - started_at, max(pauses), num_bytes)
 
     async def abort(self) -> None:
         """Leave, and tell the members to; those that do not answer are none of our concern any more."""

@@ -21,6 +21,7 @@ from common.log import get_logger
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
+from learner.weights.deltas import Deltas
 from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
 from learner.weights.forms import AdapterForms
 from learner.weights.snapshot import Snapshot
@@ -50,6 +51,7 @@ class Publisher:
         backend: str,
         timeout_s: float,
         merge_adapter: bool = False,
+        delta: bool = False,
         notify: Callable[[str], None] = lambda _line: None,
         on_update: Callable[[UpdateTimes], None] = lambda _times: None,
         transport: Transport | None = None,
@@ -63,6 +65,7 @@ class Publisher:
             backend: "gloo" or "nccl".
             timeout_s: bound on the rendezvous, and on each stage.
             merge_adapter: send no LoRA adapter, but the model with it.
+            delta: send only what changed where that is faster.
             notify: called with one line for each update that fails.
             on_update: called after each update that is through.
             transport: carries the weights; torch.distributed by default.
@@ -73,6 +76,7 @@ class Publisher:
         self._backend = backend
         self._timeout_s = timeout_s
         self._forms = AdapterForms(always_merged=merge_adapter)
+        self._deltas = Deltas(enabled=delta)
         self._notify = notify
         self._on_update = on_update
         self._loop = asyncio.get_running_loop()
@@ -124,8 +128,13 @@ class Publisher:
         merged = self._forms.choose(snapshot, members)
         full = any(member.version < 0 for member in members) or self._forms.changes(snapshot, merged=merged)
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
-            times = await self._epoch.update(snapshot, full=full, merged=merged)
+            changes = None if full else await self._deltas.choose(snapshot, members)
+            if changes is not None:
+                times = await self._epoch.send(*changes)
+            else:
+                times = await self._epoch.update(snapshot, full=full, merged=merged, keep=self._deltas.enabled)
         self._forms.sent(merged=merged)
+        self._deltas.sent(snapshot, members, times)
         self._num_failures = 0
         self._on_update(times)
         for member in members:
@@ -135,6 +144,8 @@ class Publisher:
             version=snapshot.version,
             num_actors=len(members),
             full=full,
+            delta=changes is not None,
+            num_bytes=times.num_bytes,
             stage_s=round(times.stage_s, 4),
             pause_s=round(times.pause_s, 4),
         )
@@ -169,11 +180,12 @@ class Publisher:
                 f"no weight update has succeeded in {failing_s:.0f} s and {self._num_failures} tries; "
                 f"the last: {failure}"
             )
+        self._deltas.failed()
         if self._epoch is not None:
             await self._epoch.abort()
             self._epoch = None
         for member, error in failure.culprits:
-            if not self._forms.is_refusal(error):
+            if not self._forms.is_refusal(error) and not self._deltas.is_refusal(error):
                 self._fleet.report_failure(member, error)
         await asyncio.sleep(_RETRY_S)  # the fleet looks again at who is there; a refusal must not become a busy loop
         self._wake.set()

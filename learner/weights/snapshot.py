@@ -7,7 +7,7 @@ With LoRA what trains is the adapter. Actors that take adapters get it alone; fo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,25 +22,29 @@ from learner.weights.buckets import Buckets, BucketWriter, join
 class AdapterFacts:
     """What trains is a LoRA adapter; `rank` is the largest of its layers, `name` the one under which actors have it.
 
-    `weights` has, for each adapted module, the name of its weight on the wire. `merged_because` says why actors cannot
-    apply the adapter; empty if they can.
+    `merged_because` says why actors cannot apply it; empty if they can.
     """
 
     rank: int
-    weights: Mapping[str, str]
     merged_because: str = ""
     name: str = "policy"
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """The adapted modules, by the name that their weight has in the checkpoint."""
 
     @classmethod
-    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], form: CheckpointForm) -> "AdapterFacts":
-        """From its matrices, and the names of those that an image passes before the text model."""
-        first = [source for source in matrices if source.name.endswith(LORA_A)]
-        modules = [source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in first]
-        weights = {module: form.name(f"{module}.weight") for module in modules}
-        rank = max(source.parameter.shape[0] for source in first)
-        if in_vision:
-            return cls(rank, weights, f"vLLM applies no adapter to vision modules, as {in_vision[0]}")
-        return cls(rank, weights)
+    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], base: "Sequence[_Source]") -> "AdapterFacts":
+        """From its matrices, the names of those that an image passes before the text model, and the model below."""
+        a = [source for source in matrices if source.name.endswith(LORA_A)]
+        adapted = {source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in a}
+        modules: dict[str, str] = {}
+        for source in base:
+            module = source.name.removesuffix(".weight")
+            if module in adapted:
+                [(name, _)] = source.tensors(torch.empty(source.parameter.shape, device="meta"))
+                modules[name] = module
+        rank = max(source.parameter.shape[0] for source in a)
+        because = f"vLLM applies no adapter to vision modules, as {in_vision[0]}" if in_vision else ""
+        return cls(rank, because, modules=modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +60,22 @@ class Snapshot:
     trains_vision: bool
     adapter: AdapterFacts | None = None
 
-    def update(self, *, full: bool, merged: bool = False) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
+    def update(
+        self, *, full: bool, merged: bool = False, keep: bool = False
+    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
         """Manifest and buffers of an update.
 
         Args:
             full: add what is frozen, for members that have just joined.
             merged: an adapter goes into the model's weights; takes a pass over those in question.
+            keep: members keep what trains, for a delta.
         """
         adapter = self.adapter.name if self.adapter is not None and not merged else ""
         if self.adapter is not None and merged:
-            parts = [_merged(self.trained, self.frozen, self.adapter.weights, full=full)]
+            parts = [_merged(self.trained, self.frozen, self.adapter.modules, full=full)]
         else:
             parts = [self.frozen, self.trained] if full else [self.trained]
-        parameters, buckets = join(parts)
+        parameters, buckets = join(parts, keep=self.trained if keep else None)
         manifest = Manifest(
             self.version,
             parameters,
@@ -82,7 +89,15 @@ class Snapshot:
 class Snapshotter:
     """Takes snapshots of one model. Every rank has one and calls it together with the others; rank 0 gets the copy."""
 
-    def __init__(self, model: nn.Module, vision_modules: Sequence[str], *, is_sender: bool, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vision_modules: Sequence[str],
+        *,
+        is_sender: bool,
+        bucket_bytes: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Make it, on every rank.
 
         Args:
@@ -90,9 +105,11 @@ class Snapshotter:
             vision_modules: what an image passes before the text model, projectors included.
             is_sender: whether this is rank 0.
             bucket_bytes: size at which a buffer is closed.
+            dtype: of floating-point parameters in the copy; None: as they are.
         """
         parameters = [(own_name(name), parameter) for name, parameter in model.named_parameters()]
-        own = [_Source(name, parameter) for name, parameter in parameters if name is not None]
+        form = CheckpointForm(model, [name for name, _ in parameters if name is not None])
+        own = [_Source(name, parameter, form=form) for name, parameter in parameters if name is not None]
         lora = [_Source(*fields) for fields in adapter_parameters(model)]
         trained = lora or [source for source in own if source.parameter.requires_grad]
         frozen = own if lora else [source for source in own if not source.parameter.requires_grad]
@@ -103,10 +120,9 @@ class Snapshotter:
             if source.name.removeprefix(FILE_PREFIX).startswith(f"{module}.")
         ]
         self._trains_vision = bool(in_vision)
-        form = CheckpointForm(model, [source.name for source in own])
-        self._adapter = AdapterFacts.of(lora, in_vision, form) if lora else None
-        self._trained = _Gatherer(trained, form, bucket_bytes, is_sender=is_sender)
-        self._frozen = _Gatherer(frozen, form, bucket_bytes, is_sender=is_sender).gather()
+        self._adapter = AdapterFacts.of(lora, in_vision, own) if lora else None
+        self._trained = _Gatherer(trained, bucket_bytes, dtype, is_sender=is_sender)
+        self._frozen = _Gatherer(frozen, bucket_bytes, dtype, is_sender=is_sender).gather()
 
     def take(self, version: int) -> Snapshot | None:
         """A collective; None on all ranks but 0."""
@@ -118,26 +134,31 @@ class Snapshotter:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A parameter, its name in the model without adapter, and what it is multiplied by on the way."""
+    """A parameter, what it is multiplied by on the way, and in what form it goes; None: as it is."""
 
     name: str
     parameter: torch.Tensor
     factor: float = 1.0
+    form: CheckpointForm | None = None
+
+    def tensors(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What goes on the wire for the whole parameter, by name."""
+        tensor = whole if self.factor == 1 else whole * self.factor
+        if self.form is None:
+            yield self.name, tensor
+        else:
+            yield from self.form.tensors(self.name, tensor)
 
 
 class _Gatherer:
-    """Copies always the same parameters, whole and as the checkpoint has them, into buckets of rank 0."""
+    """Copies always the same parameters, whole, into buckets of rank 0."""
 
-    def __init__(self, sources: Sequence[_Source], form: CheckpointForm, bucket_bytes: int, *, is_sender: bool) -> None:
+    def __init__(
+        self, sources: Sequence[_Source], bucket_bytes: int, dtype: torch.dtype | None, *, is_sender: bool
+    ) -> None:
         self._sources = sources
-        self._form = form
-        self._writer = BucketWriter(self._layout(), bucket_bytes) if is_sender else None
-
-    def _layout(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is written each time, without memory."""
-        for source in self._sources:
-            shape, dtype = source.parameter.shape, source.parameter.dtype
-            yield from self._form.tensors(source.name, torch.empty(shape, dtype=dtype, device="meta"))
+        self._dtype = dtype
+        self._writer = BucketWriter(bucket_bytes) if is_sender else None
 
     def gather(self) -> Buckets | None:
         """A collective; None on all ranks but 0."""
@@ -149,8 +170,11 @@ class _Gatherer:
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for source in self._sources:
-            tensor = _full(source.parameter)
-            yield from self._form.tensors(source.name, tensor if source.factor == 1 else tensor * source.factor)
+            whole = _full(source.parameter)
+            if self._writer is not None:
+                for name, tensor in source.tensors(whole):
+                    is_cast = self._dtype is not None and tensor.is_floating_point()
+                    yield name, tensor.to(self._dtype) if is_cast else tensor
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
@@ -158,27 +182,25 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return (full_tensor() if full_tensor is not None else parameter).detach()
 
 
-def _merged(adapter: Buckets, base: Buckets, weights_of: Mapping[str, str], *, full: bool) -> Buckets:
+def _merged(adapter: Buckets, base: Buckets, modules: Mapping[str, str], *, full: bool) -> Buckets:
     """The weights of the base model with the adapter in them; `full`: and all others.
 
     What lies beside an adapted layer comes along: engines pack such layers together, and can only load them together.
     """
     matrices = dict(adapter.tensors())
-    adapted = {weight: module for module, weight in weights_of.items()}
-    parents = {_parent(weight) for weight in adapted}
+    parents = {_parent(name) for name in modules}
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in base.tensors():
-            if name in adapted:
-                a, b = (matrices[FILE_PREFIX + adapted[name] + ending] for ending in (LORA_A, LORA_B))
+            if name in modules:
+                a, b = (matrices[FILE_PREFIX + modules[name] + ending] for ending in (LORA_A, LORA_B))
                 yield name, merge(tensor, a, b, 1.0)
             elif full or _parent(name) in parents:
                 yield name, tensor
 
-    tensors = list(weights())
-    return BucketWriter(tensors, max(buffer.numel() for buffer in base.buffers)).write(tensors)
+    return BucketWriter(max(buffer.numel() for buffer in base.buffers)).write(weights())
 
 
 def _parent(name: str) -> str:
-    """What the module of a parameter is in."""
+    """Of the module that a parameter belongs to."""
     return name.rpartition(".")[0].rpartition(".")[0]

@@ -15,6 +15,8 @@ from common.errors import StageTimeout
 from common.types import ActorState
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
+from learner.weights import deltas
+from learner.weights.epoch import UpdateTimes
 from learner.weights.publisher import Publisher, UpdatesFailed
 from learner.weights.snapshot import Snapshotter
 from tests.fakes import until
@@ -62,6 +64,7 @@ class _Learner:
         self.ends = False
         self.notes: list[str] = []
         self.events: list[FleetEvent] = []
+        self.updates: list[UpdateTimes] = []
         self.fleet.subscribe(self.events.append)
 
     def publish(self, version: int) -> None:
@@ -81,7 +84,7 @@ class _Learner:
 
 
 @contextlib.asynccontextmanager
-async def _running(num_actors: int, num_started: int) -> AsyncIterator[_Learner]:
+async def _running(num_actors: int, num_started: int, *, delta: bool = False) -> AsyncIterator[_Learner]:
     actors = [_Actor() for _ in range(num_actors)]
     for actor in actors:
         await actor.start()  # also those that come later: so that their port is known
@@ -96,6 +99,8 @@ async def _running(num_actors: int, num_started: int) -> AsyncIterator[_Learner]
         backend="gloo",
         timeout_s=10.0,
         notify=learner.notes.append,
+        delta=delta,
+        on_update=learner.updates.append,
     )
     task = learner.task = asyncio.create_task(learner.publisher.run())
     try:
@@ -198,3 +203,30 @@ async def test_updates_that_never_succeed_end_the_run(monkeypatch: pytest.Monkey
         learner.publish(1)
         with pytest.raises(UpdatesFailed, match=r"no weight update has succeeded in \d s and \d+ tries; .*no room"):
             await learner.task
+
+
+@pytest.mark.timeout(60)
+async def test_deltas_between_full_updates_for_whoever_has_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actors check the result of every delta; only sizes say which updates were deltas."""
+    monkeypatch.setattr(deltas, "_clock_s", lambda: 0.0)  # encoding takes no time: a delta wins if it is smaller
+    async with _running(2, 2, delta=True) as learner:
+        first, second = learner.actors
+        sizes: list[list[int]] = []
+
+        async def publish(version: int) -> None:
+            learner.updates.clear()
+            learner.publish(version)
+            await learner.all_serve(version, first, second)
+            sizes.append([times.num_bytes for times in learner.updates])
+
+        for version in range(3):
+            await publish(version)
+        await second.stop()
+        await until(lambda: len(learner.fleet.live()) == 1, 0.01)
+        await second.start()
+        await learner.all_serve(2, first, second)  # caught up in full
+        await publish(3)
+        whole = sum(p.numel() * 4 for p in learner.model.parameters())
+        assert sizes[0] == [whole]
+        for [size] in sizes[1:]:
+            assert size < whole / 4

@@ -257,6 +257,7 @@ class Manifest(_message.Message):
     BUCKETS_FIELD_NUMBER: _builtins.int
     UPDATES_VISION_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     updates_vision: _builtins.bool
     """True if a parameter of the vision tower or its projector is among them: embeddings of images are then stale."""
@@ -266,6 +267,11 @@ class Manifest(_message.Message):
     ([outputs, rank]); B is multiplied by the scaling already. Other parameters are weights of the base model below it.
     Weights of the base model void all adapters that were loaded before: requests under way that named one go on
     without.
+    """
+    base_version: _builtins.int
+    """Given: a delta. What crosses for each bucket is not its bytes but what changed in those of a bucket of this version
+    that the actor has kept: the first bucket here stands for the first that was kept, and so on, all of them. Fails
+    with INVALID_ARGUMENT, field manifest.base_version, where that version was not kept; the next update is then full.
     """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
@@ -279,12 +285,15 @@ class Manifest(_message.Message):
         buckets: _abc.Iterable[Global___Bucket] | None = ...,
         updates_vision: _builtins.bool = ...,
         adapter: _builtins.str = ...,
+        base_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "buckets", b"buckets", "parameters", b"parameters", "policy_version", b"policy_version", "updates_vision", b"updates_vision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "adapter", b"adapter", "base_version", b"base_version", "buckets", b"buckets", "parameters", b"parameters", "policy_version", b"policy_version", "updates_vision", b"updates_vision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
+    _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
 
@@ -327,20 +336,38 @@ class Bucket(_message.Message):
 
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     XXH3_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    DELTA_BYTES_FIELD_NUMBER: _builtins.int
+    WORD_BYTES_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     xxh3: _builtins.int
     """XXH3 (64 bits, seed 0) of the bytes of the bucket: as many bits of protection as memory and wire need, at the speed
     of a memory copy.
     """
+    keep: _builtins.bool
+    """Keep the bytes, in the host's memory, for a delta to the next version. Each update that is received replaces what
+    the one before it had kept; a delta keeps its results.
+    """
+    delta_bytes: _builtins.int
+    """Only in a delta: bytes that cross the wire, and the size of the words that they speak of (1, 2, 4 or 8). They are a
+    zstd frame of, little-endian: the number of changed words (8 bytes); for each the words since the changed one before
+    it, the first counted from the word before the buffer (4 bytes); for each the difference new - old, modulo 2 to the
+    word's bits, zigzag-coded. The latter two come in byte planes: the low bytes of all, then the next bytes, and so on.
+    `num_bytes` and `xxh3` are those of the result.
+    """
+    word_bytes: _builtins.int
     def __init__(
         self,
         *,
         num_bytes: _builtins.int = ...,
         xxh3: _builtins.int = ...,
+        keep: _builtins.bool = ...,
+        delta_bytes: _builtins.int = ...,
+        word_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "xxh3", b"xxh3"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_bytes", b"delta_bytes", "keep", b"keep", "num_bytes", b"num_bytes", "word_bytes", b"word_bytes", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
