@@ -57,12 +57,12 @@ class VllmConfig(Config):
     normalize_on_device: bool = True
     # Alternatives per token that a request may ask for; a beam search takes two for each beam.
     max_logprobs: int = Field(64, ge=0)
+    # MoE models on GPUs: requests may ask which experts each token went through. Keeps them for what is in the cache.
+    return_routed_experts: bool = False
     # LoRA: take adapters up to this rank through the weight service. 0: none, which makes every layer a little faster.
     max_lora_rank: int = Field(0, ge=0, le=512)
     # Adapters that can be at hand, and in one batch, at the same time.
     max_loras: int = Field(1, ge=1)
-    # MoE models on GPUs: requests may ask which experts each token went through. Keeps them for what is in the cache.
-    return_routed_experts: bool = False
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 

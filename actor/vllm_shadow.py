@@ -250,7 +250,14 @@ class _ShadowLayer:
         (shadow._parameters if name in shadow._parameters else shadow._buffers)[name] = tensor  # noqa: SLF001
 
 
-def _repack_tied_head(model: torch.nn.Module) -> None:
+def _copy(live: nn.Module) -> Any:
+    """The same module, with dictionaries of its own."""
+    shadow = object.__new__(type(live))
+    shadow.__dict__ = {**live.__dict__, **{name: live.__dict__[name].copy() for name in _OF_MODULES}}
+    return shadow
+
+
+def _repack_tied_head(model: nn.Module) -> None:
     """A head that shares the weight of the embedding has not been loaded, yet on CPUs computes with a packed copy."""
     layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
     heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
@@ -258,10 +265,3 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
     for head in heads:
         if head.weight.data_ptr() in shared:
             head.quant_method.process_weights_after_loading(head)
-
-
-def _copy(live: nn.Module) -> Any:
-    """The same module, with dictionaries of its own."""
-    shadow = object.__new__(type(live))
-    shadow.__dict__ = {**live.__dict__, **{name: live.__dict__[name].copy() for name in _OF_MODULES}}
-    return shadow

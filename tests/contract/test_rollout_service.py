@@ -54,7 +54,7 @@ async def _wait_until(condition: Any, timeout_s: float = 5.0) -> None:
 
 
 async def test_a_group(start_actor: StartActor) -> None:
-    actor = await start_actor(fake={"token_s": 0.002, "tokens_per_image": 3})
+    actor = await start_actor(fake={"token_s": 0.0, "tokens_per_image": 3})
     data = png(1)
     message = pb.ChatMessage(role="u", parts=[pb.ChatPart(media_index=0), pb.ChatPart(text="a")])
     request = _request(n=8, chat=pb.ChatPrompt(messages=[message]), media=[_image(data)])
@@ -77,7 +77,7 @@ async def test_a_group(start_actor: StartActor) -> None:
             (0, 0, len(item.token_ids))
         ]
         assert len(item.text) == len(item.token_ids) - (item.finish_reason == pb.FINISH_REASON_STOP)
-    # Completions of one length end together, and come together.
+    # All end together, and come together.
     assert len(rest) < 8
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from learner.batch.packing import PackedBatch, pack_batch
@@ -94,7 +95,7 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
 
     snapshot = policy.snapshot()
     assert snapshot is not None
-    own = dict(began.named_parameters())
+    own = load_file(large_model_dir / "model.safetensors")  # under the names of the checkpoint
     # To actors that take adapters: the adapter alone, as in PEFT's files, the scaling (8 / 4) in B.
     manifest, buffers = snapshot.update(full=False)
     matrices = {parameter.name: tensor_of(buffers, parameter) for parameter in manifest.parameters}
@@ -119,8 +120,9 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     export = policy.export(tmp_path / "export")
     merged = load_policy(export)[0]
     torch.testing.assert_close(logprobs(merged, pack), now, atol=2e-5, rtol=1e-4)
+    exported = load_file(export / "model.safetensors")
     for parameter in manifest.parameters:
-        assert torch.equal(tensor_of(buffers, parameter), merged.get_parameter(parameter.name)), parameter.name
+        assert torch.equal(tensor_of(buffers, parameter), exported[parameter.name]), parameter.name
 
     read = AutoModelForImageTextToText.from_pretrained(large_model_dir)
     by_peft = PeftModel.from_pretrained(read, str(export / "adapter")).merge_and_unload()
@@ -224,10 +226,11 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path,
 
 def test_a_snapshot_without_adapter_is_the_plain_one(model_dir: Path) -> None:
     model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
-    plain = load_policy(model_dir)[0]
     taken = Snapshotter(model, [], is_sender=True, bucket_bytes=2**20).take(0)
     assert taken is not None
-    assert {parameter.name for parameter in taken.frozen.parameters} == dict(plain.named_parameters()).keys()
+    assert {parameter.name for parameter in taken.frozen.parameters} == load_file(
+        model_dir / "model.safetensors"
+    ).keys()
 
 
 def test_an_adapter_of_the_vision_tower_is_merged(model_dir: Path) -> None:
