@@ -68,10 +68,11 @@ async def _ask(client: Any, end: float, caller: int) -> int:
     from learner.rollouts.sampler import build_request
     from learner.types import PromptSample
 
-    images = generation.images_of(caller)
+    rows, _ = data.split()
     num_groups = 0
     while time.monotonic() < end:
-        sample = PromptSample(num_groups, data.messages(), (images[num_groups % len(images)],), "")
+        image = data.png(int(rows[(17 * caller + num_groups) % len(rows)]))
+        sample = PromptSample(num_groups, data.messages(), (image,), "")
         sampling = SamplingParams(n=GROUP_SIZE, max_tokens=MAX_TOKENS, ignore_eos=True)
         await client.generate(build_request(f"{caller}-{num_groups}", sample, sampling), timeout_s=120)
         num_groups += 1
