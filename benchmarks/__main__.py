@@ -14,6 +14,11 @@ BENCHMARKS = (
     "actor_vs_vllm_grpc",
     "packed_step",
     "fused_logprobs",
+    "update_vs_broadcast",
+    "update_pause",
+    "update_vs_per_parameter",
+    "update_overlap",
+    "delta_bytes",
 )
 
 
