@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 NPM := $(VENV)/npm
 BUF := $(NPM)/node_modules/.bin/buf
 BUF_VERSION := 1.75.0
+# Of the client in JavaScript, which the tests run.
+GRPC_JS := $(NPM)/node_modules/@grpc/grpc-js/package.json
+GRPC_JS_PACKAGES := @grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1 @grpc/reflection@1.0.4
 # Policies for manifests. In an environment of its own: its pinned dependencies are not vLLM's.
 CHECKOV := $(VENV)/checkov
 CHECKOV_VERSION := 3.3.30
@@ -63,9 +66,9 @@ $(VENV)/.installed: pyproject.toml
 # vLLM's CPU wheel asks for these three, nothing here uses them, and the builds that pip finds are for CUDA: they fail to
 # import, or make PyTorch believe that it has a Triton compiler.
 	@case ",$(EXTRAS)," in *,cpu,*) $(BIN)/uv pip uninstall --quiet --python $(BIN)/python torchaudio torchcodec triton;; esac
-	@echo "[4/5] buf"
-	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(BUF); \
-		else echo "npm is not installed: 'make check' will need it, nothing else does."; fi
+	@echo "[4/5] buf and grpc-js"
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(BUF) $(GRPC_JS); \
+		else echo "npm is not installed: 'make check' will need it, and the tests of clients in other languages."; fi
 	@echo "[5/5] checkov"
 	@case ",$(EXTRAS)," in *,dev,*) $(MAKE) --no-print-directory $(CHECKOV)/bin/checkov;; esac
 	@command -v kubectl >/dev/null || echo "kubectl is not installed: the tests of deploy/ will need it, nothing else does."
@@ -78,7 +81,10 @@ PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing coll
 
 $(BUF):
 	@command -v npm >/dev/null || $(call die,"npm is needed for buf (it lints the proto files): install Node.js.")
-	@npm install --silent --no-audit --no-fund --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
+	@npm install --silent --no-audit --no-fund --save-exact --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
+
+$(GRPC_JS): | $(BUF)
+	@npm install --silent --no-audit --no-fund --save-exact --prefix $(NPM) $(GRPC_JS_PACKAGES)
 
 $(CHECKOV)/bin/checkov:
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CHECKOV)

@@ -76,7 +76,7 @@ class MediaIntake:
 
 
 def _bytes_to_hold(contents: list[MediaContent], limits: ServerLimits) -> int:
-    """As they came, and three bytes for each pixel of a file; from the headers alone."""
+    """As they came, and three bytes for each pixel of files; from the headers alone."""
     num_bytes = sum(map(content_bytes, contents))
     for i, content in enumerate(contents):
         if isinstance(content, bytes):

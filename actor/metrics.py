@@ -9,8 +9,10 @@
 | `outrider_actor_completions_total` | counter by `finish_reason` | finished completions |
 | `outrider_actor_tokens_total` | counter | their tokens |
 | `outrider_actor_first_token_seconds`, `outrider_actor_completion_seconds` | histogram | from the request's arrival |
+| `outrider_actor_token_seconds` | histogram | mean time to each further token of a completion |
 | `outrider_actor_media_total` | counter by `source` | media items `sent` with a request, `stored` here, `missing` |
 | `outrider_actor_pause_seconds` | histogram | how long a weight update stopped generation |
+| `outrider_actor_longest_stall_seconds` | gauge | the longest that the event loop did not turn in the last minute |
 """
 
 import functools
@@ -21,10 +23,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from actor.engine import Engine
 from actor.weights import PolicyState
 from common.metrics import serve_metrics
+from common.stalls import StallWatch
 from common.types import ActorState, Completion
 
 _PREFIX = "outrider_actor_"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_TOKEN_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 class ActorMetrics:
@@ -38,6 +42,11 @@ class ActorMetrics:
         self._completions = self._counter("completions", "Finished completions.", "finish_reason")
         self._tokens = self._counter("tokens", "Tokens of finished completions.")
         self._first_token_s = self._histogram("first_token_seconds", "Time to the first token of a completion.")
+        self._token_s = self._histogram(
+            "token_seconds", "Mean time to each further token of a completion.", _TOKEN_SECONDS
+        )
+        self.stalls = StallWatch()
+        self._gauge("longest_stall_seconds", "Longest stall of the event loop in a minute.", self.stalls.longest_s)
         self._finished_s = self._histogram("completion_seconds", "Time to the end of a completion.")
         self._gauge("policy_version", "Policy version that is served.", lambda: policy.policy_version)
         self._gauge("running_completions", "Completions in the engine.", lambda: engine.load().num_running)
@@ -53,6 +62,8 @@ class ActorMetrics:
             self._tokens.inc(len(completion.token_ids))
             self._first_token_s.observe(completion.first_token_s)
             self._finished_s.observe(completion.finished_s)
+            if (further := len(completion.token_ids) - 1) > 0:
+                self._token_s.observe((completion.finished_s - completion.first_token_s) / further)
 
     def serve(self, listen: str) -> tuple[int, Callable[[], None]]:
         """Answer HTTP at `host:port`; the port, and what stops it. Raises ConfigError if it is taken."""
@@ -61,8 +72,8 @@ class ActorMetrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"{_PREFIX}{name}", text, buckets=_SECONDS, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", text, buckets=buckets, registry=self.registry)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"{_PREFIX}{name}", text, registry=self.registry).set_function(value)

@@ -68,7 +68,10 @@ class ActorServer:
             log.info("health", port=await self.rpc.start_probes(self._config.health_listen))
         await self._report_health()
         self.policy.on_change = self._changed.set
-        self._watches = [asyncio.create_task(self._follow_state()), asyncio.create_task(self._watch_engine())]
+        self._watches = [
+            asyncio.create_task(watch)
+            for watch in (self._follow_state(), self._watch_engine(), self.metrics.stalls.run())
+        ]
         return port
 
     async def stop(self, grace_s: float, forced: asyncio.Event | None = None) -> None:

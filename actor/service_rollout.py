@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -181,7 +181,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             async for request in request_iterator:
                 if request.sha256:
                     await self._finish(upload)
-                    upload = self._begin(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
+                    upload = self._begin(request.sha256, request.num_bytes, request.frame_num_bytes)
                     stored[request.sha256] = None
                     if len(stored) > _MAX_ITEMS_PER_UPLOAD:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
@@ -194,14 +194,17 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 self._uploading.pop(upload, None)
         return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
 
-    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: tuple[int, ...]) -> "_Upload":
+    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: Sequence[int]) -> "_Upload":
         """Room for one item. Raises QueueFull when too many bytes are on their way already."""
         self._check_item(sha256, num_bytes)
+        max_frames = self._info.limits.max_video_frames
+        if len(frame_num_bytes) > max_frames:
+            raise TooLarge("frame_num_bytes", f"{len(frame_num_bytes)} frames, more than the limit of {max_frames}")
         if frame_num_bytes and sum(frame_num_bytes) != num_bytes:
             raise InvalidRequest("frame_num_bytes", f"make {sum(frame_num_bytes)} bytes; num_bytes is {num_bytes}")
         if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
             raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
-        upload = _Upload(sha256, num_bytes, frame_num_bytes)
+        upload = _Upload(sha256, num_bytes, tuple(frame_num_bytes))
         self._uploading[upload] = None
         return upload
 

@@ -20,11 +20,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention, MMEncoderAttention, is_deferred_attention_layer
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import (
@@ -38,6 +34,7 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from actor.transfer import NamedTensors
+from actor.vllm_cpu_reload import CpuReload
 
 # Their processing makes everything anew from the layer's own parameters. That of others (experts, quantized layers,
 # latent attention) changes objects that the live layer computes with.
@@ -72,11 +69,13 @@ class ReloadedModel:
 
     def swap(self) -> None:
         """Load them. vLLM has packed its parameters; this gives each layer its loadable form back, layer by layer."""
+        on_cpu = CpuReload()
+        on_cpu.begin(self._model)
         initialize_layerwise_reload(self._model)
         with torch.no_grad():
             self._model.load_weights(iter(self._tensors))
         finalize_layerwise_reload(self._model, self._config.model_config)
-        _repack_tied_head(self._model)
+        on_cpu.end(self._model)
 
 
 class ShadowModel:
@@ -255,13 +254,3 @@ def _copy(live: nn.Module) -> Any:
     shadow = object.__new__(type(live))
     shadow.__dict__ = {**live.__dict__, **{name: live.__dict__[name].copy() for name in _OF_MODULES}}
     return shadow
-
-
-def _repack_tied_head(model: nn.Module) -> None:
-    """A head that shares the weight of the embedding has not been loaded, yet on CPUs computes with a packed copy."""
-    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
-    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
-    shared = {layer.weight.data_ptr() for layer in layers if layer not in heads}
-    for head in heads:
-        if head.weight.data_ptr() in shared:
-            head.quant_method.process_weights_after_loading(head)

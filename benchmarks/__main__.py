@@ -12,6 +12,7 @@ BENCHMARKS = (
     "actor_vs_inprocess",
     "actor_vs_http",
     "actor_vs_vllm_grpc",
+    "group_bytes",
     "packed_step",
     "fused_logprobs",
     "update_vs_broadcast",

@@ -3,53 +3,30 @@
 What a turn is: `benchmarks.generation`. Both give back the token ids and the logprob of each.
 """
 
-import argparse
 import asyncio
 import base64
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from benchmarks import generation, harness, vllm_server
-from benchmarks.harness import say
 
 GOALS = {"tokens_8": 1.1, "tokens_128": 1.1}
-MAX_TOKENS = {"tokens_8": 8, "tokens_128": 128}
 
 
-def main() -> None:
-    """Run every case and print the JSON line."""
-    harness.end_cleanly()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.actor_vs_http", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    pairs: int = parser.parse_args().pairs
-
-    from common import torchvision_ops
-
-    torchvision_ops.install()
-    from examples.digits.model import build_model
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model = build_model(folder / "model", seed=0)
-        say("starting the actor and vLLM's server (about two minutes)")
-        with (
-            generation.actor(model, folder / "actor.log") as address,
-            vllm_server.serve("http", model, folder / "http.log", {}) as url,
-            asyncio.Runner() as runner,
-        ):
-            ours = generation.ActorSide(address, runner)
-            peer = HttpSide(f"http://{url}", str(model), runner)
-            comparisons = {
-                case: generation.measure(case, MAX_TOKENS[case], ours.generate, peer.generate, pairs=pairs, goal=goal)
-                for case, goal in GOALS.items()
-            }
-            ours.close()
-            peer.close()
-    harness.report("actor_vs_http", comparisons)
+@contextmanager
+def over_http(model: Path, folder: Path, runner: asyncio.Runner) -> Iterator[generation.Generate]:
+    """The server and a client of it."""
+    with vllm_server.serve("http", model, folder / "http.log", {}) as address:
+        side = HttpSide(f"http://{address}", str(model), runner)
+        try:
+            yield side.generate
+        finally:
+            side.close()
 
 
 class HttpSide:
@@ -101,4 +78,4 @@ class HttpSide:
 
 
 if __name__ == "__main__":
-    main()
+    generation.compare_actor("actor_vs_http", GOALS, over_http, __doc__)

@@ -4,35 +4,24 @@ What a turn is: `benchmarks.generation`. The peer gets token ids and fetches the
 is tokenized beforehand, untimed, because its router would do that in Rust.
 """
 
-import argparse
 import asyncio
 import base64
 import os
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import generation, harness, peers, vllm_server
-from benchmarks.harness import say
 
 GOALS = {"tokens_8": 1.0, "tokens_128": 1.0}
-MAX_TOKENS = {"tokens_8": 8, "tokens_128": 128}
 
 
-def main() -> None:
-    """Run every case and print the JSON line."""
-    harness.end_cleanly()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.actor_vs_vllm_grpc", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    pairs: int = parser.parse_args().pairs
-
-    from common import torchvision_ops
-
-    torchvision_ops.install()
-    from examples.digits.model import build_model
-
+@contextmanager
+def over_vllm_grpc(model: Path, folder: Path, runner: asyncio.Runner) -> Iterator[generation.Generate]:
+    """The server and a client of it."""
     packages = peers.grpc_servicer()
     sys.path.append(str(packages))
     environment = {
@@ -40,24 +29,12 @@ def main() -> None:
         "SMG_VLLM_MM_PROCESSOR": "inprocess",
         "SMG_VLLM_MM_MAX_INFLIGHT": str(generation.NUM_PROMPTS),
     }
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model = build_model(folder / "model", seed=0)
-        say("starting the actor and vLLM's server (about two minutes)")
-        with (
-            generation.actor(model, folder / "actor.log") as address,
-            vllm_server.serve("grpc", model, folder / "grpc.log", environment) as peer_address,
-            asyncio.Runner() as runner,
-        ):
-            ours = generation.ActorSide(address, runner)
-            peer = VllmGrpcSide(peer_address, model, runner)
-            comparisons = {
-                case: generation.measure(case, MAX_TOKENS[case], ours.generate, peer.generate, pairs=pairs, goal=goal)
-                for case, goal in GOALS.items()
-            }
-            ours.close()
-            peer.close()
-    harness.report("actor_vs_vllm_grpc", comparisons)
+    with vllm_server.serve("grpc", model, folder / "grpc.log", environment) as address:
+        side = VllmGrpcSide(address, model, runner)
+        try:
+            yield side.generate
+        finally:
+            side.close()
 
 
 class VllmGrpcSide:
@@ -118,4 +95,4 @@ class VllmGrpcSide:
 
 
 if __name__ == "__main__":
-    main()
+    generation.compare_actor("actor_vs_vllm_grpc", GOALS, over_vllm_grpc, __doc__)

@@ -5,12 +5,14 @@ checkpoint, engine settings, images, prompts and lengths. Images are new in each
 each timed turn of sampled groups every side answers the same images greedily, untimed: those tokens must be equal.
 """
 
+import argparse
 import asyncio
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,44 @@ Generate = Callable[[str, list[bytes], dict[str, Any]], tuple[float, list[list[i
 """(name of the turn, images, sampling parameters) to (seconds, token ids of each completion in the images' order)."""
 
 
-def measure(case: str, max_tokens: int, ours: Generate, peer: Generate, *, pairs: int, goal: float) -> Any:
-    """A `harness.Comparison` of tokens/s."""
+Peer = Callable[[Path, Path, asyncio.Runner], AbstractContextManager[Generate]]
+"""(checkpoint, folder for logs, where coroutines run) to the peer's side, running."""
+
+
+def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str | None) -> None:
+    """Run the actor against a peer and print the JSON line; case "tokens_8" has completions of 8 tokens."""
+    harness.end_cleanly()
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--pairs", type=int, default=5)
+    pairs: int = parser.parse_args().pairs
+
+    from common import torchvision_ops
+
+    torchvision_ops.install()
+    from examples.digits.model import build_model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = build_model(folder / "model", seed=0)
+        say("starting the actor and the peer (one or two minutes)")
+        with (
+            actor(model, folder / "actor.log") as address,
+            asyncio.Runner() as runner,
+            peer(model, folder, runner) as theirs,
+        ):
+            side = ActorSide(address, runner)
+            comparisons = {
+                case: _measure(case, int(case.partition("_")[2]), side.generate, theirs, pairs=pairs, goal=goal)
+                for case, goal in goals.items()
+            }
+            side.close()
+    harness.report(name, comparisons)
+
+
+def _measure(
+    case: str, max_tokens: int, ours: Generate, peer: Generate, *, pairs: int, goal: float
+) -> harness.Comparison:
+    """Of tokens/s."""
     say(f"{case}: {NUM_PROMPTS} images x {GROUP_SIZE} completions of {max_tokens} tokens a turn, {pairs} pairs")
     greedy = {"n": 1, "temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
     sampled = {"n": GROUP_SIZE, "max_tokens": max_tokens, "ignore_eos": True}
@@ -43,7 +81,7 @@ def measure(case: str, max_tokens: int, ours: Generate, peer: Generate, *, pairs
     turns = {"ours": 0, "peer": 0}
 
     def take(who: str, generate: Generate) -> float:
-        images = images_of(turns[who])
+        images = _images(turns[who])
         name = f"{case}-{turns[who]}"
         turns[who] += 1
         seconds, token_ids = generate(name, images, sampled)
@@ -71,7 +109,7 @@ def _require_equal_tokens(ours: list[list[int]], peer: list[list[int]]) -> None:
         raise harness.UnequalWorkError(f"only {equal:.1%} of the completions have the same tokens on both sides")
 
 
-def images_of(turn: int) -> list[bytes]:
+def _images(turn: int) -> list[bytes]:
     """PNG files that no other turn has."""
     from examples.digits import data
 

@@ -18,12 +18,14 @@ from common.types import (
     Constraint,
     EpochSpec,
     FinishReason,
+    Frames,
     Manifest,
     ManifestBucket,
     ManifestParameter,
     MediaItem,
     MediaPart,
     MediaUse,
+    Modality,
     PlaceholderRange,
     PromptInfo,
     RepetitionDetection,
@@ -68,6 +70,11 @@ named_tensors = st.lists(st.builds(NamedTensor, names, tensors()), max_size=3, u
 _contents: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.builds(lambda data: {"encoded": data}, st.binary(max_size=40)),
+    st.builds(
+        lambda files, pace: {"frames": Frames(tuple(files)), "modality": Modality.VIDEO, "frames_per_second": pace},
+        st.lists(st.binary(max_size=10), max_size=3),
+        st.none() | st.floats(allow_nan=False),
+    ),
     st.builds(lambda tensor: {"pixels": tensor}, tensors()),
     st.builds(lambda tensors: {"processed": tensors}, named_tensors.filter(bool)),
 )
@@ -240,7 +247,7 @@ statuses = st.builds(
     uint32,
     uint32,
 )
-server_limits = st.builds(ServerLimits, uint32, uint32, uint32, uint64, uint64, uint64, uint32, uint32)
+server_limits = st.builds(ServerLimits, uint32, uint32, uint32, uint64, uint64, uint64, *[uint32] * 4)
 server_infos = st.builds(ServerInfo, texts, texts, texts, texts, texts, texts, versions, server_limits, id_tuples)
 
 

@@ -3,6 +3,7 @@
 from common.errors import InvalidRequest
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Frames, MediaItem, Modality
+from common.wire.bounds import check_count
 from common.wire.tensors import (
     named_tensors_from_proto,
     named_tensors_to_proto,
@@ -12,6 +13,8 @@ from common.wire.tensors import (
 
 _MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
 _MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
+# More than any server takes.
+_MAX_FRAMES = 4096
 # What only the other modality can be.
 _NOT_OF = {Modality.IMAGE: "frames", Modality.VIDEO: "encoded"}
 
@@ -50,6 +53,7 @@ def media_from_proto(message: pb.MediaItem, field: str) -> MediaItem:
         raise InvalidRequest(f"{field}.{content}", f"is no content of {pb.Modality.Name(message.modality)}")
     if message.HasField("frames_per_second") and modality is not Modality.VIDEO:
         raise InvalidRequest(f"{field}.frames_per_second", "has no effect on images")
+    check_count(message.frames.files, f"{field}.frames.files", _MAX_FRAMES)
     processor = message.processor
     item = MediaItem(
         sha256=message.sha256,

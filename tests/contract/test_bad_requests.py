@@ -58,7 +58,7 @@ async def _ask(client: GrpcClient, index: int) -> list[list[int]]:
 async def test_a_thousand_bad_requests(launch: Launch) -> None:
     """Each is refused by name, within the memory that the limits allow; the others get the answers they always get."""
     limits = [f"limits.{name}={value}" for name, value in LIMITS.items()]
-    actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0", *limits)
+    actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0", "fake.max_videos=2", *limits)
     process = psutil.Process(actor.process.pid)
     client = GrpcClient(actor.address)
     expected = [await _ask(client, index) for index in range(16)]

@@ -191,6 +191,7 @@ async def test_an_upload_that_does_not_add_up(start_actor: StartActor) -> None:
 
     total = len(files)
     assert await put(frame_num_bytes=[*sizes, 1]) == f"frame_num_bytes: make {total + 1} bytes; num_bytes is {total}"
+    assert await put(frame_num_bytes=[total - 4, 1, 1, 1, 1]) == "frame_num_bytes: 5 frames, more than the limit of 4"
     # The same bytes cut elsewhere are another video; and no images.
     moved = [sizes[0] + 1, sizes[1] - 1, sizes[2]]
     assert await put(frame_num_bytes=moved) == (

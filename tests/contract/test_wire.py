@@ -383,7 +383,7 @@ def _processed(*names: str) -> pb.GenerateRequest:
         (
             _item(modality=IMAGE, pixels=_tensor(shape=[2**32, 2**32], data=b"")),
             "INVALID_ARGUMENT",
-            "media[1].pixels.shape",
+            "media[1].pixels.data",
         ),
         (
             _item(modality=IMAGE, pixels=_tensor(dtype=pb.DTYPE_BOOL, data=b"\0\1\0\1\0\2")),

@@ -3,7 +3,12 @@
 A target returns, or raises one of the typed errors that it lets pass; anything else is a find.
 """
 
+import math
+from typing import Any
+
+import numpy as np
 from google.protobuf.message import DecodeError
+from PIL import Image
 
 from actor import media_intake
 from actor.validation import check_request
@@ -14,7 +19,12 @@ from common.pb.weights.v1 import weights_pb2
 from common.types import ServerLimits
 
 LIMITS = ServerLimits(
-    max_group_size=16, max_context_tokens=64, max_media_items=4, max_media_bytes=2**16, max_media_pixels=2**12
+    max_group_size=16,
+    max_context_tokens=64,
+    max_media_items=4,
+    max_videos=2,
+    max_media_bytes=2**16,
+    max_media_pixels=2**12,
 )
 _VOCAB_SIZE = 320
 _REFUSED = (InvalidRequest, TooLarge, Unimplemented, DecodeError)
@@ -28,14 +38,20 @@ def generate(data: bytes) -> None:
         check_request(request, LIMITS, _VOCAB_SIZE, (1,))
         pairs = [(item, item.content) for item in request.media if item.content is not None]
         media, contents = tuple(item for item, _ in pairs), [content for _, content in pairs]
-        media_intake._bytes_to_hold(contents, LIMITS.max_media_pixels)
-        decoded = media_intake._decode(media, contents, LIMITS.max_media_pixels)
+        media_intake._bytes_to_hold(contents, LIMITS)
+        decoded = media_intake._decode(media, contents, LIMITS)
     except _REFUSED:
         return
     for item in decoded:
-        size = getattr(item.content, "size", (0, 0))
-        if size[0] * size[1] > LIMITS.max_media_pixels:
-            raise AssertionError(f"decoded {size}")
+        if num_pixels(item.content) > LIMITS.max_media_pixels:
+            raise AssertionError(f"decoded {num_pixels(item.content)} pixels")
+
+
+def num_pixels(content: Any) -> int:
+    """Of an image, or of all frames of a video; 0 for tensors."""
+    if isinstance(content, Image.Image):
+        return content.width * content.height
+    return math.prod(content.shape[:-1]) if isinstance(content, np.ndarray) else 0
 
 
 def stage(data: bytes) -> None:

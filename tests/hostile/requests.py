@@ -152,6 +152,31 @@ class _Maker:
         tensor = pb.Tensor(dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
         return self._media(r"media\[0\]\.pixels.*", pixels=tensor)
 
+    def wrong_video(self) -> BadCall:
+        rng = self._rng
+        frames = [images.picture(rng, size=8) for _ in range(3)]
+        video: Any = rng.choice(
+            (
+                {"frames": pb.EncodedFrames()},
+                {"frames": pb.EncodedFrames(files=[*frames, images.truncated(rng)])},
+                {"frames": pb.EncodedFrames(files=[*frames, images.picture(rng, size=9)])},
+                {"frames": pb.EncodedFrames(files=[*frames, images.bomb(rng)])},
+                {"frames": pb.EncodedFrames(files=frames[:1] * (self._limits.max_video_frames + 1))},
+                {"frames": pb.EncodedFrames(files=[b""] * rng.randint(1, 9000))},
+                {"frames": pb.EncodedFrames(files=frames), "frames_per_second": rng.choice((0, -1, math.nan, 1e9))},
+                {"encoded": frames[0]},
+                {"pixels": pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[2, 2, 3], data=bytes(12))},
+                {"pixels": pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[0, 2, 2, 3])},
+                {"sha256": rng.randbytes(32), "frames_per_second": math.inf},
+            )
+        )
+        item = pb.MediaItem(modality=pb.MODALITY_VIDEO, **video)
+        return self._generate("media.*|", ("INVALID_REQUEST", "TOO_LARGE"), media=[item], chat=_chat(1))
+
+    def frames_of_an_image(self) -> BadCall:
+        frames = pb.EncodedFrames(files=[images.picture(self._rng)])
+        return self._media(r"media\[0\]\.frames", frames=frames)
+
     def large_pixels(self) -> BadCall:
         height = self._limits.max_media_pixels // 64 + 1
         tensor = pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[height, 64, 3], data=bytes(height * 64 * 3))

@@ -15,9 +15,11 @@ def generate_requests() -> Iterator[bytes]:
     pixels = pb.MediaItem(pixels=pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[2, 2, 3], data=bytes(12)))
     named = pb.NamedTensor(name="x", tensor=pb.Tensor(dtype=pb.DTYPE_BFLOAT16, shape=[2], data=bytes(4)))
     processed = pb.MediaItem(processed=pb.ProcessedMedia(tensors=[named]))
+    frames = pb.EncodedFrames(files=[images.picture(rng, size=4) for _ in range(2)])
+    video = pb.MediaItem(modality=pb.MODALITY_VIDEO, frames=frames, frames_per_second=2)
     by_hash = pb.MediaItem(sha256=bytes(32), processor=pb.ProcessorOptions(min_pixels=4, max_pixels=9))
-    for item in (*encoded, pixels, processed, by_hash):
-        item.modality = pb.MODALITY_IMAGE
+    for item in (*encoded, pixels, processed, by_hash, video):
+        item.modality = item.modality or pb.MODALITY_IMAGE
         parts = [pb.ChatPart(media_index=0), pb.ChatPart(text="?")]
         chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=parts)])
         yield pb.GenerateRequest(group_id="g", chat=chat, media=[item]).SerializeToString()

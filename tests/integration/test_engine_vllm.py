@@ -14,9 +14,30 @@ import pytest_asyncio
 import torch
 from PIL import Image
 
-from common.errors import NotStaged, OutriderError, StageCorrupt, StageTimeout, StaleEpoch
+from actor.config import ActorConfig
+from actor.engine import EngineMedia
+from actor.server import ActorServer
+from benchmarks.counting_proxy import counting_proxy
+from benchmarks.group_bytes import noise_png
+from common import wire
+from common.client import GrpcClient
+from common.errors import NotStaged, OutriderError, StageCorrupt, StageTimeout, StaleEpoch, Unimplemented
 from common.media import content_hash
-from common.types import ActorState, FinishReason, PromptInfo, SamplingParams, TextPrompt, TokenPrompt
+from common.types import (
+    ActorState,
+    ChatMessage,
+    ChatPrompt,
+    FinishReason,
+    MediaItem,
+    MediaPart,
+    Modality,
+    PromptInfo,
+    RolloutRequest,
+    SamplingParams,
+    TextPart,
+    TextPrompt,
+    TokenPrompt,
+)
 from examples.digits.model import build_model
 from learner.algorithms.config import LossConfig
 from learner.batch.packing import pack_batch
@@ -26,7 +47,15 @@ from learner.step import train_step
 from learner.types import PromptSample
 from learner.weights.epoch import EpochFailed
 from tests.fakes import until
-from tests.integration.live_actor import LiveActor, WeightSource, largest_difference, masked_logprobs, snapshot
+from tests.integration.live_actor import (
+    CONFIG,
+    LiveActor,
+    WeightSource,
+    largest_difference,
+    masked_logprobs,
+    snapshot,
+)
+from tests.integration.plain_forward import continued, distribution
 from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, centred, image_bytes, sample
 
@@ -44,6 +73,8 @@ SAMPLES = [
     sample(4, "compare", [image_bytes(5, 112, 56), image_bytes(6, 84, 84)]),
     sample(5, "no image here, only words"),
 ]
+
+ONE = ChatPrompt((ChatMessage("user", (MediaPart(0), TextPart("what?"))),))
 
 MakeModel = Callable[[], Any]
 
@@ -76,7 +107,7 @@ def hf(model_dir: Path) -> Any:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
     environment = dict(os.environ)
-    running = LiveActor(model_dir)
+    running = LiveActor(model_dir, max_videos=1)
     try:
         await running.start()
         yield running
@@ -246,6 +277,87 @@ async def test_placeholders_are_never_sampled(
                         model(input_ids=ids[None]).logits[0, len(inputs["input_ids"][0]) - 1 :].argmax(-1) == IMAGE_PAD
                     ).all()
             assert largest_difference(model, hf, group) <= PARITY
+
+
+# ------------------------------------------------------------------------------------------------- through a server
+
+
+async def test_an_image_crosses_once_and_is_processed_once(actor: LiveActor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 samples of one image of 1 MiB, and again by another name; then another image, so that the counter counts."""
+    processor: Any = actor.engine._require().renderer.get_mm_processor()
+    process = processor._apply_hf_processor_main
+    num_processed = [0]
+
+    def counted(mm_items: Any, *arguments: Any, **options: Any) -> Any:
+        num_processed[0] += mm_items.get_count("image", strict=False)
+        return process(mm_items, *arguments, **options)
+
+    monkeypatch.setattr(processor, "_apply_hf_processor_main", counted)
+    images = [noise_png(seed) for seed in (1, 2)]
+    server = ActorServer(actor.engine, actor.info, ActorConfig(standalone=True, vllm=CONFIG), "actor-1")
+    port = await server.start("127.0.0.1:0")
+    try:
+        async with counting_proxy("127.0.0.1", port) as (address, counts):
+            client = GrpcClient(address)
+            await client.server_info()
+            for name, image, expected_runs in (("first", images[0], 1), ("again", images[0], 1), ("new", images[1], 2)):
+                counts.take()
+                request = RolloutRequest(
+                    name, ONE, (MediaItem(content_hash(image), image),), SamplingParams(n=16, max_tokens=32)
+                )
+                group = await client.generate(request, timeout_s=60)
+                taken = counts.take()
+                assert num_processed[0] == expected_runs
+                assert len(group.completions) == 16
+                results = wire.response_to_proto(group.prompt).ByteSize()
+                results += wire.response_to_proto(group.completions).ByteSize()
+                if name == "again":
+                    assert taken.sent < len(image) / 100
+                    assert taken.total < results + len(image) / 100
+                else:
+                    assert len(image) < 2**20 * 1.01
+                    assert len(image) < taken.sent
+                    assert taken.total <= 1.02 * (len(image) + results)
+            await client.close()
+    finally:
+        await server.stop(grace_s=0)
+
+
+async def test_a_video_is_that_of_transformers(
+    actor: LiveActor, source: WeightSource, make_model: MakeModel, hf: Any
+) -> None:
+    """`test_vllm_videos.py` has all of it; this is what every run sees."""
+    model = make_model()
+    await source.publish(model)
+    array = np.random.default_rng(3).integers(0, 256, (4, 84, 56, 3), dtype=np.uint8)
+    video = EngineMedia(bytes(32), array, modality=Modality.VIDEO, frames_per_second=12.0)
+    group = await actor.ask(ONE, (video,), n=4, max_tokens=12)
+    content = [{"type": "video"}, {"type": "text", "text": "what?"}]
+    text = hf.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    metadata = [{"total_num_frames": 4, "fps": 12.0, "frames_indices": [0, 1, 2, 3]}]
+    inputs = dict(hf(text=[text], videos=[array], video_metadata=metadata, do_sample_frames=False, return_tensors="pt"))
+    assert group.prompt.expanded_ids.tolist() == inputs["input_ids"][0].tolist()
+    [use] = group.prompt.media
+    assert list(use.grid_thw) == inputs["video_grid_thw"][0].tolist()
+    assert use.num_tokens == use.placeholder.length == (group.prompt.expanded_ids == hf.video_token_id).sum()
+    for completion in group.completions:
+        with torch.no_grad():
+            logits = model(**continued(inputs, completion.token_ids), use_cache=False).logits[0]
+        expected = distribution(logits[-len(completion.token_ids) - 1 : -1], completion.token_ids, SUPPRESSED)[0]
+        np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=PARITY)
+
+
+async def test_routed_experts_are_refused_by_name(actor: LiveActor) -> None:
+    """By a server that was not started for them."""
+    image = MediaItem(b"", image_bytes(1))
+    server = ActorServer(actor.engine, actor.info, ActorConfig(standalone=True, vllm=CONFIG), "actor-1")
+    client = GrpcClient(f"127.0.0.1:{await server.start('127.0.0.1:0')}")
+    try:
+        with pytest.raises(Unimplemented, match=r"^returns\.routed_experts: .* without vllm\.return_routed_experts"):
+            await client.generate(RolloutRequest("g", ONE, (image,), return_routed_experts=True), timeout_s=30)
+    finally:
+        await client.close()
+        await server.stop(grace_s=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -138,24 +138,36 @@ def own_name(adapter_name: str, which: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Family]]:
-    """Batches of all families, and the results of all modes on all layouts of ranks."""
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="module")
+def families(directory: Path) -> Iterator[dict[str, Family]]:
+    """Batches of all families."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    directory = tmp_path_factory.mktemp("families")
-    families = {name: make_family(name, directory / name) for name in FAMILIES}
-    runs = [start_ranks(directory, families, layout) for layout in LAYOUTS]
-    try:
-        for run in runs:
-            for process in run:
+    yield {name: make_family(name, directory / name) for name in FAMILIES}
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def compute(directory: Path, families: dict[str, Family]) -> Callable[[str], None]:
+    """Leaves the results of all modes in the folders of a layout of ranks, for all families: once."""
+
+    @functools.cache
+    def compute(layout: str) -> None:
+        ranks = start_ranks(directory, families, layout)
+        try:
+            for process in ranks:
                 _, errors = process.communicate(timeout=300)
                 assert process.returncode == 0, errors[-3000:]
-        yield families
-    finally:
-        for process in (process for run in runs for process in run):
-            process.kill()
-            process.wait()
-        torch.set_num_threads(threads)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+    return compute
 
 
 def make_family(name: str, directory: Path) -> Family:
@@ -225,11 +237,19 @@ def start_ranks(directory: Path, families: dict[str, Family], layout: str) -> li
     ]
 
 
-@pytest.mark.parametrize(("layout", "mode"), [(layout, mode) for layout, modes in MODES_OF.items() for mode in modes])
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    [
+        pytest.param(layout, mode, marks=[pytest.mark.slow] if LAYOUTS[layout][1] > 1 else [])
+        for layout, modes in MODES_OF.items()
+        for mode in modes
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_plain_forward(
-    families: dict[str, Family], family: str, mode: str, layout: str
+    families: dict[str, Family], compute: Callable[[str], None], family: str, mode: str, layout: str
 ) -> None:
+    compute(layout)
     directory = families[family].directory
     result = json.loads((directory / layout / f"{mode}.json").read_text())
     gradients = load_file(directory / layout / f"{mode}.safetensors")
