@@ -55,9 +55,9 @@ class EngineRequest:
     sampling: SamplingParams
     return_text: bool = False
     return_processed: bool = False
+    return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
-    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class EngineInfo:
     vocab_size: int
     num_workers: int
     suppressed_token_ids: tuple[int, ...]
-    max_lora_rank: int = 0
     takes_videos: bool = True
+    max_lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

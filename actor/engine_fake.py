@@ -90,9 +90,9 @@ class FakeEngine:
         if self._num_groups == self._config.die_at_group:
             self._dead = True
         await self.check()
-        self._adapters.find(request.model)
         if request.return_routed_experts:
             raise Unimplemented("returns.routed_experts", "the fake engine has no experts")
+        self._adapters.find(request.model)
         if request.sampling.structured_output is not None:
             raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
         info = with_prompt_logprobs(self._prompt_info(request), request.sampling, self._config.vocab_size)

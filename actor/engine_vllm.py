@@ -151,8 +151,8 @@ class VllmEngine:
             vocab_size=model_config.get_vocab_size(),
             num_workers=self._engine.vllm_config.parallel_config.world_size,
             suppressed_token_ids=self._placeholder_ids,
-            max_lora_rank=self._config.max_lora_rank,
             takes_videos=self._media.takes_videos,
+            max_lora_rank=self._config.max_lora_rank,
         )
         await self._warm_up()
         # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
@@ -229,9 +229,9 @@ class VllmEngine:
 
         accepted_at = time.monotonic()
         wanted = request.sampling
-        self._adapters.find(request.model)
         if request.return_routed_experts:
             self._check_experts(wanted)
+        self._adapters.find(request.model)
         scores_prompt = wanted.prompt_logprobs or wanted.prompt_top_logprobs > 0
         is_answered = False
         try:
@@ -537,13 +537,6 @@ def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> Outri
     return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
 
 
-def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
-    if not config.max_lora_rank:
-        return {}
-    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
-
-
 def _check_cpu(model_config: Any, config: VllmConfig) -> None:
     """Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word."""
     if model_config.is_mm_prefix_lm:
@@ -559,6 +552,13 @@ def _media_limits(config: VllmConfig) -> dict[str, Any]:
     """Items of a prompt. The frames are those of the made-up video with which vLLM sizes its buffers."""
     videos = {"count": config.max_videos, "num_frames": config.max_video_frames}
     return {"image": config.max_images, "video": videos if config.max_videos else 0}
+
+
+def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
+    if not config.max_lora_rank:
+        return {}
+    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
 
 
 def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:

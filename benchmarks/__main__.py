@@ -18,6 +18,11 @@ BENCHMARKS = (
     "group_bytes",
     "packed_step",
     "fused_logprobs",
+    "update_vs_broadcast",
+    "update_pause",
+    "update_vs_per_parameter",
+    "update_overlap",
+    "delta_bytes",
 )
 
 

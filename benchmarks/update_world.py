@@ -5,6 +5,8 @@ with the real vLLM. Everything goes as in a run: gRPC for control, Gloo for the 
 """
 
 import asyncio
+import math
+import os
 import subprocess
 import sys
 import time
@@ -75,8 +77,10 @@ class World:
     `update` is a whole update of the live actors: gather, wire, verify, swap. `broadcast` is the wire alone.
     """
 
-    def __init__(self, folder: Path, num_actors: int, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, num_actors: int, *, dtype: Any = None, host: str = "127.0.0.1") -> None:
+        """`dtype`: in which weights are sent; None: the model's float32."""
         self._folder = folder
+        self._dtype = dtype
         self._num_actors = num_actors
         self._host = host
         self._stack = ExitStack()
@@ -88,16 +92,20 @@ class World:
         from transformers import AutoModelForImageTextToText
 
         from common.collective import BroadcastGroup
+        from learner.weights.deltas import Deltas
         from learner.weights.snapshot import Snapshotter
         from learner.weights.transport import TorchTransport
 
-        model: Any = AutoModelForImageTextToText.from_pretrained(model_dir)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(model_dir)
+        self._deltas = Deltas(enabled=True)
         self._runner = self._stack.enter_context(asyncio.Runner())
         addresses = [
             self._stack.enter_context(actor(model_dir, self._folder / f"actor-{i}.log", self._cores(i)))
             for i in range(self._num_actors)
         ]
-        self._snapshotter = Snapshotter(model, ["model.visual"], is_sender=True, bucket_bytes=64 * 2**20)
+        self._snapshotter = Snapshotter(
+            self.model, ["model.visual"], is_sender=True, bucket_bytes=64 * 2**20, dtype=self._dtype
+        )
         self._transport = TorchTransport(self._host)
         self._epoch = self._runner.run(self._open(addresses))
         self.snapshot = self._take()
@@ -149,9 +157,39 @@ class World:
         self.version += 1
         self.snapshot = self._take() if gather else replace(self.snapshot, version=self.version)
         times = await self._epoch.update(self.snapshot, full=False)
+        self._committed(times)
+        return time.perf_counter() - started_at, times
+
+    async def next_kept_update(self) -> tuple[float, Any]:
+        """As `next_update`; the actors keep what they get for a delta."""
+        started_at = time.perf_counter()
+        self.version += 1
+        self.snapshot = self._take()
+        times = await self._epoch.update(self.snapshot, full=False, keep=True)
+        self._committed(times)
+        return time.perf_counter() - started_at, times
+
+    async def next_delta(self) -> bool:
+        """The next version as the learner's own choice has it; whether that was a delta."""
+        self.version += 1
+        self.snapshot = self._take()
+        changes = await self._deltas.choose(self.snapshot, self._epoch.members)
+        if changes is not None:
+            self._committed(await self._epoch.send(*changes))
+        else:
+            self._committed(await self._epoch.update(self.snapshot, full=False, keep=True))
+        return changes is not None
+
+    def _committed(self, times: Any) -> None:
+        self._deltas.sent(self.snapshot, self._epoch.members, times)
         for member in self._epoch.members:
             member.version = self.version
-        return time.perf_counter() - started_at, times
+
+    def parameter_sizes(self) -> list[int]:
+        """Bytes of each parameter that an update sends."""
+        from common.wire.weights import DTYPE_BYTES
+
+        return [math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in self.snapshot.trained.parameters]
 
     def broadcast(self, sizes: Sequence[int], *, with_calls: bool = False) -> float:
         """Send the same bytes to as many bare receivers, in pieces of these sizes; seconds.
@@ -176,7 +214,7 @@ class World:
         from common.checksum import checksum
 
         for receiver in self._receivers:
-            require_equal("bytes", receiver.receive()["checksum"], checksum(self._flat))
+            require_equal("bytes", receiver.receive()["checksum"], checksum(self._flat[:offset]))
         return seconds
 
     async def _call_all(self) -> None:
@@ -212,8 +250,6 @@ class World:
             await member.client.close()
 
     def _cores(self, index: int) -> str:
-        import os
-
         cores = sorted(os.sched_getaffinity(0))
         return ",".join(map(str, cores)) if self._num_actors == 1 else str(cores[index % len(cores)])
 

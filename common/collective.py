@@ -3,6 +3,11 @@
 Both ends use this class and nothing else: the learner as rank 0, each engine worker as a higher rank. It is built
 straight from a TCPStore, beside the default group of `torch.distributed`, so that it can be made, aborted and made
 again while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are the same.
+
+With NCCL the members are one communicator, whose broadcast is a pipeline already. Gloo's sends the whole buffer from
+the root again and again, so that nearly each receiver costs another transfer. Gloo's members are a chain of pairs here:
+
+    rank 0 --> rank 1 --> rank 2 --> ...      each passes a chunk on while it receives the next
 """
 
 import atexit
@@ -20,6 +25,8 @@ import torch.distributed as dist
 from common.types import EpochSpec
 
 _POLL_S = 0.0005
+# What a member of a chain passes on at a time.
+_CHUNK_BYTES = 2 * 2**20
 
 # ProcessGroupGloo or ProcessGroupNCCL, whose collectives torch's stubs do not list.
 _Backend = Any
@@ -42,7 +49,22 @@ class BroadcastGroup:
         scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
         self._timeout = timeout
         self._aborted = threading.Event()
-        self._backend: _Backend | None = _make_backend(spec, scoped, rank, timeout)
+        self._world_size = spec.world_size
+        # Backends of which this is not rank 0, and of which it is.
+        self._upstream: list[_Backend] = []
+        self._downstream: list[_Backend] = []
+        try:
+            if spec.backend == "nccl":
+                (self._upstream if rank else self._downstream).append(_make_nccl(spec, scoped, rank, timeout))
+            if spec.backend == "gloo" and rank > 0:
+                pair = dist.PrefixStore(f"{rank - 1}", scoped)
+                self._upstream.append(_make_gloo(spec, pair, 1, timeout))
+            if spec.backend == "gloo" and rank + 1 < spec.world_size:
+                pair = dist.PrefixStore(f"{rank}", scoped)
+                self._downstream.append(_make_gloo(spec, pair, 0, timeout))
+        except BaseException:
+            self.abort()
+            raise
         self.device = (device or torch.device("cuda", 0)) if spec.backend == "nccl" else torch.device("cpu")
         # Everybody is here before anybody returns: a missing member fails the epoch now, not in its first update.
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
@@ -53,31 +75,45 @@ class BroadcastGroup:
         Raises:
             RuntimeError: a member is gone, the group was aborted, or the epoch's timeout has passed.
         """
-        backend = self._backend
-        if backend is None:
+        upstream, downstream = self._upstream, self._downstream
+        if self._aborted.is_set():
             raise RuntimeError("the weight epoch was aborted")
+        is_passed_on = self._world_size > 2 and not buffer.is_cuda and buffer.numel() > 0
+        chunks = buffer.split(_CHUNK_BYTES) if is_passed_on else (buffer,)
+        coming = [[self._start(backend, chunk) for backend in upstream] for chunk in chunks]
+        going = []
+        for chunk, works in zip(chunks, coming, strict=True):
+            for work in works:
+                self._wait(work)
+            going += [self._start(backend, chunk) for backend in downstream]
+        for work in going:
+            self._wait(work)
+        if buffer.is_cuda:
+            torch.cuda.synchronize(buffer.device)  # NCCL's wait() only orders streams
+
+    def _start(self, backend: _Backend, buffer: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = self._timeout
-        work = backend.broadcast([buffer], options)
+        return backend.broadcast([buffer], options)
+
+    def _wait(self, work: Any) -> None:
         while not work.is_completed():  # not wait(): Gloo's cannot be interrupted by abort()
             if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
             time.sleep(_POLL_S)
         work.wait()
-        if buffer.is_cuda:
-            torch.cuda.synchronize(buffer.device)  # NCCL's wait() only orders streams
 
     def abort(self) -> None:
         """Fail what is under way, here and soon at the peers. The group is unusable afterwards; idempotent."""
         self._aborted.set()
-        backend, self._backend = self._backend, None
-        if backend is None:
-            return
-        with contextlib.suppress(RuntimeError):  # already broken
-            backend.abort()
-        _destroy_later(backend, self._timeout.total_seconds() + 1)
+        backends = [*self._upstream, *self._downstream]
+        self._upstream, self._downstream = [], []
+        for backend in backends:
+            with contextlib.suppress(RuntimeError):  # already broken
+                backend.abort()
+            _destroy_later(backend, self._timeout.total_seconds() + 1)
 
 
 # Backends that were aborted and still exist, by their id.
@@ -106,17 +142,20 @@ def _leave_the_rest_to_the_kernel() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
 
 
-def _make_backend(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> _Backend:
-    if spec.backend == "nccl":
-        nccl_options = dist.ProcessGroupNCCL.Options()
-        nccl_options._timeout = timeout  # noqa: SLF001 - torch has no public name for it
-        return dist.ProcessGroupNCCL(store, rank, spec.world_size, nccl_options)
+def _make_nccl(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> _Backend:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout  # noqa: SLF001 - torch has no public name for it
+    return dist.ProcessGroupNCCL(store, rank, spec.world_size, options)
+
+
+def _make_gloo(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> _Backend:
+    """One of two neighbours: rank 0 is the one that sends."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - nor for these
     options._timeout = timeout  # noqa: SLF001
     options._devices = [  # noqa: SLF001
         dist.ProcessGroupGloo.create_device(hostname=address_towards(spec.master_host, spec.master_port))
     ]
-    return dist.ProcessGroupGloo(store, rank, spec.world_size, options)
+    return dist.ProcessGroupGloo(store, rank, 2, options)
 
 
 def address_towards(host: str, port: int) -> str:

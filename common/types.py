@@ -210,9 +210,9 @@ class RolloutRequest:
     min_policy_version: int = 0
     return_text: bool = False
     return_processed: bool = False
+    return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
-    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,10 @@ class RolloutConfig(Config):
     n: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(256, ge=1)
+    # What becomes of a group that is under way when its actor gets new weights. "continue": it goes on under them, and
+    # its version spans say which token is whose. "restart": it is broken off and sampled again from its prompt, so that
+    # all of it is of one version; a group that this has happened to three times goes on.
+    on_update: Literal["continue", "restart"] = "continue"
     # Restrict sampling to these ids; empty: all.
     allowed_token_ids: tuple[int, ...] = ()
     # Sample another group in place of one whose rewards are all equal (dynamic sampling).
@@ -123,6 +127,9 @@ class TrainerConfig(Config):
     epochs: int = Field(1, ge=1)
     # Policy versions that generation may run behind training. 0: strictly on-policy, synchronous.
     max_staleness: int = Field(0, ge=0)
+    # Share of a group's tokens that may come from an older version still, by the version spans; with one more the
+    # prompt is sampled again. 0: no token.
+    max_stale_share: float = Field(0.0, ge=0, lt=1)
     # Tokens of one micro-batch on one rank.
     max_tokens_per_micro_batch: int = Field(8192, ge=1)
     # Steps between two evaluations on the held-out rows; the first and the last step always evaluate. 0: only those.

@@ -75,7 +75,9 @@ class Control:
         self._ledger = ledger
         self._on_actor_event = on_actor_event
         trainer = config.trainer
-        self._buffer = GroupBuffer(max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts)
+        self._buffer = GroupBuffer(
+            max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts, max_stale_share=trainer.max_stale_share
+        )
         self._fleet = Fleet(
             config.rollout.actors,
             run_id=self.run_id,
@@ -83,7 +85,11 @@ class Control:
             slots_per_actor=config.rollout.slots_per_actor,
             hung_s=config.rollout.hung_s or config.rollout.group_timeout_s / 3,
         )
-        self._sampler = Sampler(self._fleet, group_timeout_s=config.rollout.group_timeout_s)
+        self._sampler = Sampler(
+            self._fleet,
+            group_timeout_s=config.rollout.group_timeout_s,
+            restart_on_update=config.rollout.on_update == "restart",
+        )
         self._rewards = RewardRunner(
             config.reward.functions,
             config.reward.weights,

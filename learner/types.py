@@ -73,6 +73,12 @@ class Group:
     rewards: FloatArray
     """`[n]`."""
 
+    def stale_share(self, oldest_allowed: int) -> float:
+        """Share of the tokens of all completions that a policy version before `oldest_allowed` produced."""
+        spans = [span for completion in self.completions for span in completion.version_spans]
+        stale = sum(span.end - span.start for span in spans if span.policy_version < oldest_allowed)
+        return stale / sum(span.end - span.start for span in spans)
+
     @property
     def oldest_version(self) -> int:
         """The oldest policy version that produced a token of this group."""

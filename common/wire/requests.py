@@ -60,8 +60,8 @@ def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
         min_policy_version=message.min_policy_version,
         return_text=message.returns.text,
         return_processed=message.returns.processed_media,
-        model=message.model,
         return_routed_experts=message.returns.routed_experts,
+        model=message.model,
     )
 
 

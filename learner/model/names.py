@@ -41,9 +41,13 @@ class CheckpointForm:
             if pattern is not None:
                 self._converters[name] = by_pattern[pattern], pattern
 
+    def name(self, name: str) -> str:
+        """Of one parameter."""
+        return self._names.get(name, name)
+
     def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One whole parameter, as the tensor or tensors of the checkpoint that hold it."""
-        new_name = self._names.get(name, name)
+        new_name = self.name(name)
         if name not in self._converters:
             yield new_name, tensor
             return

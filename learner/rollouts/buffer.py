@@ -1,8 +1,8 @@
 """Finished groups between the dispatcher (asyncio) and the trainer (a thread that blocks).
 
-The trainer takes whole batches. A group whose oldest token is more than `max_staleness` versions behind is never
-trained: it leaves the buffer when the trainer comes for it, is counted, and goes back to the dispatcher, which samples
-the prompt again.
+The trainer takes whole batches. A group of which a larger share of tokens than `max_stale_share` (by default: any) is
+more than `max_staleness` versions behind is never trained: it leaves the buffer when the trainer comes for it, is
+counted, and goes back to the dispatcher, which samples the prompt again.
 """
 
 import threading
@@ -21,8 +21,9 @@ class GroupBuffer:
     The credit rule of `learner.rollouts.credits` keeps it within `max_groups`; more is a bug and raises `ValueError`.
     """
 
-    def __init__(self, max_groups: int) -> None:
+    def __init__(self, max_groups: int, *, max_stale_share: float = 0.0) -> None:
         self.max_groups = max_groups
+        self._max_stale_share = max_stale_share
         self.num_stale = 0
         """Groups dropped for staleness so far."""
         self.on_stale: Callable[[list[Group]], None] | None = None
@@ -73,7 +74,8 @@ class GroupBuffer:
                 return sorted(taken, key=lambda g: g.sequence)
 
     def _stale(self, version: int, max_staleness: int) -> list[Group]:
-        return [group for group in self._groups.values() if version - group.oldest_version > max_staleness]
+        oldest = version - max_staleness
+        return [group for group in self._groups.values() if group.stale_share(oldest) > self._max_stale_share]
 
     def _remove(self, groups: list[Group]) -> None:
         for group in groups:

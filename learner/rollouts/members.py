@@ -30,6 +30,8 @@ class Member:
     """Set when this incarnation is gone; its groups will never be finished."""
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the calls under way to it are given up: it left, or hangs. Later calls have another one."""
+    updated: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it has gone over to another policy version; later calls have another one."""
     held: bool = False
     """A call to it has just failed: it gets nothing new until it has answered a poll after `rests_until`."""
     num_failures: int = 0

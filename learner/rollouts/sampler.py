@@ -39,6 +39,14 @@ _HOPELESS = (InvalidRequest, TooLarge, Unimplemented)
 _NOT_NOW = (Draining, Paused, QueueFull, WeightsPending)
 
 
+# A group that no update lets finish goes on across the next one.
+_MAX_RESTARTS = 3
+
+
+class _PolicyChanged(Exception):  # noqa: N818 - says what happened
+    """The actor went over to another version while it worked on a group that is to have one only."""
+
+
 class GroupFailed(Exception):  # noqa: N818 - as the group's state
     """This group cannot be sampled. `reason` is UPPER_SNAKE, for counting."""
 
@@ -63,14 +71,24 @@ class Sampler:
         group_timeout_s: deadline of one group on one actor; past it the group is sent to another.
         max_attempts: failures of one group (deaths, deadlines, broken answers; not "busy" or "draining") after which it
             is given up, in case it is the group that kills the actors.
+        restart_on_update: a group whose actor goes over to another policy version is broken off and sampled again from
+            its prompt, up to three times. Otherwise, and the fourth time, it goes on, and its version spans say so.
     """
 
-    def __init__(self, fleet: Fleet, *, group_timeout_s: float = 120.0, max_attempts: int = 8) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        group_timeout_s: float = 120.0,
+        max_attempts: int = 8,
+        restart_on_update: bool = False,
+    ) -> None:
         self.fleet = fleet
         self.retries: collections.Counter[str] = collections.Counter()
         """How often a group was sent again, by reason."""
         self._group_timeout_s = group_timeout_s
         self._max_attempts = max_attempts
+        self._max_restarts = _MAX_RESTARTS if restart_on_update else 0
 
     async def sample(
         self, request: RolloutRequest, *, min_version: Callable[[], int], expected: ProcessedPrompt | None
@@ -80,8 +98,7 @@ class Sampler:
         With `expected`, the answer must pass the image tripwire. Raises `ImageMismatch`, and `GroupFailed` for a
         request that no actor takes or that has failed too often.
         """
-        failures = 0
-        attempt = 0
+        failures = restarts = attempt = 0
         failed_on: frozenset[str] = frozenset()
         media = [item.sha256 for item in request.media]
         while True:
@@ -93,13 +110,16 @@ class Sampler:
                 )
                 try:
                     started_at = asyncio.get_running_loop().time()
-                    sampled = await self._call(member, asked)
+                    sampled = await self._call(member, asked, may_restart=restarts < self._max_restarts)
                     if expected is not None:
                         check_images(expected, sampled.prompt, sampled.completions)
                     self.fleet.report_success(member, asyncio.get_running_loop().time() - started_at)
                     return sampled
                 except ImageMismatch:
                     raise
+                except _PolicyChanged:
+                    self.retries["POLICY_CHANGED"] += 1
+                    restarts += 1
                 except _HOPELESS as error:
                     raise GroupFailed(error.reason, error.message) from error
                 except OutriderError as error:
@@ -117,22 +137,29 @@ class Sampler:
                         ) from error
             attempt += 1
 
-    async def _call(self, member: Member, request: RolloutRequest) -> SampledGroup:
-        """One call; ends as soon as the fleet knows that the actor is gone or hangs, not at the deadline."""
+    async def _call(self, member: Member, request: RolloutRequest, *, may_restart: bool) -> SampledGroup:
+        """One call; ends as soon as the fleet knows that the actor is gone or hangs, not at the deadline.
+
+        With `may_restart` it also ends, by `_PolicyChanged`, when the actor goes over to another version.
+        """
         call = asyncio.ensure_future(
             member.client.generate(
                 request, timeout_s=self._group_timeout_s, on_progress=lambda: self.fleet.report_progress(member)
             )
         )
         interrupted = asyncio.ensure_future(member.interrupted.wait())
+        updated = asyncio.ensure_future(member.updated.wait())
         try:
-            await asyncio.wait({call, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            ends = {call, interrupted, updated} if may_restart else {call, interrupted}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
                 return call.result()
+            if updated.done() and not interrupted.done():
+                raise _PolicyChanged
             if member.left.is_set():
                 raise Unreachable(f"{member.address} left the fleet: {member.reason}")
             raise ActorHung(f"{member.address} hangs")
         finally:
-            call.cancel()
-            interrupted.cancel()
-            await asyncio.gather(call, interrupted, return_exceptions=True)
+            for future in (call, interrupted, updated):
+                future.cancel()
+            await asyncio.gather(call, interrupted, updated, return_exceptions=True)

@@ -59,43 +59,17 @@ def join(
 
 
 class BucketWriter:
-    """Copies tensors of always the same names, dtypes and shapes into buckets, each tensor whole and aligned.
+    """Copies tensors of always the same names, dtypes and shapes into buckets.
 
     The memory of buckets that nobody holds any more is used again: touching new memory costs more than the copy.
-
-    Args:
-        bucket_bytes: size at which a buffer is closed.
     """
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self._bucket_bytes = bucket_bytes
-        self._parameters: tuple[ManifestParameter, ...] = ()
-        self._sizes: tuple[int, ...] = ()
-        self._used: list[tuple[weakref.ref[Buckets], tuple[torch.Tensor, ...]]] = []
-
-    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Buckets:
-        """Copy them, in the order in which they come. Checksums are made while the next ones are copied.
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> None:
+        """Lay them out in this order, each whole and aligned; a buffer is closed at `bucket_bytes`.
 
         Raises:
             ValueError: the protocol has no name for a dtype.
         """
-        if not self._parameters:
-            tensors = [(name, tensor.to("cpu")) for name, tensor in tensors]
-            self._lay_out(tensors)
-        buffers = self._free_buffers()
-        checksums: list[concurrent.futures.Future[int]] = []
-        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checksum") as thread:
-            for parameter, (name, tensor) in zip(self._parameters, tensors, strict=True):
-                assert name == parameter.name
-                while len(checksums) < parameter.bucket:
-                    checksums.append(thread.submit(checksum, buffers[len(checksums)]))
-                tensor_of(buffers, parameter).copy_(tensor)
-            checksums += [thread.submit(checksum, buffer) for buffer in buffers[len(checksums) :]]
-            buckets = Buckets(self._parameters, buffers, tuple(result.result() for result in checksums))
-        self._used.append((weakref.ref(buckets), buffers))
-        return buckets
-
-    def _lay_out(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         parameters: list[ManifestParameter] = []
         sizes: list[int] = []
         for name, tensor in tensors:
@@ -103,11 +77,28 @@ class BucketWriter:
             if dtype is None:
                 raise ValueError(f"parameter {name} has dtype {tensor.dtype}, which the weight protocol does not carry")
             num_bytes = tensor.numel() * tensor.element_size()
-            if not sizes or sizes[-1] + num_bytes > self._bucket_bytes:
+            if not sizes or sizes[-1] + num_bytes > bucket_bytes:
                 sizes.append(0)
             parameters.append(ManifestParameter(name, dtype, tuple(tensor.shape), len(sizes) - 1, sizes[-1]))
             sizes[-1] += num_bytes + -num_bytes % _ALIGNMENT
-        self._parameters, self._sizes = tuple(parameters), tuple(sizes)
+        self.parameters = tuple(parameters)
+        self._sizes = tuple(sizes)
+        self._used: list[tuple[weakref.ref[Buckets], tuple[torch.Tensor, ...]]] = []
+
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Buckets:
+        """Copy `tensors`, which are those of the layout in its order. Checksums are made while the next are copied."""
+        buffers = self._free_buffers()
+        checksums: list[concurrent.futures.Future[int]] = []
+        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checksum") as thread:
+            for parameter, (name, tensor) in zip(self.parameters, tensors, strict=True):
+                assert name == parameter.name
+                while len(checksums) < parameter.bucket:
+                    checksums.append(thread.submit(checksum, buffers[len(checksums)]))
+                tensor_of(buffers, parameter).copy_(tensor)
+            checksums += [thread.submit(checksum, buffer) for buffer in buffers[len(checksums) :]]
+            buckets = Buckets(self.parameters, buffers, tuple(result.result() for result in checksums))
+        self._used.append((weakref.ref(buckets), buffers))
+        return buckets
 
     def _free_buffers(self) -> tuple[torch.Tensor, ...]:
         for i, (buckets, buffers) in enumerate(self._used):

@@ -7,7 +7,7 @@ With LoRA what trains is the adapter. Actors that take adapters get it alone; fo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,29 +22,25 @@ from learner.weights.buckets import Buckets, BucketWriter, join
 class AdapterFacts:
     """What trains is a LoRA adapter; `rank` is the largest of its layers, `name` the one under which actors have it.
 
-    `merged_because` says why actors cannot apply it; empty if they can.
+    `weights` has, for each adapted module, the name of its weight on the wire. `merged_because` says why actors cannot
+    apply the adapter; empty if they can.
     """
 
     rank: int
+    weights: Mapping[str, str]
     merged_because: str = ""
     name: str = "policy"
-    modules: Mapping[str, str] = field(default_factory=dict)
-    """The adapted modules, by the name that their weight has in the checkpoint."""
 
     @classmethod
-    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], base: "Sequence[_Source]") -> "AdapterFacts":
-        """From its matrices, the names of those that an image passes before the text model, and the model below."""
-        a = [source for source in matrices if source.name.endswith(LORA_A)]
-        adapted = {source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in a}
-        modules: dict[str, str] = {}
-        for source in base:
-            module = source.name.removesuffix(".weight")
-            if module in adapted:
-                [(name, _)] = source.tensors(torch.empty(source.parameter.shape, device="meta"))
-                modules[name] = module
-        rank = max(source.parameter.shape[0] for source in a)
-        because = f"vLLM applies no adapter to vision modules, as {in_vision[0]}" if in_vision else ""
-        return cls(rank, because, modules=modules)
+    def of(cls, matrices: "Sequence[_Source]", in_vision: Sequence[str], form: CheckpointForm) -> "AdapterFacts":
+        """From its matrices, and the names of those that an image passes before the text model."""
+        first = [source for source in matrices if source.name.endswith(LORA_A)]
+        modules = [source.name.removeprefix(FILE_PREFIX).removesuffix(LORA_A) for source in first]
+        weights = {module: form.name(f"{module}.weight") for module in modules}
+        rank = max(source.parameter.shape[0] for source in first)
+        if in_vision:
+            return cls(rank, weights, f"vLLM applies no adapter to vision modules, as {in_vision[0]}")
+        return cls(rank, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ class Snapshot:
         """
         adapter = self.adapter.name if self.adapter is not None and not merged else ""
         if self.adapter is not None and merged:
-            parts = [_merged(self.trained, self.frozen, self.adapter.modules, full=full)]
+            parts = [_merged(self.trained, self.frozen, self.adapter.weights, full=full)]
         else:
             parts = [self.frozen, self.trained] if full else [self.trained]
         parameters, buckets = join(parts, keep=self.trained if keep else None)
@@ -108,9 +104,8 @@ class Snapshotter:
             dtype: of floating-point parameters in the copy; None: as they are.
         """
         parameters = [(own_name(name), parameter) for name, parameter in model.named_parameters()]
-        form = CheckpointForm(model, [name for name, _ in parameters if name is not None])
-        own = [_Source(name, parameter, form=form) for name, parameter in parameters if name is not None]
-        lora = [_Source(*fields) for fields in adapter_parameters(model)]
+        own = [_Source(name, parameter, dtype=dtype) for name, parameter in parameters if name is not None]
+        lora = [_Source(*fields, dtype) for fields in adapter_parameters(model)]
         trained = lora or [source for source in own if source.parameter.requires_grad]
         frozen = own if lora else [source for source in own if not source.parameter.requires_grad]
         in_vision = [
@@ -120,9 +115,10 @@ class Snapshotter:
             if source.name.removeprefix(FILE_PREFIX).startswith(f"{module}.")
         ]
         self._trains_vision = bool(in_vision)
-        self._adapter = AdapterFacts.of(lora, in_vision, own) if lora else None
-        self._trained = _Gatherer(trained, bucket_bytes, dtype, is_sender=is_sender)
-        self._frozen = _Gatherer(frozen, bucket_bytes, dtype, is_sender=is_sender).gather()
+        form = CheckpointForm(model, [source.name for source in own])
+        self._adapter = AdapterFacts.of(lora, in_vision, form) if lora else None
+        self._trained = _Gatherer(trained, form, bucket_bytes, is_sender=is_sender)
+        self._frozen = _Gatherer(frozen, form, bucket_bytes, is_sender=is_sender).gather()
 
     def take(self, version: int) -> Snapshot | None:
         """A collective; None on all ranks but 0."""
@@ -134,31 +130,32 @@ class Snapshotter:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A parameter, what it is multiplied by on the way, and in what form it goes; None: as it is."""
+    """A parameter, its name in the model without adapter, and what becomes of it on the way: a factor, a dtype."""
 
     name: str
     parameter: torch.Tensor
     factor: float = 1.0
-    form: CheckpointForm | None = None
+    dtype: torch.dtype | None = None
 
-    def tensors(self, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """What goes on the wire for the whole parameter, by name."""
-        tensor = whole if self.factor == 1 else whole * self.factor
-        if self.form is None:
-            yield self.name, tensor
-        else:
-            yield from self.form.tensors(self.name, tensor)
+    def sent(self, whole: torch.Tensor) -> torch.Tensor:
+        """What is sent for the whole parameter."""
+        scaled = whole if self.factor == 1 else whole * self.factor
+        return scaled.to(self.dtype) if self.dtype is not None and scaled.is_floating_point() else scaled
 
 
 class _Gatherer:
-    """Copies always the same parameters, whole, into buckets of rank 0."""
+    """Copies always the same parameters, whole and as the checkpoint has them, into buckets of rank 0."""
 
-    def __init__(
-        self, sources: Sequence[_Source], bucket_bytes: int, dtype: torch.dtype | None, *, is_sender: bool
-    ) -> None:
+    def __init__(self, sources: Sequence[_Source], form: CheckpointForm, bucket_bytes: int, *, is_sender: bool) -> None:
         self._sources = sources
-        self._dtype = dtype
-        self._writer = BucketWriter(bucket_bytes) if is_sender else None
+        self._form = form
+        self._writer = BucketWriter(self._layout(), bucket_bytes) if is_sender else None
+
+    def _layout(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is written each time, without memory."""
+        for source in self._sources:
+            shape, dtype = source.parameter.shape, source.parameter.dtype
+            yield from self._form.tensors(source.name, source.sent(torch.empty(shape, dtype=dtype, device="meta")))
 
     def gather(self) -> Buckets | None:
         """A collective; None on all ranks but 0."""
@@ -172,9 +169,7 @@ class _Gatherer:
         for source in self._sources:
             whole = _full(source.parameter)
             if self._writer is not None:
-                for name, tensor in source.tensors(whole):
-                    is_cast = self._dtype is not None and tensor.is_floating_point()
-                    yield name, tensor.to(self._dtype) if is_cast else tensor
+                yield from self._form.tensors(source.name, source.sent(whole))
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
@@ -182,25 +177,27 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return (full_tensor() if full_tensor is not None else parameter).detach()
 
 
-def _merged(adapter: Buckets, base: Buckets, modules: Mapping[str, str], *, full: bool) -> Buckets:
+def _merged(adapter: Buckets, base: Buckets, weights_of: Mapping[str, str], *, full: bool) -> Buckets:
     """The weights of the base model with the adapter in them; `full`: and all others.
 
     What lies beside an adapted layer comes along: engines pack such layers together, and can only load them together.
     """
     matrices = dict(adapter.tensors())
-    parents = {_parent(name) for name in modules}
+    adapted = {weight: module for module, weight in weights_of.items()}
+    parents = {_parent(weight) for weight in adapted}
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in base.tensors():
-            if name in modules:
-                a, b = (matrices[FILE_PREFIX + modules[name] + ending] for ending in (LORA_A, LORA_B))
+            if name in adapted:
+                a, b = (matrices[FILE_PREFIX + adapted[name] + ending] for ending in (LORA_A, LORA_B))
                 yield name, merge(tensor, a, b, 1.0)
             elif full or _parent(name) in parents:
                 yield name, tensor
 
-    return BucketWriter(max(buffer.numel() for buffer in base.buffers)).write(weights())
+    tensors = list(weights())
+    return BucketWriter(tensors, max(buffer.numel() for buffer in base.buffers)).write(tensors)
 
 
 def _parent(name: str) -> str:
-    """Of the module that a parameter belongs to."""
+    """What the module of a parameter is in."""
     return name.rpartition(".")[0].rpartition(".")[0]

@@ -88,7 +88,12 @@ class SimLearner:
             dataset=Rows(world.num_rows),
             ledger=ledger,
             processor=FakeProcessor(),
-            sampler=Sampler(self.fleet, group_timeout_s=plan.group_timeout_s, max_attempts=plan.max_attempts),
+            sampler=Sampler(
+                self.fleet,
+                group_timeout_s=plan.group_timeout_s,
+                max_attempts=plan.max_attempts,
+                restart_on_update=plan.restart_on_update,
+            ),
             rewards=SimRewards(world),
             buffer=self._buffer,
             credits=Credits(plan.batch, plan.max_staleness, step=version, total_steps=plan.total_steps),

@@ -1,5 +1,6 @@
 """The buffer between the event loop and the trainer's thread."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.types import Group
-from tests.fakes import make_group
+from tests.fakes import make_completion, make_group
 
 
 def fill(buffer: GroupBuffer, *groups: tuple[int, int]) -> None:
@@ -129,3 +130,35 @@ def test_every_group_is_taken_or_returned_once(groups: list[int], batch: int, ve
     # The oldest ones were taken.
     ages = sorted((groups[sequence], sequence) for sequence in fresh)
     assert sorted(taken) == sorted(sequence for _, sequence in ages[: len(taken)])
+
+
+@pytest.mark.parametrize(("max_stale_share", "is_trained"), [(0.0, False), (0.24, False), (0.25, True), (0.26, True)])
+def test_a_share_of_old_tokens_may_be_allowed(max_stale_share: float, is_trained: bool) -> None:
+    """Of 8 tokens the first 2 are of version 3, which is too old at version 5 with a staleness of 1."""
+    group = make_group(0, version=5)
+    long = make_completion("g0", 1, "a", ((3, 2), (4, 3), (5, 1)))
+    mixed = dataclasses.replace(group, completions=(group.completions[0], long))
+    assert mixed.stale_share(4) == 0.25
+    buffer = GroupBuffer(2, max_stale_share=max_stale_share)
+    buffer.put(mixed)
+    if is_trained:
+        assert buffer.take(1, version=5, max_staleness=1, timeout_s=0.01) == [mixed]
+    else:
+        with pytest.raises(TimeoutError):
+            buffer.take(1, version=5, max_staleness=1, timeout_s=0.01)
+        assert buffer.num_stale == 1
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=4), min_size=1, max_size=4)
+)
+def test_staleness_only_grows_with_the_version(spans: list[list[tuple[int, int]]]) -> None:
+    """Also across a resume, which goes on at the version of its checkpoint: what is too stale stays so."""
+    ascending = [sorted(of_one) for of_one in spans]
+    completions = tuple(make_completion("g", i, "a", of_one) for i, of_one in enumerate(ascending))
+    group = dataclasses.replace(make_group(0), completions=completions)
+    shares = [group.stale_share(version) for version in range(7)]
+    assert shares == sorted(shares)
+    assert [share > 0 for share in shares] == [version > group.oldest_version for version in range(7)]
+    tokens = [version for of_one in ascending for version, length in of_one for _ in range(length)]
+    assert shares[2] == sum(version < 2 for version in tokens) / len(tokens)

@@ -22,8 +22,8 @@ def snapshot(version: int, *, dtype: torch.dtype = torch.bfloat16) -> Snapshot:
     tensors = {f"w{i}": torch.arange(200_000).remainder(251).to(dtype) for i in range(2)}
     for tensor in tensors.values():
         tensor[::1000] += version
-    trained, frozen = BucketWriter(500_000).write(tensors.items()), BucketWriter(1).write([])
-    return Snapshot(version, trained, frozen, trains_vision=False)
+    trained = BucketWriter(tensors.items(), 500_000).write(tensors.items())
+    return Snapshot(version, trained, BucketWriter([], 1).write([]), trains_vision=False)
 
 
 def member(actor_id: str) -> Member:

@@ -28,11 +28,11 @@ def member(max_lora_rank: int) -> Member:
     [
         (None, [0], False, False),
         (None, [0], True, False),
-        (AdapterFacts(8), [8, 16], False, False),
-        (AdapterFacts(8), [16, 4], False, True),
-        (AdapterFacts(8), [0], False, True),
-        (AdapterFacts(8), [8], True, True),
-        (AdapterFacts(8, "the tower has one"), [8], False, True),
+        (AdapterFacts(8, {}), [8, 16], False, False),
+        (AdapterFacts(8, {}), [16, 4], False, True),
+        (AdapterFacts(8, {}), [0], False, True),
+        (AdapterFacts(8, {}), [8], True, True),
+        (AdapterFacts(8, {}, "the tower has one"), [8], False, True),
     ],
 )
 def test_merged_for_all_unless_all_take_it(
@@ -43,7 +43,7 @@ def test_merged_for_all_unless_all_take_it(
 
 
 def test_a_change_of_form_is_a_full_update_also_after_a_failure() -> None:
-    forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8))
+    forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8, {}))
     assert forms.changes(taken, merged=False)  # nobody has anything yet
     forms.sent(merged=False)
     assert not forms.changes(taken, merged=False)
@@ -57,7 +57,7 @@ def test_a_change_of_form_is_a_full_update_also_after_a_failure() -> None:
 
 
 def test_an_actor_that_refuses_the_adapter_gets_it_merged() -> None:
-    forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8))
+    forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8, {}))
     assert not forms.is_refusal(StageTimeout("late"))
     assert not forms.is_refusal(InvalidRequest("manifest.parameters", "odd"))
     assert not forms.choose(taken, [member(8)])

@@ -153,3 +153,30 @@ async def test_a_version_that_nobody_serves_yet_is_waited_for() -> None:
         actor.version = 2
         await task
         assert actor.requests[0].min_policy_version == 2
+
+
+@pytest.mark.parametrize("restart", [True, False])
+async def test_an_update_breaks_a_group_off_only_if_asked_to(restart: bool) -> None:
+    """Restarted three times; then it goes on, or a long group would never end."""
+    actor = FakeActor("one", gate=asyncio.Event(), run_id="run", max_turns=1)
+    fleet = Fleet(["one"], run_id="run", connect=lambda _: actor.connect(), poll_s=0.001)
+    await fleet.start(startup_timeout_s=10)
+    fleet.mark_committed("one", actor.actor_id, 0)
+    sample = Sampler(fleet, restart_on_update=restart)
+    task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+    for version in range(1, 6):
+        restarts = min(version - 1, 3) if restart else 0
+        await until(lambda restarts=restarts: len(actor.requests) == 1 + restarts and actor.num_running == 1)
+        actor.version = version
+        fleet.mark_committed("one", actor.actor_id, version)
+    assert actor.gate is not None
+    actor.gate.set()
+    got = await task
+    restarts = 3 if restart else 0
+    assert [request.group_id for request in actor.requests] == [f"run.3.{i}" for i in range(1 + restarts)]
+    assert got.prompt.group_id == f"run.3.{restarts}"
+    spans = {(span.policy_version, span.start) for completion in got.completions for span in completion.version_spans}
+    assert spans == ({(3, 0), (5, 1)} if restart else {(0, 0), (5, 1)})
+    assert sample.retries == ({"POLICY_CHANGED": 3} if restart else {})
+    assert all(member.in_flight == 0 and not member.held for member in fleet.members())
+    await fleet.close()

@@ -86,3 +86,19 @@ def test_a_snapshot_does_not_change_with_the_model() -> None:
     with torch.no_grad():
         model.text.weight.zero_()
     assert torch.equal(_read(*snapshot.update(full=False))["text.weight"], before)
+
+
+def test_weights_are_sent_in_another_dtype_rounded_once() -> None:
+    model = _Model()
+    taken = Snapshotter(model, [], is_sender=True, bucket_bytes=64, dtype=torch.bfloat16).take(1)
+    assert taken is not None
+    received = _read(*taken.update(full=True))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(received[name], parameter.to(torch.bfloat16))
+
+
+def test_only_what_trains_is_kept_for_a_delta() -> None:
+    taken = _snapshot(_Model(), bucket_bytes=1)
+    kept = [bucket.keep for bucket in taken.update(full=True, keep=True)[0].buckets]
+    assert kept == [False, True, True, True]  # what is frozen comes first
+    assert not any(bucket.keep for bucket in taken.update(full=True)[0].buckets)
