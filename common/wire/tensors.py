@@ -30,8 +30,6 @@ def tensor_from_proto(message: pb.Tensor, field: str) -> Tensor:
         raise InvalidRequest(f"{field}.shape", f"{len(shape)} dimensions; the limit is {_MAX_DIMENSIONS}")
     if any(size < 0 for size in shape):
         raise InvalidRequest(f"{field}.shape", "has a negative size")
-    if num_bytes(dtype, tuple(max(size, 1) for size in shape)) >= 2**63:
-        raise InvalidRequest(f"{field}.shape", "is of more bytes than there can be, also where a size is 0")
     expected = num_bytes(dtype, shape)
     if len(message.data) != expected:
         raise InvalidRequest(f"{field}.data", f"{len(message.data)} bytes; dtype and shape make {expected}")
