@@ -22,7 +22,8 @@ class LimitsConfig(Config):
     max_media_pixels: int = Field(16 * 2**20, ge=1)
     max_message_bytes: int = Field(64 * 2**20, ge=2**20, lt=2**31)
     max_queued_completions: int = Field(4096, ge=1)
-    # Encoded media kept in memory, so that requests can name them by sha256.
+    # Media kept in memory as they came, so that requests can name them by sha256; and as many bytes of what their files
+    # decode to, so that each is decoded once.
     media_store_bytes: int = Field(256 * 2**20, ge=0)
     # Media of all requests under way, as they came and decoded; more waits with the clients.
     max_held_media_bytes: int = Field(4 * 2**30, ge=2**20)

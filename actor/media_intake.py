@@ -1,12 +1,15 @@
 """What a request says about its media becomes what an engine takes: looked up by hash, verified, decoded, stored."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from actor.decoded_media import DecodedMedia
 from actor.engine import EngineMedia, VideoArray
 from actor.media_store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
@@ -31,6 +34,7 @@ class MediaIntake:
         self._metrics = metrics
         self._max_held_bytes = max_held_bytes
         self._held_bytes = 0
+        self._decoded = DecodedMedia(store.max_bytes)
 
     @asynccontextmanager
     async def taken(self, media: tuple[MediaItem, ...]) -> AsyncIterator[tuple[EngineMedia, ...]]:
@@ -51,7 +55,7 @@ class MediaIntake:
         self._held_bytes += num_bytes
         try:
             with tracing.span("actor.decode_media", num_items=len(media)):
-                decoded = await asyncio.to_thread(_decode, media, contents, self._limits)
+                decoded = await asyncio.to_thread(_decode, media, contents, self._limits, self._decoded)
             for item, content in zip(decoded, contents, strict=True):
                 if content_bytes(content) <= self._store.max_bytes:
                     self._store.put(item.sha256, content)
@@ -89,7 +93,7 @@ def _bytes_to_hold(contents: list[MediaContent], limits: ServerLimits) -> int:
 
 
 def _decode(
-    media: tuple[MediaItem, ...], contents: list[MediaContent], limits: ServerLimits
+    media: tuple[MediaItem, ...], contents: list[MediaContent], limits: ServerLimits, cache: DecodedMedia
 ) -> tuple[EngineMedia, ...]:
     """Hashes, images and videos; runs in a thread."""
     decoded = []
@@ -98,10 +102,15 @@ def _decode(
         actual = media_hash(content) if item.content is not None else item.sha256
         if item.sha256 and item.sha256 != actual:
             raise InvalidRequest(f"{field}.sha256", f"is {item.sha256.hex()}, but the bytes hash to {actual.hex()}")
+        _check_modality(item.modality, content, f"{field}.modality")
+        if isinstance(content, bytes | Frames):
+            pixels = cache.get(actual, functools.partial(_decode_files, content, field, limits))
+        else:
+            pixels = _checked(item, content, field)
         decoded.append(
             EngineMedia(
                 actual,
-                _decode_content(item, content, field, limits),
+                pixels,
                 item.min_pixels,
                 item.max_pixels,
                 item.modality,
@@ -111,14 +120,16 @@ def _decode(
     return tuple(decoded)
 
 
-def _decode_content(
-    item: MediaItem, content: MediaContent, field: str, limits: ServerLimits
-) -> Image.Image | VideoArray | tuple[NamedTensor, ...]:
-    _check_modality(item.modality, content, f"{field}.modality")
+def _decode_files(content: bytes | Frames, field: str, limits: ServerLimits) -> Any:
     if isinstance(content, bytes):
         return decode_image(content, f"{field}.encoded", limits.max_media_pixels)
-    if isinstance(content, Frames):
-        return decode_frames(content, f"{field}.frames", limits.max_video_frames, limits.max_media_pixels)
+    return decode_frames(content, f"{field}.frames", limits.max_video_frames, limits.max_media_pixels)
+
+
+def _checked(
+    item: MediaItem, content: Tensor | tuple[NamedTensor, ...], field: str
+) -> Image.Image | VideoArray | tuple[NamedTensor, ...]:
+    """What needs no decoding."""
     if isinstance(content, Tensor):
         pixels: VideoArray = content.array().astype(np.uint8, copy=False)
         return Image.fromarray(pixels) if item.modality is Modality.IMAGE else pixels

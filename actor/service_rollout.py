@@ -21,7 +21,7 @@ from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFul
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
-from common.types import ActorState, Completion, Frames, PromptInfo, RolloutRequest, ServerInfo
+from common.types import ActorState, Completion, Frames, PromptInfo, RolloutRequest, ServerInfo, ServerLimits
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
@@ -222,15 +222,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         if len(upload.data) != upload.num_bytes:
             raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(upload.data)} bytes came")
         content, limits = upload.content(), self._info.limits
-        if await asyncio.to_thread(media_hash, content) != upload.sha256:
-            raise InvalidRequest(
-                "sha256", f"{upload.sha256.hex()} is not the hash of the {upload.num_bytes} bytes that came"
-            )
-        if isinstance(content, Frames):
-            frame_limits = limits.max_video_frames, limits.max_media_pixels
-            await asyncio.to_thread(check_frames, content, "chunk", *frame_limits)
-        else:
-            await asyncio.to_thread(check_image, content, "chunk", limits.max_media_pixels)
+        await asyncio.to_thread(_check_upload, upload, content, limits)
         self._store.put(upload.sha256, content)
         self._uploading.pop(upload, None)
 
@@ -242,6 +234,18 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             self._info, policy_version=self._policy.policy_version, adapters=self._engine.adapters()
         )
         return server_info_to_proto(info)
+
+
+def _check_upload(upload: _Upload, content: bytes | Frames, limits: ServerLimits) -> None:
+    """Hash and headers; runs in a thread."""
+    if media_hash(content) != upload.sha256:
+        raise InvalidRequest(
+            "sha256", f"{upload.sha256.hex()} is not the hash of the {upload.num_bytes} bytes that came"
+        )
+    if isinstance(content, Frames):
+        check_frames(content, "chunk", limits.max_video_frames, limits.max_media_pixels)
+    else:
+        check_image(content, "chunk", limits.max_media_pixels)
 
 
 def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:

@@ -81,7 +81,7 @@ def _measure(
     turns = {"ours": 0, "peer": 0}
 
     def take(who: str, generate: Generate) -> float:
-        images = _images(turns[who])
+        images = images_of(turns[who])
         name = f"{case}-{turns[who]}"
         turns[who] += 1
         seconds, token_ids = generate(name, images, sampled)
@@ -109,7 +109,7 @@ def _require_equal_tokens(ours: list[list[int]], peer: list[list[int]]) -> None:
         raise harness.UnequalWorkError(f"only {equal:.1%} of the completions have the same tokens on both sides")
 
 
-def _images(turn: int) -> list[bytes]:
+def images_of(turn: int) -> list[bytes]:
     """PNG files that no other turn has."""
     from examples.digits import data
 

@@ -167,10 +167,13 @@ class GrpcClient:
 
     async def put_media(self, items: Sequence[bytes | Frames], *, timeout_s: float = 60.0) -> None:
         """Upload image files, and the frames of videos, in chunks."""
+        await self.upload({media_hash(item): item for item in items}, timeout_s=timeout_s)
+
+    async def upload(self, items: Mapping[bytes, bytes | Frames], *, timeout_s: float = 60.0) -> None:
+        """As `put_media`, of items whose sha256 are known."""
         response = await _call(self._rollouts.PutMedia(_media_chunks(items), timeout=timeout_s))
-        expected = [media_hash(item) for item in items]
-        if list(response.sha256) != expected:
-            raise MalformedResponse(f"PutMedia: {len(expected)} items were sent, {len(response.sha256)} are stored")
+        if list(response.sha256) != list(items):
+            raise MalformedResponse(f"PutMedia: {len(items)} items were sent, {len(response.sha256)} are stored")
 
     async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
         """See `RolloutClient.server_info`."""
@@ -207,7 +210,7 @@ class GrpcClient:
         files = {sha256: item.content for sha256, item in lacking.items() if isinstance(item.content, (bytes, Frames))}
         inline = set(lacking)
         if sum(len(file) for item in files.values() for file in _files(item)) > self._inline_max_bytes:
-            await self.put_media(list(files.values()))
+            await self.upload(files)
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)
@@ -313,10 +316,10 @@ def _files(item: bytes | Frames) -> tuple[bytes, ...]:
     return item.files if isinstance(item, Frames) else (item,)
 
 
-def _media_chunks(items: Sequence[bytes | Frames]) -> Iterator[rollout_pb2.PutMediaRequest]:
-    for item in items:
+def _media_chunks(items: Mapping[bytes, bytes | Frames]) -> Iterator[rollout_pb2.PutMediaRequest]:
+    for sha256, item in items.items():
         files = _files(item)
-        request = rollout_pb2.PutMediaRequest(sha256=media_hash(item), num_bytes=sum(map(len, files)))
+        request = rollout_pb2.PutMediaRequest(sha256=sha256, num_bytes=sum(map(len, files)))
         if isinstance(item, Frames):
             request.frame_num_bytes.extend(map(len, files))
         for file in files:

@@ -139,6 +139,8 @@ rollout_requests = st.builds(
     st.integers(-(2**63), 2**63 - 1),
     st.booleans(),
     st.booleans(),
+    texts,
+    st.booleans(),
 )
 
 
@@ -204,7 +206,8 @@ def completions(draw: st.DrawFn) -> Completion:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    """Parameters end to end, each aligned to 16 bytes: laid out here as the proto file says it."""
+    """Parameters end to end, each aligned to 16 bytes, whole or as a delta: laid out here as the proto file says it."""
+    base_version = draw(st.just(-1) | versions)
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}
     parameters, buckets = [], []
     for bucket in range(draw(st.integers(1, 3))):
@@ -215,8 +218,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
             offset = -(-end // 16) * 16
             parameters.append(ManifestParameter(draw(names), dtype, shape, bucket, offset))
             end = offset + math.prod(shape) * sizes[dtype]
-        buckets.append(ManifestBucket(end, draw(uint32)))
-    return Manifest(draw(versions), tuple(parameters), tuple(buckets), draw(st.booleans()))
+        delta: tuple[int, ...] = ()
+        if base_version >= 0:
+            words = [size for size in (1, 2, 4, 8) if end % size == 0]
+            delta = (draw(st.integers(1, max(1, end))), draw(st.sampled_from(words)))
+        buckets.append(ManifestBucket(end, draw(uint64), draw(st.booleans()), *delta))
+    return Manifest(draw(versions), tuple(parameters), tuple(buckets), draw(st.booleans()), base_version=base_version)
 
 
 @st.composite

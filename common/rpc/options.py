@@ -44,6 +44,7 @@ def channel_options(max_message_bytes: int) -> Options:
         ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        # In truth how long a connection may take to come about: a handshake over a long way, on busy machines.
+        ("grpc.min_reconnect_backoff_ms", 3000),
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]

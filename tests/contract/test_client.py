@@ -61,9 +61,9 @@ class Recorder(GrpcClient):
         self.sent.append([item.encoded is not None for item in request.media])
         return super().stream(request, timeout_s=timeout_s)
 
-    async def put_media(self, items: Any, *, timeout_s: float = 60.0) -> None:
+    async def upload(self, items: Any, *, timeout_s: float = 60.0) -> None:
         self.uploads.append(len(items))
-        await super().put_media(items, timeout_s=timeout_s)
+        await super().upload(items, timeout_s=timeout_s)
 
 
 @pytest.fixture
@@ -179,6 +179,28 @@ async def test_cancelling_frees_the_engine(start_actor: StartActor, connect: Cal
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     await until(lambda: not actor.engine.load().num_running)
+
+
+async def test_a_connection_may_take_its_time(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    """Half a second until the first byte of the server comes, as it does over TLS and a long way."""
+    host, _, port = (await start_actor()).address.rpartition(":")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection(host, int(port))
+        up = asyncio.create_task(pump(reader, to_server))
+        await asyncio.sleep(0.5)
+        await pump(from_server, writer)
+        up.cancel()
+
+    proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
+    client = connect(f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+    assert (await client.status(timeout_s=10)).actor_id == "actor-1"
+    await client.close()
+    proxy.close()
 
 
 # ------------------------------------------------------------------------------------------- servers that lie

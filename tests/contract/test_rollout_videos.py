@@ -1,5 +1,6 @@
 """Videos over a real socket, with the fake engine."""
 
+import asyncio
 import dataclasses
 from typing import Any
 
@@ -7,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
+from actor import media_intake
 from common.client import GrpcClient
 from common.errors import InvalidRequest, MediaMissing, OutriderError, TooLarge
 from common.media import content_hash, frames_hash
@@ -72,6 +74,26 @@ async def test_videos_cross_once(start_actor: StartActor, inline_max_bytes: int)
         assert (seen[0].shape, seen[1]) == ((3, 8, 8, 3), PIXELS)
         assert [use.num_tokens for use in group.prompt.media] == [9, 6]
         assert [use.grid_thw[0] for use in group.prompt.media] == [3, 2]
+
+
+async def test_files_are_decoded_once(start_actor: StartActor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many groups use them, at once and one after the other."""
+    actor = await start_actor(fake=FAST)
+    decoded: list[str] = []
+    for name in ("decode_image", "decode_frames"):
+        decode = getattr(media_intake, name)
+
+        def counted(content: Any, *options: Any, _decode: Any = decode, _name: str = name) -> Any:
+            decoded.append(_name)
+            return _decode(content, *options)
+
+        monkeypatch.setattr(media_intake, name, counted)
+    image = MediaItem(content_hash(png(9)), png(9))
+    await asyncio.gather(*(_ask(actor.address, _request(image, IN_FILES)) for _ in range(4)))
+    await _ask(actor.address, _request(image.by_hash(), IN_FILES.by_hash()))
+    assert sorted(decoded) == ["decode_frames", "decode_image"]
+    await _ask(actor.address, _request(MediaItem(b"", png(10))))
+    assert sorted(decoded) == ["decode_frames", "decode_image", "decode_image"]
 
 
 async def test_a_chat_places_a_video_beside_an_image(start_actor: StartActor) -> None:

@@ -37,18 +37,25 @@ def generate_requests() -> Iterator[bytes]:
 
 
 def stage_requests() -> Iterator[bytes]:
-    """One and several buckets."""
+    """One and several buckets, a delta, an adapter."""
     parameter, bucket = weights_pb2.Parameter, weights_pb2.Bucket
-    for parameters, buckets in (
-        ([parameter(name="w", dtype="F32", shape=[2, 2])], [bucket(num_bytes=16, xxh3=1)]),
-        (
-            [
-                parameter(name="a", dtype="BF16", shape=[3]),
-                parameter(name="b", dtype="F32", offset=16),
-                parameter(name="c", dtype="U8", shape=[5], bucket=1),
-            ],
-            [bucket(num_bytes=20), bucket(num_bytes=5)],
-        ),
-    ):
-        manifest = weights_pb2.Manifest(policy_version=3, parameters=parameters, buckets=buckets)
+    weight = parameter(name="w", dtype="F32", shape=[2, 2])
+    lora = [
+        parameter(name=f"base_model.model.m.lora_{name}.weight", dtype="F32", shape=shape, offset=offset)
+        for name, shape, offset in (("A", [1, 4], 0), ("B", [3, 1], 16))
+    ]
+    several = [
+        parameter(name="a", dtype="BF16", shape=[3]),
+        parameter(name="b", dtype="F32", offset=16),
+        parameter(name="c", dtype="U8", shape=[5], bucket=1),
+    ]
+    delta = [bucket(num_bytes=16, xxh3=1, delta_bytes=9, word_bytes=4)]
+    manifests = (
+        weights_pb2.Manifest(parameters=[weight], buckets=[bucket(num_bytes=16, xxh3=1, keep=True)]),
+        weights_pb2.Manifest(parameters=several, buckets=[bucket(num_bytes=20), bucket(num_bytes=5)]),
+        weights_pb2.Manifest(parameters=[weight], buckets=delta, base_version=2),
+        weights_pb2.Manifest(parameters=lora, buckets=[bucket(num_bytes=28)], adapter="digits"),
+    )
+    for manifest in manifests:
+        manifest.policy_version = 3
         yield weights_pb2.StageRequest(run_id="r", epoch=1, manifest=manifest, timeout_ms=9).SerializeToString()

@@ -44,7 +44,7 @@ from tests.unit.learner_math.groups import image_bytes
 PARITY = 1e-4
 ANSWER: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
 # Each starts an engine. Of Qwen2.5-VL, whose positions depend on time, and of what is unlike it.
-FAMILIES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+FAMILIES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "minicpm_v"]
 # These have to be told how far apart the frames are.
 IN_TIME = {"qwen2_5_vl", "qwen3_vl"}
 PATCHED = {"qwen2_5_vl", "qwen2_vl"}
@@ -79,7 +79,7 @@ class Served:
     @property
     def videos(self) -> tuple[EngineMedia, EngineMedia]:
         """Of different sizes; the second has an odd number of frames, where the processor takes both in one call."""
-        frames = 4 if self.family == "llava_onevision" else 5
+        frames = 4 if self.family in {"llava_onevision", "minicpm_v"} else 5
         return video(noise(1)), video(noise(2, frames=frames, height=112, width=56), 1.5)
 
     def inputs(self, prompt: ChatPrompt, media: Sequence[EngineMedia]) -> dict[str, Any]:
@@ -164,7 +164,13 @@ async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     if request.param == "qwen2_5_vl":
         enlarge(AutoModelForImageTextToText.from_pretrained(directory)).save_pretrained(directory)
     environment = dict(os.environ)
-    running = LiveActor(directory, normalize_on_device=False, max_videos=2, max_video_frames=8)
+    running = LiveActor(
+        directory,
+        normalize_on_device=False,
+        max_videos=2,
+        max_video_frames=8,
+        enable_prefix_caching=request.param != "minicpm_v",
+    )
     try:
         await running.start()
         model = plain_model(directory).eval()

@@ -1,9 +1,11 @@
 """The workloads that benchmarks make up are what their documentation says."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from benchmarks import packed_step, step_vs_trl
+from benchmarks import image_ingress, packed_step, step_vs_trl
 from examples.digits.model import TOKEN_IDS
 
 
@@ -51,3 +53,11 @@ def test_batches_differ_and_repeat() -> None:
     assert step_vs_trl.make_batch(1) != step_vs_trl.make_batch(2)
     rows = [group.row for seed in range(step_vs_trl.NUM_BATCHES) for group in step_vs_trl.make_batch(seed)]
     assert len(set(rows)) == len(rows)
+
+
+def test_an_image_of_a_mebibyte_is_one_and_another_each_time() -> None:
+    images = dict(image_ingress._image(seed) for seed in range(3))
+    assert len(images) == 3
+    for sha256, image in images.items():
+        assert hashlib.sha256(image).digest() == sha256
+        assert len(image) == pytest.approx(2**20, rel=0.01)

@@ -1,0 +1,55 @@
+"""Decoded images and videos by sha256, so that the same file is decoded once, however many groups use it."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from PIL import Image
+
+from actor.engine import VideoArray
+from common.errors import OutriderError
+
+T = TypeVar("T", Image.Image, VideoArray)
+
+
+class DecodedMedia:
+    """A least-recently-used cache, bounded by the sum of the bytes of pixels. For threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+        self._items: OrderedDict[bytes, Future[Image.Image] | Future[VideoArray]] = OrderedDict()
+
+    def get(self, sha256: bytes, decode: Callable[[], T]) -> T:
+        """What `decode` gives, or gave. Of threads that ask for the same at once, one decodes and the others wait."""
+        mine: Future[T] = Future()
+        with self._lock:
+            found = self._items.setdefault(sha256, mine)
+            self._items.move_to_end(sha256)
+        if found is not mine:
+            try:
+                return found.result()  # type: ignore[return-value]
+            except OutriderError:
+                return decode()  # its error names the field of this request
+        try:
+            content = decode()
+        except BaseException as error:
+            with self._lock:
+                self._items.pop(sha256, None)
+            mine.set_exception(error)
+            raise
+        mine.set_result(content)
+        with self._lock:
+            if self._items.get(sha256) is mine:
+                self._num_bytes += _num_bytes(content)
+            while self._num_bytes > self._max_bytes:
+                _, dropped = self._items.popitem(last=False)
+                self._num_bytes -= _num_bytes(dropped.result()) if dropped.done() else 0
+        return content
+
+
+def _num_bytes(content: Image.Image | VideoArray) -> int:
+    return 3 * content.width * content.height if isinstance(content, Image.Image) else content.nbytes

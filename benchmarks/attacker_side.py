@@ -1,0 +1,33 @@
+"""The one who sends bad calls in `bad_requests`: the thousand of `tests/hostile`, again and again, until it is ended.
+
+`python -m benchmarks.attacker_side HOST:PORT`; each refusal must be the one that the call deserves.
+"""
+
+import asyncio
+import itertools
+import sys
+
+from common.client import GrpcClient
+from common.rpc.channel import open_channel
+from tests.hostile.requests import bad_calls, send
+
+NUM_CALLS = 1000
+VOCAB_SIZE = 320
+
+
+async def main(address: str) -> None:
+    """One call after the other."""
+    client = GrpcClient(address)
+    limits = (await client.server_info()).limits
+    await client.close()
+    calls = list(itertools.islice(bad_calls(0, limits, VOCAB_SIZE), NUM_CALLS))
+    channel = open_channel(address)
+    print(f"attacker ready on {address}", flush=True)
+    for call in itertools.cycle(calls):
+        error = await send(channel, call)
+        if not call.is_answered_by(error):
+            raise RuntimeError(f"{call.kind} was answered by {error!r}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""The cache of decoded media: each file once, whoever asks, and no more bytes than its bound."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from actor.decoded_media import DecodedMedia
+from common.errors import InvalidRequest
+
+
+def counted(calls: list[str], name: str, size: int = 1) -> Callable[[], Image.Image]:
+    """A decoder of images of 3 * size bytes that says when it ran."""
+
+    def decode() -> Image.Image:
+        calls.append(name)
+        return Image.new("RGB", (size, 1))
+
+    return decode
+
+
+def test_threads_that_ask_at_once_share_one_decoding() -> None:
+    cache = DecodedMedia(1000)
+    calls: list[str] = []
+    waiting, go = threading.Barrier(8), threading.Event()
+
+    def slow() -> Image.Image:
+        calls.append("a")
+        assert go.wait(10)
+        return Image.new("RGB", (1, 1))
+
+    def ask() -> Image.Image:
+        waiting.wait(10)
+        return cache.get(b"a", slow)
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask) for _ in range(8)]
+        go.set()
+        images = {id(future.result(timeout=10)) for future in asked}
+    assert calls == ["a"]
+    assert len(images) == 1
+
+
+def test_the_least_recently_used_go_first() -> None:
+    cache = DecodedMedia(30)
+    calls: list[str] = []
+    for name in ("a", "b", "a", "c", "a", "b"):  # 12 bytes each: two of them fit
+        cache.get(name.encode(), counted(calls, name, 4))
+    assert calls == ["a", "b", "c", "b"]
+    video = np.zeros((2, 1, 2, 3), np.uint8)
+    assert cache.get(b"v", lambda: video) is video  # 12 bytes too
+    cache.get(b"b", counted(calls, "b", 4))
+    cache.get(b"a", counted(calls, "a", 4))
+    assert calls == ["a", "b", "c", "b", "a"]
+
+
+def test_what_is_larger_than_the_cache_is_not_kept() -> None:
+    cache = DecodedMedia(2)
+    calls: list[str] = []
+    for _ in range(2):
+        cache.get(b"a", counted(calls, "a"))
+    assert calls == ["a", "a"]
+
+
+def test_an_error_is_kept_for_nobody() -> None:
+    cache = DecodedMedia(1000)
+    calls: list[str] = []
+
+    def damaged(field: str) -> Callable[[], Image.Image]:
+        def decode() -> Image.Image:
+            calls.append(field)
+            raise InvalidRequest(field, "damaged")
+
+        return decode
+
+    for field in ("media[0]", "media[1]"):
+        with pytest.raises(InvalidRequest) as refused:
+            cache.get(b"a", damaged(field))
+        assert refused.value.field == field
+    cache.get(b"a", counted(calls, "whole"))
+    assert calls == ["media[0]", "media[1]", "whole"]
