@@ -132,15 +132,15 @@ prompts = st.one_of(
 )
 rollout_requests = st.builds(
     RolloutRequest,
-    texts,
-    prompts,
-    st.lists(media_items, max_size=3).map(tuple),
-    sampling_params,
-    st.integers(-(2**63), 2**63 - 1),
-    st.booleans(),
-    st.booleans(),
-    texts,
-    st.booleans(),
+    group_id=texts,
+    prompt=prompts,
+    media=st.lists(media_items, max_size=3).map(tuple),
+    sampling=sampling_params,
+    min_policy_version=st.integers(-(2**63), 2**63 - 1),
+    return_text=st.booleans(),
+    return_processed=st.booleans(),
+    model=texts,
+    return_routed_experts=st.booleans(),
 )
 
 
