@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 
 from actor import media_intake
+from actor.decoded_media import DecodedMedia
 from actor.validation import check_request
 from common import wire
 from common.errors import InvalidRequest, TooLarge, Unimplemented
@@ -39,7 +40,7 @@ def generate(data: bytes) -> None:
         pairs = [(item, item.content) for item in request.media if item.content is not None]
         media, contents = tuple(item for item, _ in pairs), [content for _, content in pairs]
         media_intake._bytes_to_hold(contents, LIMITS)
-        decoded = media_intake._decode(media, contents, LIMITS)
+        decoded = media_intake._decode(media, contents, LIMITS, DecodedMedia(max_bytes=2**20))
     except _REFUSED:
         return
     for item in decoded:
