@@ -26,7 +26,7 @@ PARITY = 1e-4
 NUM_TOKENS = 16
 # Each family starts an engine, for most of a minute. In every run: tiles with text between them and a head that shares
 # the weight of the embedding; tiles, and a tower whose parameters transformers renames.
-IN_EVERY_RUN = {"idefics3", "llava_onevision"}
+IN_EVERY_RUN = {"idefics3"}
 # vLLM's attention on CPUs is causal, also among the tokens of an image: what the actor refuses.
 TEXT_ONLY = {"gemma3"}
 # vLLM caches prefixes of MiniCPM-V by its layers of linear attention, which the tiny model has none of.
