@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import generation, harness
-from benchmarks.serving import serving
+from benchmarks.serving import vllm_actor
 
 GOAL = 1.0
 BOUND_S = 0.010
@@ -38,10 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         folder = Path(name)
         model, port = build_model(folder / "model", seed=0), free_ports(1)
-        settings = [f"vllm.{key}={value}" for key, value in generation.ENGINE.items()]
-        arguments = ["--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
-        arguments += [f"metrics_listen=127.0.0.1:{port}", *settings]
-        with serving("actor", *arguments, log=folder / "actor.log") as address:
+        listen = f"metrics_listen=127.0.0.1:{port}"
+        with vllm_actor(model, folder / "actor.log", generation.ENGINE, listen) as address:
             harness.say("warming up")
             runner.run(_load(address, 10.0, 0))
             ratios: dict[str, list[float]] = {case: [] for case in METRICS}

@@ -7,17 +7,16 @@ each timed turn of sampled groups every side answers the same images greedily, u
 
 import argparse
 import asyncio
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import say
+from benchmarks.serving import vllm_actor
 
 NUM_PROMPTS = 64
 GROUP_SIZE = 8
@@ -57,7 +56,7 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
         model = build_model(folder / "model", seed=0)
         say("starting the actor and the peer (one or two minutes)")
         with (
-            actor(model, folder / "actor.log") as address,
+            vllm_actor(model, folder / "actor.log", ENGINE) as address,
             asyncio.Runner() as runner,
             peer(model, folder, runner) as theirs,
         ):
@@ -155,23 +154,3 @@ class ActorSide:
     def close(self) -> None:
         """Close the connection."""
         self._runner.run(self._client.close())
-
-
-@contextmanager
-def actor(model: Path, log: Path) -> Iterator[str]:
-    """A standalone actor process; its address once it serves."""
-    command = [sys.executable, "-m", "actor", "--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
-    command += [f"vllm.{name}={value}" for name, value in ENGINE.items()]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if " ready on " in line:
-                yield line.split(" ready on ")[1].rsplit(": ", 1)[0]
-                break
-        else:
-            raise RuntimeError(f"the actor ended with status {process.wait()}: {log.read_text()[-2000:]}")
-    finally:
-        process.terminate()
-        process.wait(timeout=30)

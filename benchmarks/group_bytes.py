@@ -18,6 +18,7 @@ from PIL import Image
 from benchmarks import generation, harness
 from benchmarks.counting_proxy import counting_proxy
 from benchmarks.harness import say
+from benchmarks.serving import vllm_actor
 
 if TYPE_CHECKING:
     from common.client import GrpcClient
@@ -44,8 +45,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        model = build_model(folder / "model", seed=0)
         say("starting the actor (about half a minute)")
-        with generation.actor(build_model(folder / "model", seed=0), folder / "actor.log") as address:
+        with vllm_actor(model, folder / "actor.log", generation.ENGINE) as address:
             ratios = asyncio.run(_measure(address, pairs))
     harness.report("group_bytes", {case: harness.Comparison(tuple(ratios[case]), goal) for case, goal in GOALS.items()})
 

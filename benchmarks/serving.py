@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 FAKE_ACTOR = ("actor", "--engine", "fake", "--standalone", "--listen", "127.0.0.1:0")
@@ -24,3 +24,10 @@ def serving(module: str, *arguments: str, log: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def vllm_actor(model: Path, log: Path, settings: Mapping[str, object], *arguments: str) -> AbstractContextManager[str]:
+    """A standalone actor with the real engine, `settings` of its section `vllm`, and further arguments; its address."""
+    options = [f"vllm.{name}={value}" for name, value in settings.items()]
+    fixed = ("--model", str(model), "--standalone", "--listen", "127.0.0.1:0")
+    return serving("actor", *fixed, *options, *arguments, log=log)

@@ -7,19 +7,25 @@ with the real vLLM. Everything goes as in a run: gRPC for control, Gloo for the 
 import asyncio
 import math
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.harness import require_equal, say
+from benchmarks.serving import vllm_actor
 from benchmarks.side import Process
 
-ENGINE = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 16, "max_num_batched_tokens": 2048}
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 2048,
+    "enforce_eager": True,
+}
 _LAYERS = 18
 _TIMEOUT_S = 120.0
 
@@ -48,27 +54,6 @@ def build_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def actor(model: Path, log: Path, cpu_cores: str) -> Iterator[str]:
-    """A standalone actor process; its address once it serves."""
-    command = [sys.executable, "-m", "actor", "--model", str(model), "--standalone", "--listen", "127.0.0.1:0"]
-    command += [f"vllm.{name}={value}" for name, value in {**ENGINE, "enforce_eager": True}.items()]
-    command += [f"vllm.cpu_cores={cpu_cores!r}"]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if " ready on " in line:
-                yield line.split(" ready on ")[1].rsplit(": ", 1)[0]
-                break
-        else:
-            raise RuntimeError(f"the actor ended with status {process.wait()}: {log.read_text()[-2000:]}")
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 class World:
@@ -100,7 +85,9 @@ class World:
         self._deltas = Deltas(enabled=True)
         self._runner = self._stack.enter_context(asyncio.Runner())
         addresses = [
-            self._stack.enter_context(actor(model_dir, self._folder / f"actor-{i}.log", self._cores(i)))
+            self._stack.enter_context(
+                vllm_actor(model_dir, self._folder / f"actor-{i}.log", {**ENGINE, "cpu_cores": repr(self._cores(i))})
+            )
             for i in range(self._num_actors)
         ]
         self._snapshotter = Snapshotter(
