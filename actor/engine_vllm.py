@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import functools
 import gc
-import os
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +15,16 @@ import numpy as np
 from PIL import Image
 
 from actor.adapters import Adapters
-from actor.config import VllmConfig, parse_cores
+from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
+from actor.vllm_arguments import engine_arguments
 from actor.vllm_beams import search_beams
 from actor.vllm_media import VllmMedia
 from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
 from actor.vllm_sampling import refusal, sampling_params, scoring_params
+from actor.vllm_updates import VllmUpdates
 from common.chat import template_messages
-from common.config import ConfigError
-from common.errors import (
-    EngineDead,
-    InvalidRequest,
-    NotStaged,
-    OutriderError,
-    StageCorrupt,
-    StageTimeout,
-    Unimplemented,
-)
+from common.errors import EngineDead, InvalidRequest, Unimplemented
 from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
@@ -57,13 +49,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-# With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
-# what is new (DELTA): in the other modes each token comes with all tokens before it.
-_FIRST_AND_LAST_ONLY = 2**30
-_POLL_S = 0.002
 _WARM_UP_TOKENS = 4
-# What vLLM takes as the largest rank.
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -77,66 +63,23 @@ class VllmEngine:
         self._placeholder_ids: tuple[int, ...] = ()
         self._media: VllmMedia
         self._eos_ids: frozenset[int] = frozenset()
-        self._staged: Manifest | None = None
         self._adapters = Adapters(model.resolve().name, config.max_lora_rank, config.max_loras)
-        self._paused = False
-        self._standing = asyncio.Lock()  # held by whoever lets generation stand still or go on
+        self._updates = VllmUpdates(self._require, self._adapters)
         self._tokenizing = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ life
 
     async def start(self) -> EngineInfo:
         """Start vLLM's processes, load the model and generate once; tens of seconds."""
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # Its processes speak msgpack to each other; what that does not know would go as a pickle.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self._config.kv_cache_gib)
+        arguments = engine_arguments(self._model, self._config)
         import transformers
         import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actor.vllm_plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
-
-        os.environ[ACTOR_VARIABLE] = str(os.getpid())
-        register()
-        executor = self._set_up_cpus() if current_platform.is_cpu() else None
-        arguments = AsyncEngineArgs(
-            model=str(self._model),
-            served_model_name=[self._model.name],
-            dtype=self._config.dtype,
-            seed=self._config.seed,
-            max_model_len=self._config.max_model_len,
-            max_num_seqs=self._config.max_num_seqs,
-            max_num_batched_tokens=self._config.max_num_batched_tokens,
-            block_size=self._config.block_size,
-            enable_prefix_caching=self._config.enable_prefix_caching,
-            enforce_eager=self._config.enforce_eager,
-            tensor_parallel_size=self._config.tensor_parallel_size,
-            distributed_executor_backend=executor,
-            gpu_memory_utilization=self._config.gpu_memory_utilization,
-            limit_mm_per_prompt=_media_limits(self._config),
-            skip_mm_profiling=True,
-            mm_device_do_normalize=self._config.normalize_on_device,
-            logprobs_mode="processed_logprobs",
-            max_logprobs=self._config.max_logprobs,
-            enable_return_routed_experts=self._config.return_routed_experts,
-            generation_config="vllm",
-            stream_interval=_FIRST_AND_LAST_ONLY,
-            logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
-            worker_extension_cls="actor.vllm_worker.WorkerExtension",
-            weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
-            **_lora_arguments(self._config),
-            disable_log_stats=True,
-            enable_log_requests=False,
-        )
-        if current_platform.is_cpu():
-            _check_cpu(arguments.create_model_config(), self._config)
         self._engine = AsyncLLM.from_engine_args(arguments)
         await self._engine.update_weight_version("0")
         if self._config.max_lora_rank:
-            await self._on_workers("take_adapters")
+            await self._updates.take_adapters()
         self._processor = transformers.AutoProcessor.from_pretrained(self._model)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
@@ -159,26 +102,6 @@ class VllmEngine:
         gc.collect()
         gc.freeze()
         return info
-
-    def _set_up_cpus(self) -> str | None:
-        """Cores of the engine; vLLM's name of the executor to use, None for its own choice."""
-        from actor.vllm_plugin import CORES_VARIABLE
-
-        cores = self._config.cpu_cores
-        if self._config.tensor_parallel_size > 1:
-            if cores is not None:
-                os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
-            return None
-        # One process schedules and computes, as on one GPU. Two, vLLM's choice for CPUs, would spin on the cores that
-        # compute while they wait for each other; it is what vLLM uses if this variable says that it may.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Said, or vLLM takes one. Unbound, the environment may say fewer: a container sees all cores of its node.
-        if cores is not None:
-            os.environ[CORES_VARIABLE] = cores
-            os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
-        else:
-            os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-        return "uni"
 
     async def _warm_up(self) -> None:
         """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""
@@ -445,120 +368,32 @@ class VllmEngine:
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         """See `Engine.open_epoch`."""
-        await self._on_workers("join_epoch", asdict(spec))
-        await self._finish_job(spec.timeout_s)
+        await self._updates.open_epoch(spec)
 
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         """See `Engine.stage`."""
-        self._staged = None
-        self._adapters.check(manifest)
-        await self._on_workers("stage_weights", asdict(manifest))
-        results = await self._finish_job(timeout_s)
-        if any(tuple(result) != tuple(results[0]) for result in results):
-            raise RuntimeError("workers received different bytes")
-        self._staged = manifest
-        return tuple(results[0])
+        return await self._updates.stage(manifest, timeout_s)
 
     async def commit(self, policy_version: int) -> float:
         """See `Engine.commit`. Requests in flight are kept and go on under the new weights."""
-        engine, manifest = self._require(), self._staged
-        if manifest is None or manifest.policy_version != policy_version:
-            raise NotStaged(f"version {policy_version} is not staged")
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        self._staged = None
-        async with self._standing:
-            started_at = time.monotonic()
-            if not self._paused:
-                await self._stand_still()
-            await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest({"policy_version": policy_version}))
-            await engine.finish_weight_update(weight_version=str(policy_version))
-            # Keys and values of requests in flight were computed by the old weights: they are computed again.
-            await engine.reset_prefix_cache(reset_running_requests=True)
-            if manifest.updates_vision:
-                await engine.reset_encoder_cache()
-            self._adapters.commit(manifest)
-            if not self._paused:
-                await engine.resume_generation()
-            return time.monotonic() - started_at
+        return await self._updates.commit(policy_version)
 
     async def pause(self) -> None:
         """See `Engine.pause`."""
-        async with self._standing:
-            await self._stand_still()
-            self._paused = True
+        await self._updates.pause()
 
     async def resume(self) -> None:
         """See `Engine.resume`."""
-        async with self._standing:
-            await self._require().resume_generation()
-            self._paused = False
-
-    async def _stand_still(self) -> None:
-        # Not AsyncLLM.pause_generation: that sleeps for 20 ms so as to order events for its caller.
-        await self._require().engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        await self._updates.resume()
 
     async def abort_epoch(self) -> None:
         """See `Engine.abort_epoch`."""
-        self._staged = None
-        await self._on_workers("leave_epoch")
-
-    async def _finish_job(self, timeout_s: float) -> list[Any]:
-        """Wait for the workers' background job; its result on each worker."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            reports = await self._on_workers("job_result")
-            for report in reports:
-                if report["done"] and report["error"] is not None:
-                    raise _job_error(**report)
-            if all(report["done"] for report in reports):
-                return [report["result"] for report in reports]
-            if time.monotonic() > deadline:
-                raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s")
-            await asyncio.sleep(_POLL_S)
-
-    async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
-        result: list[Any] = await self._require().collective_rpc(method, args=arguments)
-        return result
+        await self._updates.abort_epoch()
 
     def _require(self) -> "AsyncLLM":
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
-
-
-def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> OutriderError:  # noqa: ARG001 - its report
-    """What the error of a worker's background job is here."""
-    if field is not None:
-        return InvalidRequest(field, error)
-    if kind == StageCorrupt.__name__:
-        return StageCorrupt(error)
-    return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
-
-
-def _check_cpu(model_config: Any, config: VllmConfig) -> None:
-    """Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word."""
-    if model_config.is_mm_prefix_lm:
-        raise ConfigError(
-            "model: the tokens of an image see each other in both directions in this model, which vLLM's attention"
-            " on CPUs leaves out; use a GPU, or set vllm.max_images and vllm.max_videos to 0"
-        )
-    if config.return_routed_experts:
-        raise ConfigError("vllm.return_routed_experts: vLLM's model runner that returns them needs Triton; use a GPU")
-
-
-def _media_limits(config: VllmConfig) -> dict[str, Any]:
-    """Items of a prompt. The frames are those of the made-up video with which vLLM sizes its buffers."""
-    videos = {"count": config.max_videos, "num_frames": config.max_video_frames}
-    return {"image": config.max_images, "video": videos if config.max_videos else 0}
-
-
-def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
-    if not config.max_lora_rank:
-        return {}
-    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
 
 
 def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:

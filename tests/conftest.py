@@ -5,6 +5,7 @@ the marker of that name. GPU tests and slow ones are left out unless asked for w
 """
 
 import os
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -31,6 +32,9 @@ _EXIT_GRACE_S = 10.0
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[_SESSION_VARIABLE] = uuid.uuid4().hex
+    # In the background a shell has SIGINT ignored, and processes inherit that. Not by a `preexec_fn` of those that need
+    # it: with one, Python forks where it would not, and gRPC's threads do not survive that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.option.markexpr:
         config.option.markexpr = "not gpu and not slow"
 

@@ -22,11 +22,6 @@ _VARIABLE = "OUTRIDER_TEST_LAUNCHED"
 T = TypeVar("T")
 
 
-def as_in_a_terminal() -> None:
-    """In a new process: SIGINT ends it, also when the tests themselves run in the background, where it is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Launched:
     """One command and all processes of it. Its standard output and error go to files in `directory`."""
 
@@ -44,7 +39,6 @@ class Launched:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                preexec_fn=as_in_a_terminal,  # noqa: PLW1509 - it calls the kernel and nothing else
             )
 
     @property

@@ -20,7 +20,6 @@ from common.pb.admin.v1.admin_pb2_grpc import AdminServiceStub
 from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
-from tests.launched import as_in_a_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +89,6 @@ async def launch() -> AsyncIterator[Launch]:
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=as_in_a_terminal,
         )
         processes.append(process)
         if not wait_ready:

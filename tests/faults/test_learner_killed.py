@@ -169,9 +169,8 @@ async def run_to_the_end(configuration: dict[str, Any], kills: int, seed: int) -
     num_writing = 0
     for _ in range(kills):
         before = partials(runs_dir)
-        moment = asyncio.sleep(rng.uniform(0.0, 4.0))
-        if rng.random() < 0.5:
-            moment = writing_checkpoint(runs_dir, rng.randint(1, 3))
+        wait_s, in_checkpoint, count = rng.uniform(0.0, 4.0), rng.random() < 0.5, rng.randint(1, 3)
+        moment = writing_checkpoint(runs_dir, count) if in_checkpoint else asyncio.sleep(wait_s)
         with Learner(configuration, runs_dir / "output") as learner:
             assert not await learner.ends_before(moment), "the run is too short for so many kills"
         num_writing += bool(partials(runs_dir) - before)

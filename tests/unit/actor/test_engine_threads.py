@@ -1,10 +1,9 @@
 import os
-from pathlib import Path
 
 import pytest
 
 from actor.config import VllmConfig
-from actor.engine_vllm import VllmEngine
+from actor.vllm_arguments import set_up_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -29,4 +28,4 @@ def test_named_cores_decide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _set_up(config: VllmConfig) -> None:
-    assert VllmEngine(Path("model"), config, "actor")._set_up_cpus() == "uni"
+    assert set_up_cpus(config) == "uni"

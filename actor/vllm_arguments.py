@@ -1,0 +1,113 @@
+"""How vLLM is started: its arguments from the actor's settings, what CPUs need, and what vLLM cannot do there."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actor.config import VllmConfig, parse_cores
+from common.config import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+# With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
+# what is new (DELTA): in the other modes each token comes with all tokens before it.
+_FIRST_AND_LAST_ONLY = 2**30
+# What vLLM takes as the largest rank.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
+    """Set up this process for the engine, and say what it is to be.
+
+    Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Its processes speak msgpack to each other; what that does not know would go as a pickle.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from actor.vllm_plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
+
+    os.environ[ACTOR_VARIABLE] = str(os.getpid())
+    register()
+    executor = set_up_cpus(config) if current_platform.is_cpu() else None
+    arguments = AsyncEngineArgs(
+        model=str(model),
+        served_model_name=[model.name],
+        dtype=config.dtype,
+        seed=config.seed,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enforce_eager=config.enforce_eager,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend=executor,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        limit_mm_per_prompt=_media_limits(config),
+        skip_mm_profiling=True,
+        mm_device_do_normalize=config.normalize_on_device,
+        logprobs_mode="processed_logprobs",
+        max_logprobs=config.max_logprobs,
+        enable_return_routed_experts=config.return_routed_experts,
+        generation_config="vllm",
+        stream_interval=_FIRST_AND_LAST_ONLY,
+        logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
+        worker_extension_cls="actor.vllm_worker.WorkerExtension",
+        weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
+        **_lora_arguments(config),
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
+    if current_platform.is_cpu():
+        _check_cpu(arguments.create_model_config(), config)
+    return arguments
+
+
+def set_up_cpus(config: VllmConfig) -> str | None:
+    """Cores of the engine; vLLM's name of the executor to use, None for its own choice."""
+    from actor.vllm_plugin import CORES_VARIABLE
+
+    cores = config.cpu_cores
+    if config.tensor_parallel_size > 1:
+        if cores is not None:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
+        return None
+    # One process schedules and computes, as on one GPU. Two, vLLM's choice for CPUs, would spin on the cores that
+    # compute while they wait for each other; it is what vLLM uses if this variable says that it may.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Said, or vLLM takes one. Unbound, the environment may say fewer: a container sees all cores of its node.
+    if cores is not None:
+        os.environ[CORES_VARIABLE] = cores
+        os.environ["OMP_NUM_THREADS"] = str(len(parse_cores(cores)))
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    return "uni"
+
+
+def _check_cpu(model_config: Any, config: VllmConfig) -> None:
+    """Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word."""
+    if model_config.is_mm_prefix_lm:
+        raise ConfigError(
+            "model: the tokens of an image see each other in both directions in this model, which vLLM's attention"
+            " on CPUs leaves out; use a GPU, or set vllm.max_images and vllm.max_videos to 0"
+        )
+    if config.return_routed_experts:
+        raise ConfigError("vllm.return_routed_experts: vLLM's model runner that returns them needs Triton; use a GPU")
+
+
+def _media_limits(config: VllmConfig) -> dict[str, Any]:
+    """Items of a prompt. The frames are those of the made-up video with which vLLM sizes its buffers."""
+    videos = {"count": config.max_videos, "num_frames": config.max_video_frames}
+    return {"image": config.max_images, "video": videos if config.max_videos else 0}
+
+
+def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
+    if not config.max_lora_rank:
+        return {}
+    rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}
