@@ -97,6 +97,22 @@ async def test_versions_gate_and_a_commit_opens() -> None:
         assert (await waiting).address == "one"
 
 
+async def test_actors_that_reach_a_version_together_share_what_waits_for_it() -> None:
+    one, two, three = (FakeActor(name, run_id="mine") for name in ("one", "two", "three"))
+    async with running(one, two, three, run_id="mine", slots=64) as (fleet, _):
+        release, got = asyncio.Event(), []
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(6):
+                tasks.create_task(hold(fleet, release, lambda member: got.append(member.address)))
+            await asyncio.sleep(0)
+            assert not got
+            for actor in (one, two, three):
+                fleet.mark_committed(actor.address, actor.actor_id, 0)
+            await until(lambda: len(got) == 6)
+            assert sorted(got) == ["one", "one", "three", "three", "two", "two"]
+            release.set()
+
+
 async def aiter_slot(fleet: Fleet, version: int) -> AsyncIterator[Member]:
     async with fleet.slot(lambda: version) as member:
         yield member
