@@ -24,6 +24,8 @@ BENCHMARKS = (
     "update_vs_per_parameter",
     "update_overlap",
     "delta_bytes",
+    "overlap",
+    "fan_in",
 )
 
 
