@@ -9,11 +9,12 @@ import pytest
 
 from common.config import ConfigError
 from common.errors import EngineDead, Paused, QueueFull, Unreachable
-from common.types import ActorState
+from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from tests.fakes import FakeActor, until
+from tests.fakes import FakeActor, FakeClient, until
+from tests.simulation.loop import VirtualLoop
 
 
 class Watch:
@@ -235,6 +236,30 @@ async def test_cancelled_waiters_leave_no_slot_behind() -> None:
         waiters[1].cancel()
         await asyncio.gather(waiters[1], return_exceptions=True)
         assert (await waiters[2]).in_flight == 1
+
+
+@pytest.mark.parametrize(("num_actors", "polls_of_each"), [(1, 20), (64, 20), (128, 10), (256, 5)])
+def test_a_large_fleet_is_polled_less_often(num_actors: int, polls_of_each: int) -> None:
+    """In 10 s of virtual time, at 0.5 s between two polls of an actor."""
+    num_polls = 0
+
+    class Counted(FakeClient):
+        async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+            nonlocal num_polls
+            num_polls += 1
+            return await super().status(timeout_s=timeout_s)
+
+    async def watch() -> int:
+        addresses = [f"actor-{number}" for number in range(num_actors)]
+        fleet = Fleet(addresses, run_id=None, connect=lambda address: Counted(FakeActor(address)), poll_s=0.5)
+        await fleet.start(startup_timeout_s=10, min_actors=num_actors)
+        before = num_polls
+        await asyncio.sleep(10.1)
+        after = num_polls
+        await fleet.close()
+        return after - before
+
+    assert VirtualLoop().run(watch(), until=60.0) == num_actors * polls_of_each
 
 
 async def test_silent_addresses_at_start_are_one_line() -> None:
