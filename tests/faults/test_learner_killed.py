@@ -1,8 +1,8 @@
 """A learner that gets SIGKILL again and again, also while it writes a checkpoint: the end is that of a run without.
 
 The learner is the real one, in a process of its own, and so are gRPC and the weight epochs; the actor is in the test's
-process, with the fake engine behind the model's own processor: what it samples is a function of prompt and seed, so a
-synchronous run has exactly one outcome.
+process, with a fake engine: what it samples is a function of prompt and seed, so a synchronous run has exactly one
+outcome.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ import pytest
 from actor.config import ActorConfig
 from actor.server import ActorServer
 from examples.digits.model import build_model
+from tests.digits_engine import DigitsEngine, DigitsPrompt
 from tests.launched import read_metrics
-from tests.processor_engine import ProcessorEngine
 
 BATCH = 2
 # Of a learner without a kill, on a busy machine.
@@ -36,7 +36,7 @@ async def serving(model_dir: Path) -> AsyncIterator[str]:
     config = ActorConfig.model_validate(
         {"engine": "fake", "fake": {"token_s": 0.0, "first_token_s": 0.0, "vocab_size": 256, "mean_tokens": 3}}
     )
-    engine = ProcessorEngine(config.fake, "actor", model_dir)
+    engine = DigitsEngine(config.fake, "actor", DigitsPrompt.of(model_dir))
     server = ActorServer(engine, await engine.start(), config, "actor")
     try:
         yield f"127.0.0.1:{await server.start('127.0.0.1:0')}"

@@ -1,27 +1,29 @@
 """`python -m tests.injection.actor`: `python -m actor` in which a fault (`tests.injection.fault`) can happen.
 
-With `--engine fake` the engine knows what the model's own processor makes of a prompt, so that a learner trains on its
-answers.
+The engine is that of `tests.digits_engine`, so that a learner trains on its answers; what it has to know of the prompt
+is the file PROMPT beside the model.
 """
 
+import json
 import sys
 
 from actor import process
 from actor.__main__ import main
 from actor.config import check_model
 from actor.engine import Engine
+from tests.digits_engine import DigitsEngine, DigitsPrompt
 from tests.injection.fault import Injector
-from tests.injection.hooks import on_broadcasts, on_engine
+from tests.injection.hooks import on_engine
+
+PROMPT = "prompt.json"
 
 
 def make_engine(self: process.ActorProcess) -> Engine:
     """In place of `ActorProcess._make_engine`."""
-    from tests.processor_engine import ProcessorEngine
-
-    engine = ProcessorEngine(self.config.fake, self.actor_id, check_model(self.config.model))
-    injector = Injector()
-    on_engine(injector, engine)
-    on_broadcasts(injector, sends=False)
+    fields = json.loads((check_model(self.config.model) / PROMPT).read_text())
+    prompt = DigitsPrompt(tuple(fields["ids"]), tuple(fields["placeholders"]))
+    engine = DigitsEngine(self.config.fake, self.actor_id, prompt)
+    on_engine(Injector(), engine)
     return engine
 
 

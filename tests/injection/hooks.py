@@ -11,19 +11,23 @@
 
 import functools
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from common.collective import BroadcastGroup
 from tests.injection.fault import Injector, do
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.collective import BroadcastGroup
 
 
 def on_broadcasts(injector: Injector, *, sends: bool) -> None:
     """Phases open and stage, on both ends. A group's first broadcast is one byte: who is in."""
+    from common.collective import BroadcastGroup
+
     broadcast = BroadcastGroup.broadcast
 
-    def wrapped(self: BroadcastGroup, buffer: torch.Tensor) -> None:
+    def wrapped(self: "BroadcastGroup", buffer: "torch.Tensor") -> None:
         if buffer.numel() == 1:
             injector.at("open")
             broadcast(self, buffer)
@@ -46,8 +50,13 @@ def on_broadcasts(injector: Injector, *, sends: bool) -> None:
 
 
 def on_engine(injector: Injector, engine: Any) -> None:
-    """The actor's phases that go through its engine."""
-    stage, commit, generate = engine.stage, engine.commit, engine.generate
+    """All phases of an actor. Its broadcasts are wrapped late: an actor imports torch when it needs it."""
+    open_epoch, stage, commit, generate = engine.open_epoch, engine.stage, engine.commit, engine.generate
+    wrap_broadcasts = functools.cache(lambda: on_broadcasts(injector, sends=False))
+
+    async def wrapped_open_epoch(spec: Any) -> None:
+        wrap_broadcasts()
+        await open_epoch(spec)
 
     async def wrapped_stage(manifest: Any, timeout_s: float) -> Any:
         injector.version = manifest.policy_version
@@ -63,7 +72,8 @@ def on_engine(injector: Injector, engine: Any) -> None:
             injector.at("between")
             yield event
 
-    engine.stage, engine.commit, engine.generate = wrapped_stage, wrapped_commit, wrapped_generate
+    engine.open_epoch, engine.stage = wrapped_open_epoch, wrapped_stage
+    engine.commit, engine.generate = wrapped_commit, wrapped_generate
 
 
 def on_learner(injector: Injector) -> None:
@@ -86,7 +96,7 @@ def on_learner(injector: Injector) -> None:
     def taking(_: Any, version: int) -> None:
         injector.version = version
 
-    def gathered(parameter: torch.Tensor) -> torch.Tensor:
+    def gathered(parameter: "torch.Tensor") -> "torch.Tensor":
         whole = full(parameter)
         injector.at("gather")
         return whole
