@@ -19,7 +19,7 @@ from pathlib import Path
 from examples.digits.model import build_model
 from tests.digits_engine import DigitsPrompt
 from tests.injection.actor import PROMPT
-from tests.injection.job import ACTORS, RANKS, Job
+from tests.injection.job import ACTORS, NODES, Job
 from tests.injection.machines import Machines
 from tests.injection.matrix import Cell, Outcome, cells, run
 from tests.manifests.runner import kernel
@@ -60,12 +60,11 @@ def _run(chosen: Sequence[Cell], directory: Path) -> Iterator[Outcome]:
     kernel.unshare(kernel.CLONE_NEWNET)
     model_dir = build_model(directory / "model", seed=0)
     (model_dir / PROMPT).write_text(json.dumps(asdict(DigitsPrompt.of(model_dir))))
-    with Machines([*ACTORS, *RANKS], directory) as machines:
+    with Machines([*ACTORS, *NODES], directory) as machines:
         job = Job(machines, directory, model_dir)
         for actor in job.actors:
             job.start_actor(actor)
-        job.start_learner()
-        for i, cell in enumerate(chosen, 1):
+        for i, cell in enumerate(sorted(chosen, key=lambda cell: cell.num_nodes), 1):
             started_at = time.monotonic()
             outcome = run(job, cell)
             print(f"[{i}/{len(chosen)}] {_line(outcome)} ({time.monotonic() - started_at:.0f} s)", flush=True)

@@ -2,8 +2,9 @@
 
     harness: Fault --file--> Injector in the process: at(phase, version) --does it, and writes down when--> harness
 
-The process has the file's path in its environment. The file may come at any time: a fault is armed by writing it, and
-happens once. Nothing of this is in the product: `tests.injection.hooks` wraps its methods from outside.
+The process has the file's path in its environment; a rank of the learner adds its number. The file may come at any
+time: a fault is armed by writing it, and happens once. Nothing of this is in the product: `tests.injection.hooks` wraps
+its methods from outside.
 """
 
 import contextlib
@@ -48,6 +49,11 @@ class Fault:
         draft.rename(path)
 
 
+def of_rank(path: Path, rank: str | None) -> Path:
+    """The file for this rank among the processes that have the path; None: the only process."""
+    return path if rank is None else path.with_suffix(f".{rank}.fault")
+
+
 def moment(path: Path) -> Path:
     """Where a process writes down when it did what `path` said: seconds since the epoch."""
     return path.with_suffix(".moment")
@@ -57,7 +63,7 @@ class Injector:
     """In the process that a fault is meant for."""
 
     def __init__(self) -> None:
-        self._path = Path(os.environ[VARIABLE])
+        self._path = of_rank(Path(os.environ[VARIABLE]), os.environ.get("RANK"))
         self.version = 0
         """Of the update that is under way, for phases that do not know it."""
 

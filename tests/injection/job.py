@@ -1,4 +1,4 @@
-"""A real training job on machines of its own: three actors, and a learner of two ranks, each under its own torchrun.
+"""A real training job on machines of its own: three actors, and a learner of two ranks under torchrun.
 
 The actors have the fake engine, the model is the tiny one of the digits; everything else is what a cluster runs.
 """
@@ -20,7 +20,7 @@ from tests.launched import read_metrics
 T = TypeVar("T")
 
 ACTORS = ("actor-0", "actor-1", "actor-2")
-RANKS = ("rank-0", "rank-1")
+NODES = ("node-0", "node-1")
 BATCH = 2
 # From the start of a process to its first useful act, on a busy machine.
 START_S = 180.0
@@ -41,7 +41,9 @@ class Job:
 
     def __init__(self, machines: Machines, directory: Path, model_dir: Path) -> None:
         self.actors = [machines.by_name[name] for name in ACTORS]
-        self.ranks = [machines.by_name[name] for name in RANKS]
+        self.nodes = [machines.by_name[name] for name in NODES]
+        self.num_nodes = 0
+        """Those that the learner has; it has two ranks in any case."""
         self.run_dir = directory / "run"
         self._config = directory / "run.yaml"
         self._model_dir = model_dir
@@ -54,15 +56,25 @@ class Job:
             *("fake.vocab_size=256", "fake.mean_tokens=3", "fake.first_token_s=0.5", "grace_s=1"),
         )
 
-    def start_learner(self, total_steps: int = 100_000) -> None:
-        """Both ranks; they resume where the ones before were."""
+    def start_learner(self, num_nodes: int, total_steps: int = 100_000) -> None:
+        """Both ranks, on one or two machines; they resume where the ones before were."""
+        self.num_nodes = num_nodes
         self._config.write_text(yaml.safe_dump(self._settings(total_steps)))
-        for rank, machine in enumerate(self.ranks):
-            machine.start(
-                *("torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"),
-                *("--master-addr", self.ranks[0].address, "--master-port", "29500"),
-                *("-m", "tests.injection.learner", "--config", str(self._config)),
+        for i, node in enumerate(self.nodes[:num_nodes]):
+            node.start(
+                *("torch.distributed.run", "--nnodes", str(num_nodes), "--node-rank", str(i)),
+                *("--nproc-per-node", str(2 // num_nodes), "--master-addr", self.nodes[0].address),
+                *("--master-port", "29500", "-m", "tests.injection.learner", "--config", str(self._config)),
             )
+
+    def node_of(self, rank: int) -> Machine:
+        """Where this rank of the learner is."""
+        return self.nodes[rank * self.num_nodes // 2]
+
+    @property
+    def learner_ended(self) -> bool:
+        """Whether all of it has."""
+        return all(node.ended for node in self.nodes)
 
     def _settings(self, total_steps: int) -> dict[str, Any]:
         return {
@@ -128,7 +140,7 @@ class Job:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             if time.monotonic() > deadline:
-                said = "\n".join(f"--- {machine.name}\n{machine.said}" for machine in (*self.ranks, *self.actors))
+                said = "\n".join(f"--- {machine.name}\n{machine.said}" for machine in (*self.nodes, *self.actors))
                 raise TimeoutError(f"not within {timeout_s:.0f} s: {what}\n{said}")
             time.sleep(0.05)
         return value
@@ -145,15 +157,15 @@ class Job:
     def finish(self, num_steps: int) -> None:
         """Stop the learner in order, and have another one take so many steps more, to the end of the run."""
         self.stop_learner()
-        self.start_learner(self.newest() + num_steps)
-        self.until(lambda: all(rank.ended for rank in self.ranks), START_S, "the end of the run")
-        assert (self.run_dir / "summary.json").exists(), self.ranks[0].said
+        self.start_learner(1, self.newest() + num_steps)
+        self.until(lambda: self.learner_ended, START_S, "the end of the run")
+        assert (self.run_dir / "summary.json").exists(), self.nodes[0].said
 
     def stop_learner(self) -> None:
         """As Kubernetes does it."""
-        for rank in self.ranks:
-            rank.signal(signal.SIGTERM)
-        self.until(lambda: all(rank.ended for rank in self.ranks), 60, "the end of the learner")
+        for node in self.nodes:
+            node.signal(signal.SIGTERM)
+        self.until(lambda: self.learner_ended, 60, "the end of the learner")
 
 
 def _time(line: dict[str, Any]) -> float:

@@ -13,14 +13,14 @@ from typing import Self
 
 import psutil
 
-from tests.injection.fault import VARIABLE, Fault, Kind, Phase, moment
+from tests.injection.fault import VARIABLE, Fault, Kind, Phase, moment, of_rank
 from tests.launched import ROOT
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.sandbox import CARD
 
 
 class Machine:
-    """A network namespace with one process in it, which is started again and again."""
+    """A network namespace with one command in it, which is started again and again."""
 
     def __init__(self, name: str, network: Network, number: int, directory: Path) -> None:
         """`number`: how many have been plugged into the network before."""
@@ -55,14 +55,14 @@ class Machine:
                 start_new_session=True,
             )
 
-    def arm(self, kind: Kind, phase: Phase, version: int) -> None:
-        """Have its process do this fault to itself."""
-        Fault(kind, phase, version, self._link, os.getpid()).arm(self._fault_path)
+    def arm(self, kind: Kind, phase: Phase, version: int, rank: str | None = None) -> None:
+        """Have its process, or this rank among its processes, do this fault to itself."""
+        Fault(kind, phase, version, self._link, os.getpid()).arm(of_rank(self._fault_path, rank))
 
-    def happened_at(self) -> float | None:
+    def happened_at(self, rank: str | None = None) -> float | None:
         """When the armed fault happened."""
         try:
-            return float(moment(self._fault_path).read_text())
+            return float(moment(of_rank(self._fault_path, rank)).read_text())
         except FileNotFoundError:
             return None
 

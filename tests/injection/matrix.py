@@ -30,6 +30,16 @@ class Cell:
     phase: Phase
     kind: Kind
 
+    @property
+    def num_nodes(self) -> int:
+        """Of the learner: only ranks on machines of their own can be cut off from each other."""
+        return 2 if self.victim != "actor" and self.kind in ("cut", "slow") else 1
+
+    @property
+    def rank(self) -> str | None:
+        """Of the victim; None: an actor."""
+        return self.victim[-1] if self.victim != "actor" else None
+
     def __str__(self) -> str:
         return f"{self.victim}/{self.phase}/{self.kind}"
 
@@ -69,14 +79,17 @@ def cells() -> Iterator[Cell]:
 
 def run(job: Job, cell: Cell) -> Outcome:
     """Have it happen to a job that is well, and wait until it is well again. Raises TimeoutError if it never is."""
+    if job.num_nodes != cell.num_nodes:
+        job.stop_learner()
+        job.start_learner(cell.num_nodes)
     job.until_whole()
-    victim = job.actors[1] if cell.victim == "actor" else job.ranks[int(cell.victim[-1])]
-    victim.arm(cell.kind, cell.phase, job.newest() + 2)
+    victim = job.actors[1] if cell.rank is None else job.node_of(int(cell.rank))
+    victim.arm(cell.kind, cell.phase, job.newest() + 2, cell.rank)
     if cell.phase == "open":  # an actor that goes has the others meet again
         job.actors[2].kill()
         job.start_actor(job.actors[2])
-    at = job.until(victim.happened_at, START_S, f"{cell} happens")
-    if cell.victim == "actor":
+    at = job.until(lambda: victim.happened_at(cell.rank), START_S, f"{cell} happens")
+    if cell.rank is None:
         return _actor_recovers(job, cell, victim, at)
     if cell.kind in ("slow", "corrupt"):
         return _learner_goes_on(job, cell, victim, at)
@@ -103,18 +116,18 @@ def _learner_goes_on(job: Job, cell: Cell, victim: Machine, at: float) -> Outcom
     victim.heal()
     back_from = time.time()
     back = job.until_whole(_RELEASE_S) - back_from
-    assert not any(rank.ended for rank in job.ranks), f"the learner has ended after {cell}"
+    assert not job.learner_ended, f"the learner has ended after {cell}"
     return Outcome(cell, job.published(at)[0].at - at, None, back)
 
 
 def _learner_resumes(job: Job, cell: Cell, victim: Machine, at: float) -> Outcome:
-    job.until(lambda: all(rank.ended for rank in job.ranks), _END_S, f"the learner ends by itself after {cell}")
+    job.until(lambda: job.learner_ended, _END_S, f"the learner ends by itself after {cell}")
     noticed = time.time() - at
     victim.heal()
     assert not any(actor.ended for actor in job.actors), "an actor has ended with the learner"
     restarted_at = time.time()
-    for rank in job.ranks:
-        rank.kill()
-    job.start_learner()
+    for node in job.nodes:
+        node.kill()
+    job.start_learner(cell.num_nodes)
     released = job.until(lambda: job.steps_at(restarted_at), START_S, f"a step after {cell}")[0] - at
     return Outcome(cell, released, noticed, job.until_whole() - restarted_at)
