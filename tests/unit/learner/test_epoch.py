@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from common.client import RolloutClient
-from common.errors import StageTimeout
+from common.errors import OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.types import ActorState, ActorStatus, EpochSpec
 from learner.rollouts.members import Member
-from learner.weights.epoch import EpochFailed, open_epoch
+from learner.weights.epoch import EpochFailed, at_fault, open_epoch
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
 
@@ -75,6 +75,26 @@ async def test_another_process_at_the_address_is_no_member() -> None:
         await open_epoch(SPEC, [restarted], Transport())
     assert [culprit for culprit, _ in caught.value.culprits] == [restarted]
     assert client.aborted == 1
+
+
+LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([BLOCKED, LATE, LATE], [1]),  # the first one waits for the second to take what it has
+        ([LATE, LATE, LATE], [0]),
+        ([BLOCKED, BLOCKED, LATE], [2]),
+        ([BLOCKED, GONE, LATE], [1]),
+        ([LATE, BLOCKED, GONE], [2]),
+        ([BLOCKED], []),
+    ],
+)
+def test_the_first_that_did_not_even_receive_is_at_fault(errors: list[OutriderError], expected: list[int]) -> None:
+    members = [member(Client(f"{i}")) for i in range(len(errors))]
+    found = at_fault(list(zip(members, errors, strict=True)))
+    assert [members.index(culprit) for culprit, _ in found] == expected
 
 
 async def test_what_fails_after_the_end_is_no_news() -> None:
