@@ -44,19 +44,20 @@ def main() -> int:
     directory = options.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     directory.mkdir(parents=True, exist_ok=True)
     results = options.results or directory / "results"
+    failed: list[Cell] = []
     try:
-        for outcome in _run(chosen, directory):
+        for outcome in _run(chosen, directory, failed):
             with results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
         print("\n".join(table([read(line) for line in results.read_text().splitlines()])))
     finally:
         if options.keep is None:
             shutil.rmtree(directory)
-    return 0
+    return 1 if failed else 0
 
 
-def _run(chosen: Sequence[Cell], directory: Path) -> Iterator[Outcome]:
-    """One job, in which they happen one after another. Raises TimeoutError if it does not recover."""
+def _run(chosen: Sequence[Cell], directory: Path, failed: list[Cell]) -> Iterator[Outcome]:
+    """One job, in which they happen one after another; after one that it does not recover from it is started over."""
     kernel.unshare(kernel.CLONE_NEWNET)
     model_dir = build_model(directory / "model", seed=0)
     (model_dir / PROMPT).write_text(json.dumps(asdict(DigitsPrompt.of(model_dir))))
@@ -66,7 +67,13 @@ def _run(chosen: Sequence[Cell], directory: Path) -> Iterator[Outcome]:
             job.start_actor(actor)
         for i, cell in enumerate(sorted(chosen, key=lambda cell: cell.num_nodes), 1):
             started_at = time.monotonic()
-            outcome = run(job, cell)
+            try:
+                outcome = run(job, cell)
+            except TimeoutError as error:
+                failed.append(cell)
+                print(f"[{i}/{len(chosen)}] {cell} does not recover: {error}", flush=True)
+                job.start_over(cell.num_nodes)
+                continue
             print(f"[{i}/{len(chosen)}] {_line(outcome)} ({time.monotonic() - started_at:.0f} s)", flush=True)
             yield outcome
         job.finish(num_steps=3)

@@ -154,6 +154,15 @@ class Job:
 
         return self.until(whole, timeout_s, "an update of all actors")
 
+    def start_over(self, num_nodes: int) -> None:
+        """All processes anew, the learner from its last checkpoint."""
+        for machine in (*self.nodes, *self.actors):
+            machine.kill()
+            machine.heal()
+        for actor in self.actors:
+            self.start_actor(actor)
+        self.start_learner(num_nodes)
+
     def finish(self, num_steps: int) -> None:
         """Stop the learner in order, and have another one take so many steps more, to the end of the run."""
         self.stop_learner()
