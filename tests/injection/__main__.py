@@ -76,7 +76,9 @@ def _run(chosen: Sequence[Cell], directory: Path, failed: list[Cell]) -> Iterato
                 continue
             print(f"[{i}/{len(chosen)}] {_line(outcome)} ({time.monotonic() - started_at:.0f} s)", flush=True)
             yield outcome
-        job.finish(num_steps=3)
+        job.stop_learner()
+        if any(cell.rank is not None for cell in chosen):
+            job.finish(num_steps=3)
         num_steps, num_dropped = job.check_learned_once()
     print(f"{num_steps} steps: each group was trained once, {num_dropped} were dropped and counted\n")
 

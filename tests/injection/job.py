@@ -164,8 +164,7 @@ class Job:
         self.start_learner(num_nodes)
 
     def finish(self, num_steps: int) -> None:
-        """Stop the learner in order, and have another one take so many steps more, to the end of the run."""
-        self.stop_learner()
+        """Have another learner take so many steps more, to the end of the run."""
         self.start_learner(1, self.newest() + num_steps)
         self.until(lambda: self.learner_ended, START_S, "the end of the run")
         assert (self.run_dir / "summary.json").exists(), self.nodes[0].said
