@@ -159,7 +159,7 @@ async def _all_or_fail(
     Our own part failing says nothing of who is at fault, so the members then get a moment to say it themselves. So do
     the other members when one was late.
     """
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    tasks = [asyncio.ensure_future(_while_there(*pair)) for pair in zip(members, calls, strict=True)]
     waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
     try:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
@@ -184,6 +184,21 @@ async def _all_or_fail(
             task.cancel()
         for future in waiting:
             future.add_done_callback(_look_at)
+
+
+async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:
+    """The call's result; it ends as soon as the fleet knows that the member is gone, not at its deadline."""
+    calling = asyncio.ensure_future(call)
+    left = asyncio.ensure_future(member.left.wait())
+    try:
+        await asyncio.wait({calling, left}, return_when=asyncio.FIRST_COMPLETED)
+        if calling.done():
+            return calling.result()
+        raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+    finally:
+        calling.cancel()
+        left.cancel()
+        calling.add_done_callback(_look_at)
 
 
 def _look_at(future: "asyncio.Future[Any]") -> None:

@@ -23,7 +23,7 @@ ACTORS = ("actor-0", "actor-1", "actor-2")
 NODES = ("node-0", "node-1")
 BATCH = 2
 # From the start of a process to its first useful act, on a busy machine.
-START_S = 180.0
+START_S = 300.0
 _PORT = 50051
 
 

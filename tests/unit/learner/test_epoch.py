@@ -18,15 +18,18 @@ SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
 
 
 class Client:
-    """Joins at once, or fails with `error`; is `actor_id` by now."""
+    """Joins when it `answers`, or fails with `error`; is `actor_id` by now."""
 
     def __init__(self, actor_id: str, error: Exception | None = None) -> None:
         self.actor_id = actor_id
         self.error = error
         self.aborted = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         await asyncio.sleep(0)
+        await self.answers.wait()
         if self.error is not None:
             raise self.error
 
@@ -75,6 +78,20 @@ async def test_another_process_at_the_address_is_no_member() -> None:
         await open_epoch(SPEC, [restarted], Transport())
     assert [culprit for culprit, _ in caught.value.culprits] == [restarted]
     assert client.aborted == 1
+
+
+async def test_a_member_that_leaves_the_fleet_is_waited_for_no_longer() -> None:
+    """A process that is stopped keeps its connections: its calls would end at their deadline."""
+    client = Client("one#1")
+    client.answers.clear()
+    gone = member(client)
+    opening = asyncio.create_task(open_epoch(SPEC, [gone], Transport(asyncio.Event())))
+    await asyncio.sleep(0.01)
+    assert not opening.done()
+    gone.left.set()
+    with pytest.raises(EpochFailed, match="one:1 left the fleet") as caught:
+        await opening
+    assert [culprit for culprit, _ in caught.value.culprits] == [gone]
 
 
 LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
