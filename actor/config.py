@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -81,6 +81,8 @@ class FakeConfig(Config):
     tokens_per_image: int = Field(4, ge=1)
     # Lengths are uniform on 1 to 2 * mean_tokens - 1.
     mean_tokens: int = Field(8, ge=1)
+    # The lengths of a trace instead: what samples from seed k has lengths[k modulo their number] tokens.
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
     start_s: float = Field(0.0, ge=0)
     first_token_s: float = Field(0.0, ge=0)
     token_s: float = Field(0.001, ge=0)

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,7 +163,8 @@ class FakeEngine:
         """A pure function of prompt, seed and index. Without a seed, seed 0 counts."""
         seed = (request.sampling.seed or 0) + index
         generator = np.random.default_rng([*np.frombuffer(prompt_digest, np.uint32).tolist(), seed])
-        length = int(generator.integers(1, 2 * self._config.mean_tokens))
+        trace = self._config.lengths
+        length = trace[seed % len(trace)] if trace else int(generator.integers(1, 2 * self._config.mean_tokens))
         length = max(length, request.sampling.min_tokens, max_tokens if request.sampling.ignore_eos else 0)
         reason = FinishReason.LENGTH if length > max_tokens or request.sampling.ignore_eos else FinishReason.STOP
         length = min(length, max_tokens)
@@ -249,10 +251,9 @@ class FakeEngine:
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         """See `Engine.open_epoch`."""
-        from actor.transfer import WeightReceiver  # torch: seconds to import, and most tests need none
-
+        transfer = await asyncio.to_thread(_import_transfer)
         self._leave()
-        self._receivers = [WeightReceiver() for _ in range(self._config.num_workers)]
+        self._receivers = [transfer.WeightReceiver() for _ in range(self._config.num_workers)]
         jobs = [receiver.join(spec, spec.rank + i) for i, receiver in enumerate(self._receivers)]
         await _finish(jobs, spec.timeout_s)
 
@@ -321,6 +322,13 @@ class FakeEngine:
     async def stop(self) -> None:
         """See `Engine.stop`."""
         self._leave()
+
+
+def _import_transfer() -> ModuleType:
+    """It takes torch along: seconds, in which others are answered. Most tests need none of it."""
+    from actor import transfer
+
+    return transfer
 
 
 class _Discard:

@@ -1,5 +1,6 @@
 """`make bench`: runs every benchmark (or those named as arguments) one after the other and prints the table."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -23,18 +24,18 @@ BENCHMARKS = (
     "update_vs_per_parameter",
     "update_overlap",
     "delta_bytes",
+    "overlap",
+    "fan_in",
 )
 
 
 def main() -> int:
     """Run the benchmarks; 1 if one of them did not end with its JSON line, else 0 (a missed goal is a finding)."""
     harness.end_cleanly()
-    unknown = sorted(set(sys.argv[1:]) - set(BENCHMARKS))
-    if unknown:
-        print(f"unknown benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks and print a table.")
+    parser.add_argument("names", nargs="*", choices=BENCHMARKS, metavar="name", help=f"of {', '.join(BENCHMARKS)}")
     lines, failed = [], []
-    for name in sys.argv[1:] or BENCHMARKS:
+    for name in parser.parse_args().names or BENCHMARKS:
         line = _run(name)
         if line is None:
             failed.append(name)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, link
-from benchmarks.harness import say
 from benchmarks.update_world import World, build_model
 
 GOALS = {"bytes": 30.0, "link_1gbit": 1.0}
@@ -36,27 +35,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         trained = _Trained(build_model(Path(temporary) / "model"))
         sizes = [trained.next_sizes() for _ in range(options.pairs)]
-    ours, peer = (iter(side) for side in zip(*[(1e9 / delta, 1e9 / full) for full, delta in sizes], strict=True))
-    comparisons = {
-        "bytes": harness.compare(
-            "bytes", ours.__next__, peer.__next__, pairs=options.pairs, goal=GOALS["bytes"], unit="updates/GB"
-        )
-    }
-    if link.is_permitted():
-        answer = link.run_behind("1gbit", "benchmarks.delta_bytes", ["--live"])
+    fulls, deltas = ([1e9 / num_bytes for num_bytes in side] for side in zip(*sizes, strict=True))
+    comparisons = {"bytes": harness.compare_measured("bytes", deltas, fulls, goal=GOALS["bytes"], unit="updates/GB")}
+    if answer := link.run_behind("1gbit", "benchmarks.delta_bytes", ["--live"]):
         if not all(answer["chosen"]):
             raise harness.UnequalWorkError("a full update was chosen on a link of 1 Gb/s")
-        deltas, fulls = iter(answer["delta_s"]), iter(answer["full_s"])
-        comparisons["link_1gbit"] = harness.compare(
-            "link_1gbit",
-            lambda: 1 / next(deltas),
-            lambda: 1 / next(fulls),
-            pairs=len(answer["full_s"]),
-            goal=GOALS["link_1gbit"],
-            unit="updates/s",
+        deltas, fulls = ([1 / seconds for seconds in answer[name]] for name in ("delta_s", "full_s"))
+        comparisons["link_1gbit"] = harness.compare_measured(
+            "link_1gbit", deltas, fulls, goal=GOALS["link_1gbit"], unit="updates/s"
         )
-    else:
-        say("link_1gbit is left out: no network namespaces here, or no tc")
     if any(_live(1)["chosen"]):
         raise harness.UnequalWorkError("a delta was chosen on the loopback, where a full update is faster")
     harness.report("delta_bytes", comparisons)

@@ -43,7 +43,7 @@ def _run(case: str, folder: Path, python: Path, pairs: int) -> harness.Compariso
     say(f"{case}: building the model and the data")
     work = workload.build(folder, case)
     say(f"{case}: starting both sides (about a minute)")
-    trl_command = [python, Path(__file__).with_name("trl_side.py"), folder, SHIM]
+    trl_command: list[str | Path] = [python, "-m", "benchmarks.trl_side", folder, SHIM]
     with OutriderSide(folder, work) as ours, Side(trl_command, folder / "trl.log") as trl:
         for name, value in ours.facts.items():
             harness.require_equal(name, value, trl.facts[name])

@@ -11,7 +11,7 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -71,9 +71,20 @@ def compare(
     case: str, ours: Callable[[], float], peer: Callable[[], float], *, pairs: int, goal: float, unit: str
 ) -> Comparison:
     """Let both sides take `pairs` turns each; the callables have warmed up and return a rate in `unit`."""
+    turns = ((ours(), peer()) for _ in range(pairs))
+    return _compare_turns(case, turns, pairs=pairs, goal=goal, unit=unit)
+
+
+def compare_measured(case: str, ours: Sequence[float], peer: Sequence[float], *, goal: float, unit: str) -> Comparison:
+    """As `compare`, of rates that have been measured already, in turns."""
+    return _compare_turns(case, zip(ours, peer, strict=True), pairs=len(ours), goal=goal, unit=unit)
+
+
+def _compare_turns(
+    case: str, turns: Iterable[tuple[float, float]], *, pairs: int, goal: float, unit: str
+) -> Comparison:
     ratios = []
-    for pair in range(1, pairs + 1):
-        our_rate, peer_rate = ours(), peer()
+    for pair, (our_rate, peer_rate) in enumerate(turns, start=1):
         ratios.append(our_rate / peer_rate)
         say(
             f"{case}, pair {pair} of {pairs}: ours {our_rate:.1f}, the peer's {peer_rate:.1f} {unit}, "

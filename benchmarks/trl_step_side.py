@@ -6,32 +6,24 @@ Runs in the peers' environment: `python -m benchmarks.trl_step_side FOLDER TORCH
 """
 
 import io
-import itertools
 import json
-import os
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trl_side import ANSWERS, load_shim
+from benchmarks import trl_trainer
 
 
 def main() -> None:
     """Build the trainer, say that it is ready, then obey."""
     folder = Path(sys.argv[1])
-    load_shim(sys.argv[2])
+    rows, processor, model = trl_trainer.load(folder, sys.argv[2])
 
-    import torch  # torchvision's operators come first
-    from datasets import Dataset, load_dataset
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
 
     work = json.loads((folder / "batches.json").read_text())
-    rows = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")
-    processor = AutoProcessor.from_pretrained(folder / "model")
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     batches = [_inputs(batch, rows, processor) for batch in work["batches"]]
     losses: list[float] = []
     gradient_norms: dict[str, float] = {}
@@ -48,21 +40,8 @@ def main() -> None:
             losses.append(loss.item())
             return loss
 
-    class Gate(TrainerCallback):  # type: ignore[misc]
-        """Waits for the next turn before a step, when the last turn's steps are done."""
-
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-            self.left = 0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.left == 0:
-                line = sys.stdin.readline()
-                self.left = json.loads(line)["steps"] if line.strip() else -1
-                if self.left < 0:
-                    os._exit(0)
-                losses.clear()
-                self.ends = [time.perf_counter()]
+    class FirstGradients(TrainerCallback):  # type: ignore[misc]
+        """Notes the norms of the very first step."""
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not gradient_norms:
@@ -72,49 +51,30 @@ def main() -> None:
                     if value.grad is not None
                 )
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.ends.append(time.perf_counter())
-            self.left -= 1
-            if self.left == 0:
-                seconds = [end - start for start, end in itertools.pairwise(self.ends)]
-                answer = {"step_s": seconds, "losses": losses, "gradient_norms": gradient_norms}
-                print(json.dumps(answer), file=ANSWERS)
-
     num_completions = len(batches[0]["completion_ids"])
-    arguments = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=num_completions,
-        num_generations=work["group_size"],
-        max_completion_length=work["max_tokens"],
-        learning_rate=work["learning_rate"],
-        lr_scheduler_type="constant",
-        max_grad_norm=1e9,  # the norm is computed; gradients stay as they are, to be compared
-        temperature=1.0,
-        beta=0.0,
-        epsilon=0.2,
-        loss_type="grpo",
-        max_steps=1_000_000,
-        logging_steps=1_000_000,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
     trainer = Trainer(
         model=model,
         processing_class=processor,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=arguments,
+        args=trl_trainer.settings(
+            per_device_train_batch_size=num_completions,
+            num_generations=work["group_size"],
+            max_completion_length=work["max_tokens"],
+            learning_rate=work["learning_rate"],
+            max_grad_norm=1e9,  # the norm is computed; gradients stay as they are, to be compared
+            epsilon=0.2,
+        ),
         train_dataset=Dataset.from_list([{"prompt": str(index)} for index in range(num_completions)]),
-        callbacks=[Gate()],
+        callbacks=[
+            trl_trainer.gate(losses.clear, lambda: {"losses": losses, "gradient_norms": gradient_norms}),
+            FirstGradients(),
+        ],
     )
     facts = {
         "prompt_ids": batches[0]["prompt_ids"][0].tolist(),
         "num_tokens": [int(batch["completion_mask"].sum()) for batch in batches],
     }
-    print(json.dumps({"ready": facts}), file=ANSWERS)
+    trl_trainer.tell({"ready": facts})
     trainer.train()
 
 

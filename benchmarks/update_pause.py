@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, link
-from benchmarks.harness import say
 from benchmarks.update_world import World
 
 GOALS = {"memory_copy": 1 / 3, "link_1gbit": 10.0}
@@ -33,31 +32,18 @@ def main() -> None:
         with _turns(3) as turns:
             print(json.dumps({"pauses_s": [times.pause_s for times, _ in turns], "updates_s": _whole(turns)}))
         return
-    comparisons = {}
     with _turns(options.pairs) as turns:
-        pauses = iter(turns)
-        copies = iter(turns)
-        comparisons["memory_copy"] = harness.compare(
-            "memory_copy",
-            lambda: 1 / next(pauses)[0].pause_s,
-            lambda: 1 / next(copies)[1],
-            pairs=options.pairs,
-            goal=GOALS["memory_copy"],
-            unit="in a second",
+        pauses, copies = [1 / times.pause_s for times, _ in turns], [1 / copy_s for _, copy_s in turns]
+    comparisons = {
+        "memory_copy": harness.compare_measured(
+            "memory_copy", pauses, copies, goal=GOALS["memory_copy"], unit="in a second"
         )
-    if link.is_permitted():
-        answer = link.run_behind("1gbit", "benchmarks.update_pause", ["--behind-link"])
-        ours, peer = (iter(answer[name]) for name in ("pauses_s", "updates_s"))
-        comparisons["link_1gbit"] = harness.compare(
-            "link_1gbit",
-            lambda: 1 / next(ours),
-            lambda: 1 / next(peer),
-            pairs=len(answer["pauses_s"]),
-            goal=GOALS["link_1gbit"],
-            unit="in a second",
+    }
+    if answer := link.run_behind("1gbit", "benchmarks.update_pause", ["--behind-link"]):
+        pauses, updates = ([1 / seconds for seconds in answer[name]] for name in ("pauses_s", "updates_s"))
+        comparisons["link_1gbit"] = harness.compare_measured(
+            "link_1gbit", pauses, updates, goal=GOALS["link_1gbit"], unit="in a second"
         )
-    else:
-        say("link_1gbit is left out: no network namespaces here, or no tc")
     harness.report("update_pause", comparisons)
 
 

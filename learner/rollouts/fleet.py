@@ -17,10 +17,10 @@ another member: what was known of the old one (weights, stored media, running gr
 """
 
 import asyncio
-import collections
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from common.client import GrpcClient, RolloutClient
@@ -30,10 +30,14 @@ from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery, Resolve
 from learner.rollouts.members import FleetEvent, Member
-from learner.rollouts.scheduling import ActorHung, choose, finished, has_slot, is_hung
+from learner.rollouts.scheduling import ActorHung, finished, has_slot, is_hung
+from learner.rollouts.slots import Slots
 
 log = get_logger("learner.rollouts.fleet")
 
+# Polls cost the learner time: in a larger fleet each actor is polled less often. Calls under way that break are noticed
+# at once all the same.
+_AT_FULL_PACE = 64
 # A starved actor may answer late once; a second time in a row counts as gone.
 _MAX_LATE_POLLS = 2
 # How long an actor rests that fails again and again: not at all after the first time, then 0.5 s, 1.5 s, 3.5 s, ...
@@ -52,14 +56,6 @@ class _Place:
     poll: "asyncio.Task[None] | None" = None
 
 
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    min_version: Callable[[], int]
-    avoid: AbstractSet[str]
-    media: Sequence[bytes]
-    future: asyncio.Future[Member]
-
-
 class Fleet:
     """Addresses and the actors behind them. Belongs to one event loop, except where noted.
 
@@ -70,7 +66,7 @@ class Fleet:
             standalone actors.
         connect: makes the client of an address.
         slots_per_actor: groups that one actor works on at once.
-        poll_s: pause between two GetStatus calls to one actor.
+        poll_s: pause between two GetStatus calls to one actor; longer in a fleet of more than 64.
         status_timeout_s: deadline of one such call.
         hung_s: an actor with groups of which nothing comes for so long, while others get on, is taken for hung.
         discover_s: pause between two look-ups of names.
@@ -95,13 +91,13 @@ class Fleet:
         self._discover_s = discover_s
         self._run_id = run_id
         self._connect = connect
-        self._slots = slots_per_actor
+        self._slots_per_actor = slots_per_actor
         self._poll_s = poll_s
         self._status_timeout_s = status_timeout_s
         self._hung_s = hung_s
         self._places: dict[str, _Place] = {}
         self._discovering: asyncio.Task[None] | None = None
-        self._waiters: collections.deque[_Waiter] = collections.deque()
+        self._slots = Slots(self.live)
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
         self._min_actors = 1
@@ -134,8 +130,7 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for waiter in self._waiters:
-            waiter.future.cancel()
+        self._slots.close()
         await asyncio.gather(*(place.member.client.close() for place in self._places.values()))
 
     def members(self) -> tuple[Member, ...]:
@@ -164,7 +159,7 @@ class Fleet:
         member.marks += 1
         if member.state in (ActorState.LOADING, ActorState.PENDING_WEIGHTS):
             self._set_state(member, ActorState.SERVING, f"committed version {version}")
-        self._assign()
+        self._slots.offer(member)
 
     def report_failure(self, member: Member, error: OutriderError) -> None:
         """A call to `member` failed: it gets nothing new until it has answered a poll, which is made at once.
@@ -202,62 +197,22 @@ class Fleet:
 
     def _not_busy(self, member: Member) -> None:
         member.busy = False
-        self._assign()
+        self._slots.offer(member)
 
-    # ------------------------------------------------------------------------------------------------------ slots
-
-    @contextlib.asynccontextmanager
-    async def slot(
+    def slot(
         self, min_version: Callable[[], int], avoid: AbstractSet[str] = frozenset(), media: Sequence[bytes] = ()
-    ) -> AsyncIterator[Member]:
+    ) -> AbstractAsyncContextManager[Member]:
         """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot.
 
         Of those that are free, the incarnations in `avoid` come last, and those that hold `media` are preferred.
+        `min_version` never falls.
         """
-        waiter = _Waiter(min_version, avoid, media, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
-        self._assign()
-        try:
-            member = await waiter.future
-        except asyncio.CancelledError:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-            elif waiter.future.done() and not waiter.future.cancelled():
-                self._release(waiter.future.result())
-            raise
-        try:
-            yield member
-        finally:
-            self._release(member)
-
-    def _release(self, member: Member) -> None:
-        member.in_flight -= 1
-        self._assign()
-
-    def _assign(self) -> None:
-        """Give free slots to those who wait, first come first served among those whom an actor can serve."""
-        passed_over: list[_Waiter] = []
-        while self._waiters and (free := [member for member in self.live() if has_slot(member)]):
-            waiter = self._waiters.popleft()
-            if waiter.future.done():
-                continue
-            minimum = waiter.min_version()
-            # A version of -1 is none of ours, whatever the minimum.
-            fit = [member for member in free if member.version >= max(0, minimum)]
-            if fit:
-                member = choose(fit, avoid=waiter.avoid, media=waiter.media)
-                if not member.in_flight:
-                    member.busy_since = asyncio.get_running_loop().time()
-                member.in_flight += 1
-                waiter.future.set_result(member)
-            else:
-                passed_over.append(waiter)
-        self._waiters.extendleft(reversed(passed_over))
+        return self._slots.hold(min_version, avoid, media)
 
     # -------------------------------------------------------------------------------------------------- discovery
 
     def _add(self, address: str) -> None:
-        place = self._places[address] = _Place(Member(address, self._connect(address), self._slots))
+        place = self._places[address] = _Place(Member(address, self._connect(address), self._slots_per_actor))
         place.poll = asyncio.create_task(self._poll(place))
 
     async def _discover(self) -> None:
@@ -296,7 +251,7 @@ class Fleet:
                 self._answered(place, status, is_news=marks == place.member.marks)
             with contextlib.suppress(TimeoutError):
                 # Not wait_for: Python 3.11's loses a cancellation that comes together with the event.
-                async with asyncio.timeout(self._poll_s):
+                async with asyncio.timeout(self._poll_s * max(1.0, len(self._places) / _AT_FULL_PACE)):
                     await place.wake.wait()
 
     def _answered(self, place: _Place, status: ActorStatus, *, is_news: bool) -> None:
@@ -304,6 +259,7 @@ class Fleet:
         member = place.member
         if member.reachable and member.actor_id != status.actor_id:
             self._leave(place, "restarted")
+        before = has_slot(place.member), place.member.version
         if not place.member.reachable:
             member = self._join(place, status)
         member.status = status
@@ -316,10 +272,12 @@ class Fleet:
         if member.held and asyncio.get_running_loop().time() >= member.rests_until:
             member.held = False
             self._tell(FleetEvent("recovered", member.address, member.actor_id, member.state, "it answers"))
-        if is_hung(member, self.live(), asyncio.get_running_loop().time(), self._hung_s):
+        others = (other.member for other in self._places.values() if other.member.reachable)
+        if is_hung(member, others, asyncio.get_running_loop().time(), self._hung_s):
             self._interrupt(member)
             self.report_failure(member, ActorHung(f"nothing came from {member.address} for {self._hung_s:g} s"))
-        self._assign()
+        if before != (has_slot(member), member.version):
+            self._slots.offer(member)
 
     def _missed(self, place: _Place, error: OutriderError) -> None:
         place.late_polls += 1
@@ -334,7 +292,7 @@ class Fleet:
     def _join(self, place: _Place, status: ActorStatus) -> Member:
         old = place.member
         old.client.forget_media()
-        place.member = Member(old.address, old.client, self._slots, status.actor_id, reason="")
+        place.member = Member(old.address, old.client, self._slots_per_actor, status.actor_id, reason="")
         place.member.state = status.state
         place.reported = True
         self._tell(FleetEvent("joined", old.address, status.actor_id, status.state))
@@ -344,7 +302,7 @@ class Fleet:
 
     def _leave(self, place: _Place, reason: str) -> None:
         old = place.member
-        place.member = Member(old.address, old.client, self._slots, reason=reason)
+        place.member = Member(old.address, old.client, self._slots_per_actor, reason=reason)
         old.state = None
         old.reason = reason
         old.left.set()

@@ -3,7 +3,9 @@
 Everything is as in a run but for gRPC: the broadcast goes through a real process group to vLLM's worker process.
 """
 
+import os
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +133,20 @@ class LiveActor:
         processed = self._processor.process(sample)
         rewards = np.linspace(0, 1, len(completions), dtype=np.float32)
         return Group(sampled.prompt.group_id, sample.row, sample, processed, sampled.prompt, completions, rewards)
+
+
+@asynccontextmanager
+async def running(model_dir: Path, **config: Any) -> AsyncIterator[LiveActor]:
+    """A started actor. What vLLM did to the environment of this process is undone at the end."""
+    environment = dict(os.environ)
+    actor = LiveActor(model_dir, **config)
+    try:
+        await actor.start()
+        yield actor
+    finally:
+        await actor.engine.stop()
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 class _PolicyClient:

@@ -2,15 +2,13 @@
 
 import asyncio
 import io
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 import torch
 from PIL import Image
 
@@ -38,7 +36,6 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
-from examples.digits.model import build_model
 from learner.algorithms.config import LossConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
@@ -56,7 +53,6 @@ from tests.integration.live_actor import (
     snapshot,
 )
 from tests.integration.plain_forward import continued, distribution
-from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, centred, image_bytes, sample
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -80,16 +76,6 @@ MakeModel = Callable[[], Any]
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose outputs differ enough for mistakes to show."""
-    from transformers import AutoModelForImageTextToText
-
-    path = build_model(tmp_path_factory.mktemp("tiny"), seed=0)
-    enlarge(AutoModelForImageTextToText.from_pretrained(path)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def make_model(model_dir: Path) -> MakeModel:
     """The checkpoint in stock transformers, anew each time."""
     from transformers import AutoModelForImageTextToText
@@ -98,30 +84,8 @@ def make_model(model_dir: Path) -> MakeModel:
 
 
 @pytest.fixture(scope="module")
-def hf(model_dir: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_dir)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
-    environment = dict(os.environ)
-    running = LiveActor(model_dir, max_videos=1)
-    try:
-        await running.start()
-        yield running
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def source(actor: LiveActor) -> AsyncIterator[WeightSource]:
-    learner = WeightSource(actor)
-    yield learner
-    await learner.abort()
+def engine_settings() -> dict[str, Any]:
+    return {"max_videos": 1}
 
 
 def perturbed(model: Any, seed: int) -> Any:

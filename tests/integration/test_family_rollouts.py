@@ -1,6 +1,5 @@
 """Every family on the real engine: prompts, placeholders, tokens and logprobs are those of transformers."""
 
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from common.placeholders import image_token_id, placeholder_ids
 from common.types import ChatPrompt, TokenPrompt
 from learner.model.load import load_policy
 from learner.types import PromptSample
-from tests.integration.live_actor import LiveActor, WeightSource, media_of
+from tests.integration.live_actor import LiveActor, WeightSource, media_of, running
 from tests.integration.plain_forward import continued, distribution, plain_model, prompt_inputs
 from tests.served_families import SERVED_FAMILIES, build
 from tests.unit.learner_math.groups import conversation, image_bytes, sample
@@ -77,27 +76,20 @@ async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     from transformers import AutoProcessor
 
     directory = build(request.param, tmp_path_factory.mktemp(request.param))
-    environment = dict(os.environ)
     is_text_only = request.param in TEXT_ONLY
-    running = LiveActor(
+    async with running(
         directory,
         normalize_on_device=False,
         max_images=0 if is_text_only else 2,
         enable_prefix_caching=request.param not in WITHOUT_PREFIX_CACHE,
-    )
-    try:
-        await running.start()
+    ) as actor:
         yield Served(
             directory,
-            running,
+            actor,
             plain_model(directory).eval(),
             AutoProcessor.from_pretrained(directory),
             [prompt for prompt in SAMPLES if not (is_text_only and prompt.images)],
         )
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 async def test_prompts_are_those_of_the_processor(served: Served) -> None:
@@ -205,6 +197,6 @@ async def test_weights_of_a_learner_arrive(served: Served) -> None:
 
 @pytest.mark.parametrize("family", sorted(TEXT_ONLY))
 async def test_attention_that_vllm_would_leave_out_is_refused(family: str, tmp_path: Path) -> None:
-    running = LiveActor(build(family, tmp_path))
+    actor = LiveActor(build(family, tmp_path))
     with pytest.raises(ConfigError, match="see each other in both directions"):
-        await running.start()
+        await actor.start()

@@ -2,25 +2,20 @@
 
 import asyncio
 import copy
-import os
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 
 from common.errors import InvalidRequest
-from examples.digits.model import build_model
 from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
 from learner.weights.snapshot import Snapshot, Snapshotter
 from tests.fakes import until
 from tests.integration.live_actor import LiveActor, WeightSource, largest_difference
-from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import image_bytes, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -30,39 +25,8 @@ SAMPLES = [sample(0, "what is this?", [image_bytes(4, 300, 280)]), sample(1, "on
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForImageTextToText
-
-    path = build_model(tmp_path_factory.mktemp("tiny"), seed=0)
-    enlarge(AutoModelForImageTextToText.from_pretrained(path)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def hf(model_dir: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_dir)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
-    environment = dict(os.environ)
-    running = LiveActor(model_dir, max_lora_rank=4, max_loras=2)
-    try:
-        await running.start()
-        yield running
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def source(actor: LiveActor) -> AsyncIterator[WeightSource]:
-    learner = WeightSource(actor)
-    yield learner
-    await learner.abort()
+def engine_settings() -> dict[str, Any]:
+    return {"max_lora_rank": 4, "max_loras": 2}
 
 
 class Trained:

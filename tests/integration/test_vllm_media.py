@@ -2,15 +2,12 @@
 
 import asyncio
 import io
-import os
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 import torch
 from PIL import Image
 
@@ -31,9 +28,7 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
-from examples.digits.model import build_model
 from tests.integration.live_actor import CONFIG, LiveActor, media_of
-from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -47,39 +42,8 @@ ANSWER: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": Tr
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForImageTextToText
-
-    path = build_model(tmp_path_factory.mktemp("tiny"), seed=0)
-    enlarge(AutoModelForImageTextToText.from_pretrained(path)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(model_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def hf(model_dir: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_dir)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
-    environment = dict(os.environ)
-    running = LiveActor(model_dir, normalize_on_device=False)
-    try:
-        await running.start()
-        yield running
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
+def engine_settings() -> dict[str, Any]:
+    return {"normalize_on_device": False}
 
 
 # ------------------------------------------------------------------------------------------------------ expanded ids

@@ -2,16 +2,12 @@
 
 import io
 import json
-import os
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import pytest_asyncio
 import torch
 from PIL import Image
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
@@ -30,10 +26,8 @@ from common.types import (
     StructuredOutput,
     TextPrompt,
 )
-from examples.digits.model import build_model
 from learner.types import Group
 from tests.integration.live_actor import LiveActor, media_of
-from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import SUPPRESSED, image_bytes, reference_logits, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -45,42 +39,6 @@ PARITY = 1e-4
 WITH_IMAGE = sample(0, "what is this?", [image_bytes(1)])
 TEXT_ONLY = sample(1, "no image here, only words")
 Row = npt.NDArray[np.float64]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForImageTextToText
-
-    path = build_model(tmp_path_factory.mktemp("tiny"), seed=0)
-    enlarge(AutoModelForImageTextToText.from_pretrained(path)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(model_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def hf(model_dir: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_dir)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def actor(model_dir: Path) -> AsyncIterator[LiveActor]:
-    environment = dict(os.environ)
-    running = LiveActor(model_dir)
-    try:
-        await running.start()
-        yield running
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 # ------------------------------------------------------------------------------------------------- the distribution

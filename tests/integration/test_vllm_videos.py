@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from common.types import (
     TextPart,
     TokenPrompt,
 )
-from tests.integration.live_actor import CONFIG, LiveActor
+from tests.integration.live_actor import CONFIG, LiveActor, running
 from tests.integration.plain_forward import continued, distribution, plain_model
 from tests.served_families import build
 from tests.unit.learner_math.conftest import enlarge
@@ -163,22 +162,10 @@ async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     directory: Path = build(request.param, tmp_path_factory.mktemp(request.param))
     if request.param == "qwen2_5_vl":
         enlarge(AutoModelForImageTextToText.from_pretrained(directory)).save_pretrained(directory)
-    environment = dict(os.environ)
-    running = LiveActor(
-        directory,
-        normalize_on_device=False,
-        max_videos=2,
-        max_video_frames=8,
-        enable_prefix_caching=request.param != "minicpm_v",
-    )
-    try:
-        await running.start()
+    settings = {"normalize_on_device": False, "max_videos": 2, "max_video_frames": 8}
+    async with running(directory, enable_prefix_caching=request.param != "minicpm_v", **settings) as actor:
         model = plain_model(directory).eval()
-        yield Served(request.param, running, model, AutoProcessor.from_pretrained(directory))
-    finally:
-        await running.engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
+        yield Served(request.param, actor, model, AutoProcessor.from_pretrained(directory))
 
 
 async def test_videos_are_those_of_transformers(served: Served) -> None:

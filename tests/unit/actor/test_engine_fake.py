@@ -79,6 +79,13 @@ async def test_completions_keep_the_contract() -> None:
         assert completion.version_spans == (VersionSpan(0, 0, len(body)),)
 
 
+async def test_lengths_of_a_trace_go_by_the_seed() -> None:
+    engine = FakeEngine(FakeConfig(token_s=0, lengths=(3, 50, 7)), "x")
+    _, completions = await _run(engine, _request(seed=4, n=4, max_tokens=10))
+    assert [len(completion.token_ids) for completion in completions] == [10, 7, 3, 10]
+    assert [c.finish_reason is FinishReason.LENGTH for c in completions] == [True, False, False, True]
+
+
 async def test_spans_follow_commits() -> None:
     engine = FakeEngine(FakeConfig(token_s=0.01), "x")
     task = asyncio.create_task(_run(engine, _request(n=1, max_tokens=40, ignore_eos=True)))

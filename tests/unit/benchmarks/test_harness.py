@@ -20,6 +20,13 @@ def test_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians() -> None
     assert (result.ratio, result.low, result.high) == (2.0, 1.0, 3.0)
 
 
+def test_rates_that_were_measured_before_pair_up() -> None:
+    result = harness.compare_measured("case", [10, 30, 40], [10, 10, 20], goal=1.5, unit="things/s")
+    assert result == harness.Comparison((1.0, 3.0, 2.0), 1.5)
+    with pytest.raises(ValueError, match="zip"):
+        harness.compare_measured("case", [1.0], [1.0, 2.0], goal=1.5, unit="things/s")
+
+
 def test_sides_take_turns() -> None:
     turns: list[str] = []
 

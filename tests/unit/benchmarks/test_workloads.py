@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from benchmarks import image_ingress, packed_step, step_vs_trl
+from benchmarks import image_ingress, overlap, packed_step, step_vs_trl
 from examples.digits.model import TOKEN_IDS
 
 
@@ -61,3 +61,16 @@ def test_an_image_of_a_mebibyte_is_one_and_another_each_time() -> None:
     for sha256, image in images.items():
         assert hashlib.sha256(image).digest() == sha256
         assert len(image) == pytest.approx(2**20, rel=0.01)
+
+
+def test_traces_have_the_mean_and_the_tail_that_they_say() -> None:
+    even, heavy = overlap.even_lengths(), overlap.heavy_lengths()
+    assert np.mean(even) == pytest.approx(200, rel=0.01)
+    assert (min(even), max(even)) == (100, 300)
+    assert np.mean(heavy) == pytest.approx(200, rel=0.01)
+    assert max(heavy) == pytest.approx(10 * 200, rel=0.05)
+    # A log-normal's mean is exp(0.8^2 / 2) = 1.377 times its median.
+    assert np.median(heavy) == pytest.approx(200 / 1.377, rel=0.02)
+    # In random order: every batch has some of the tail.
+    batches = np.reshape(heavy, (-1, overlap.BATCH * overlap.GROUP_SIZE))
+    assert batches.max(axis=1).min() > 5 * 200

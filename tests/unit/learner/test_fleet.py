@@ -9,11 +9,12 @@ import pytest
 
 from common.config import ConfigError
 from common.errors import EngineDead, Paused, QueueFull, Unreachable
-from common.types import ActorState
+from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from tests.fakes import FakeActor, until
+from tests.fakes import FakeActor, FakeClient, until
+from tests.simulation.loop import VirtualLoop
 
 
 class Watch:
@@ -95,6 +96,22 @@ async def test_versions_gate_and_a_commit_opens() -> None:
         assert not waiting.done()
         fleet.mark_committed("one", actor.actor_id, 3)
         assert (await waiting).address == "one"
+
+
+async def test_actors_that_reach_a_version_together_share_what_waits_for_it() -> None:
+    one, two, three = (FakeActor(name, run_id="mine") for name in ("one", "two", "three"))
+    async with running(one, two, three, run_id="mine", slots=64) as (fleet, _):
+        release, got = asyncio.Event(), []
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(6):
+                tasks.create_task(hold(fleet, release, lambda member: got.append(member.address)))
+            await asyncio.sleep(0)
+            assert not got
+            for actor in (one, two, three):
+                fleet.mark_committed(actor.address, actor.actor_id, 0)
+            await until(lambda: len(got) == 6)
+            assert sorted(got) == ["one", "one", "three", "three", "two", "two"]
+            release.set()
 
 
 async def aiter_slot(fleet: Fleet, version: int) -> AsyncIterator[Member]:
@@ -219,6 +236,30 @@ async def test_cancelled_waiters_leave_no_slot_behind() -> None:
         waiters[1].cancel()
         await asyncio.gather(waiters[1], return_exceptions=True)
         assert (await waiters[2]).in_flight == 1
+
+
+@pytest.mark.parametrize(("num_actors", "polls_of_each"), [(1, 20), (64, 20), (128, 10), (256, 5)])
+def test_a_large_fleet_is_polled_less_often(num_actors: int, polls_of_each: int) -> None:
+    """In 10 s of virtual time, at 0.5 s between two polls of an actor."""
+    num_polls = 0
+
+    class Counted(FakeClient):
+        async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
+            nonlocal num_polls
+            num_polls += 1
+            return await super().status(timeout_s=timeout_s)
+
+    async def watch() -> int:
+        addresses = [f"actor-{number}" for number in range(num_actors)]
+        fleet = Fleet(addresses, run_id=None, connect=lambda address: Counted(FakeActor(address)), poll_s=0.5)
+        await fleet.start(startup_timeout_s=10, min_actors=num_actors)
+        before = num_polls
+        await asyncio.sleep(10.1)
+        after = num_polls
+        await fleet.close()
+        return after - before
+
+    assert VirtualLoop().run(watch(), until=60.0) == num_actors * polls_of_each
 
 
 async def test_silent_addresses_at_start_are_one_line() -> None:
