@@ -4,7 +4,9 @@ import asyncio
 import signal
 
 import numpy as np
+import pytest
 
+from common.errors import Unreachable
 from common.types import ActorState, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
@@ -54,4 +56,15 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
             for first, second in zip(results, again, strict=True):
                 for a, b in zip(first.completions, second.completions, strict=True):
                     assert np.array_equal(a.token_ids, b.token_ids)
+        await fleet.close()
+
+
+async def test_a_stopped_actor_is_noticed_by_keepalive_before_the_deadline_of_a_call() -> None:
+    address = free_address()
+    async with actor(address) as process:
+        fleet = Fleet([address], run_id=None)
+        await fleet.start(startup_timeout_s=60)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(Unreachable):
+            await fleet.members()[0].client.status(timeout_s=50)
         await fleet.close()
