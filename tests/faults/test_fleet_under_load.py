@@ -61,7 +61,8 @@ async def load(sampler: Sampler) -> AsyncIterator[list[SampledGroup]]:
         while not stop.is_set():
             number = next(numbers)
             sampling = SamplingParams(n=N, seed=number, max_tokens=4)
-            finished.append(await sampler.sample(build_request(f"g{number}", make_sample(number), sampling)))
+            request = build_request(f"g{number}", make_sample(number), sampling)
+            finished.append(await sampler.sample(request, min_version=lambda: 0, expected=None))
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(NUM_ACTORS * SLOTS + 2):

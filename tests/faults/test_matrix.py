@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.link import is_permitted
+from tests.injection.machines import is_permitted
 from tests.launched import ROOT
 
-pytestmark = pytest.mark.skipif(not is_permitted(), reason="network namespaces need root, unshare and tc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not is_permitted(), reason="network namespaces need root, `unshare`, `ip` and `tc`"),
+]
 
 
 def recover(directory: Path, *cells: str) -> dict[str, dict[str, Any]]:
@@ -30,8 +34,6 @@ def test_an_actor_dies_or_garbles_a_bucket_in_an_update(tmp_path: Path) -> None:
     assert [*recover(tmp_path, *cells)] == [*cells]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_an_actor_is_stopped_or_cut_off_in_every_phase(tmp_path: Path) -> None:
     outcomes = recover(tmp_path, "actor/*/stop", "actor/*/cut")
     assert len(outcomes) == 8
@@ -39,8 +41,6 @@ def test_an_actor_is_stopped_or_cut_off_in_every_phase(tmp_path: Path) -> None:
     assert max(outcome["noticed_s"] for outcome in outcomes.values()) < 5
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_rank_of_the_learner_dies_or_is_stopped(tmp_path: Path) -> None:
     cells = ("rank-0/stage/kill", "rank-0/commit/stop", "rank-1/gather/kill", "rank-1/between/stop")
     outcomes = recover(tmp_path, *cells)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,13 @@ from tests.injection.fault import VARIABLE, Fault, Kind, Phase, moment, of_rank
 from tests.launched import ROOT
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.sandbox import CARD
+
+
+def is_permitted() -> bool:
+    """Whether this process may make machines."""
+    if any(shutil.which(command) is None for command in ("unshare", "nsenter", "ip", "tc")):
+        return False
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 0
 
 
 class Machine:
