@@ -43,7 +43,7 @@ class Watching(GrpcClient):
     lost: ClassVar[list[OutriderError]] = []
 
     async def generate(
-        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None]
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = lambda: None
     ) -> SampledGroup:
         progressed = asyncio.Event()
 
