@@ -105,8 +105,8 @@ class Engine(Protocol):
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         """Receive one update into staging memory while generation goes on; the checksum of each bucket received.
 
-        Raises `common.errors.StageTimeout`, and `common.errors.InvalidRequest` for an adapter that does not fit. The
-        live weights are untouched in every case.
+        Raises `common.errors.StageTimeout` (`StageBlocked`, where the next member is to blame), and
+        `common.errors.InvalidRequest` for an adapter that does not fit. The live weights are untouched in every case.
         """
         ...
 

@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from actor.adapters import Adapters
 from actor.config import FakeConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.fake_answers import best_beams, processed, top_logprobs, with_prompt_logprobs
-from common.errors import EngineDead, InvalidRequest, NotStaged, StageTimeout, Unimplemented
+from common.errors import EngineDead, InvalidRequest, NotStaged, StageBlocked, StageTimeout, Unimplemented
 from common.types import (
     ChatPrompt,
     Completion,
@@ -262,12 +262,15 @@ class FakeEngine:
         self._staged = None
         self._adapters.check(manifest)
         results: list[tuple[int, ...]] = await _finish(
-            [receiver.receive(manifest, _Discard()) for receiver in self._receivers], timeout_s
+            [receiver.receive(manifest, _Discard()) for receiver in self._receivers], timeout_s, self._stage_error
         )
         if any(result != results[0] for result in results):
             raise RuntimeError("workers received different bytes")
         self._staged = manifest
         return results[0]
+
+    def _stage_error(self) -> type[StageTimeout]:
+        return StageBlocked if any(receiver.is_blocked for receiver in self._receivers) else StageTimeout
 
     async def commit(self, policy_version: int) -> float:
         """See `Engine.commit`."""
@@ -338,14 +341,16 @@ class _Discard:
         """See `Staging.finish`."""
 
 
-async def _finish(jobs: "list[Future[Any]]", timeout_s: float) -> list[Any]:
-    """Results of background jobs; a job that fails, as one whose peers are gone, is a StageTimeout."""
+async def _finish(
+    jobs: "list[Future[Any]]", timeout_s: float, late: Callable[[], type[StageTimeout]] = lambda: StageTimeout
+) -> list[Any]:
+    """Results of background jobs; a job that fails, as one whose peers are gone, is late."""
     try:
         return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, jobs)), timeout_s)
     except TimeoutError:
-        raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s") from None
+        raise late()(f"the workers were not done within {timeout_s:.1f} s") from None
     except RuntimeError as error:
-        raise StageTimeout(f"a worker could not finish its part: {error}") from error
+        raise late()(f"a worker could not finish its part: {error}") from error
 
 
 def _drain(queue: asyncio.Queue[Completion]) -> list[Completion]:

@@ -58,6 +58,11 @@ class WeightReceiver:
         self._receiving: Future[tuple[int, ...]] | None = None
         self._lock = threading.Lock()
 
+    @property
+    def is_blocked(self) -> bool:
+        """See `BroadcastGroup.is_blocked`."""
+        return self._group is not None and self._group.is_blocked
+
     def join(self, spec: EpochSpec, rank: int) -> "Future[None]":
         """Enter an epoch as `rank`, leaving the one before."""
         self.leave()

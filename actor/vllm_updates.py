@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from actor.adapters import Adapters
-from common.errors import InvalidRequest, NotStaged, OutriderError, StageCorrupt, StageTimeout
+from common.errors import InvalidRequest, NotStaged, OutriderError, StageBlocked, StageCorrupt, StageTimeout
 from common.types import EpochSpec, Manifest
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class VllmUpdates:
             if all(report["done"] for report in reports):
                 return [report["result"] for report in reports]
             if time.monotonic() > deadline:
-                raise StageTimeout(f"the workers were not done within {timeout_s:.1f} s")
+                late = StageBlocked if any(report.get("blocked") for report in reports) else StageTimeout
+                raise late(f"the workers were not done within {timeout_s:.1f} s")
             await asyncio.sleep(_POLL_S)
 
     async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
@@ -110,10 +111,18 @@ class VllmUpdates:
         return result
 
 
-def _job_error(*, kind: str, error: str, field: str | None, done: bool) -> OutriderError:  # noqa: ARG001 - its report
+def _job_error(
+    *,
+    kind: str,
+    error: str,
+    field: str | None,
+    blocked: bool,
+    done: bool,  # noqa: ARG001 - its report
+) -> OutriderError:
     """What the error of a worker's background job is here."""
     if field is not None:
         return InvalidRequest(field, error)
     if kind == StageCorrupt.__name__:
         return StageCorrupt(error)
-    return StageTimeout(f"a worker could not finish its part: {kind}: {error}")
+    late = StageBlocked if blocked else StageTimeout
+    return late(f"a worker could not finish its part: {kind}: {error}")

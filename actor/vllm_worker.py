@@ -138,15 +138,19 @@ class WorkerExtension:
             self._job.set_exception(error)
 
     def job_result(self) -> dict[str, Any]:
-        """`{"done": False}`, or the job's result or error as plain values (`field`: of the manifest, if at fault)."""
+        """`{"done": False}`, or the job's result or error as plain values (`field`: of the manifest, if at fault).
+
+        `blocked`: see `BroadcastGroup.is_blocked`.
+        """
+        blocked = self.weight_transfer_engine.receiver.is_blocked
         if not self._job.done():
-            return {"done": False}
+            return {"done": False, "blocked": blocked}
         error = self._job.exception()
         if error is None:
             return {"done": True, "error": None, "result": self._job.result()}
         field = error.field if isinstance(error, InvalidRequest) else None
         message = str(error).removeprefix(f"{field}: ")
-        return {"done": True, "error": message, "kind": type(error).__name__, "field": field}
+        return {"done": True, "error": message, "kind": type(error).__name__, "field": field, "blocked": blocked}
 
     def leave_epoch(self) -> None:
         """Drop what is staged and leave the group; ends a job under way."""

@@ -29,6 +29,8 @@ from common.types import ActorState, EpochSpec, Manifest
 log = get_logger(__name__)
 
 _RUNS_REMEMBERED = 64
+# The engine has this much longer than the caller said: by its own deadline it can say more of what it waits for.
+_SLACK_S = 0.5
 
 T = TypeVar("T")
 
@@ -207,7 +209,7 @@ class PolicyState:
         self._running = task = asyncio.ensure_future(operation)
         task.add_done_callback(_look_at)
         try:
-            return await asyncio.wait_for(task, timeout_s)
+            return await asyncio.wait_for(task, timeout_s + _SLACK_S)
         except TimeoutError:
             await self._leave()
             raise StageTimeout(f"not done within {timeout_s:.1f} s") from None

@@ -47,6 +47,8 @@ class BroadcastGroup:
         )
         # Keys of one epoch are invisible to every other, so that a straggler of an old one can disturb nobody.
         scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
+        self.is_blocked = False
+        """Whether all of a buffer has come, and the next member does not take it, or did not when it failed."""
         self._timeout = timeout
         self._aborted = threading.Event()
         self._world_size = spec.world_size
@@ -86,8 +88,10 @@ class BroadcastGroup:
             for work in works:
                 self._wait(work)
             going += [self._start(backend, chunk) for backend in downstream]
+        self.is_blocked = bool(going)
         for work in going:
             self._wait(work)
+        self.is_blocked = False
         if buffer.is_cuda:
             torch.cuda.synchronize(buffer.device)  # NCCL's wait() only orders streams
 

@@ -184,6 +184,12 @@ class StageTimeout(OutriderError):
     reason = "STAGE_TIMEOUT"
 
 
+class StageBlocked(StageTimeout):
+    """As its parent; but all that was sent to this member has come, and the next one does not take it."""
+
+    reason = "STAGE_BLOCKED"
+
+
 class StageCorrupt(OutriderError):
     """The bytes received are not those of the manifest; nothing live was touched."""
 
@@ -242,6 +248,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         QueueFull,
         TooManyStreams,
         StageTimeout,
+        StageBlocked,
         StageCorrupt,
         Internal,
         PermissionDenied,

@@ -144,6 +144,10 @@ class TrainerConfig(Config):
     # Ranks that share each sequence (Ulysses), neighbours in rank order: the text model's activations fall by that
     # factor. It divides the attention heads. A micro-batch has so many times the tokens of max_tokens_per_micro_batch.
     sequence_parallel_size: int = Field(1, ge=1)
+    # A rank that nothing has been heard of for so long is stopped or cut off: the job ends, to go on from its last
+    # checkpoint. Each rank shows every second that it is there, on a thread of its own, while it loads, computes or
+    # waits; what holds that up are libraries that keep Python's interpreter for seconds, and machines short of cores.
+    rank_timeout_s: float = Field(30.0, ge=5)
     # None: CUDA if there is one.
     device: Literal["cpu", "cuda"] | None = None
 

@@ -97,12 +97,15 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
     try:
         actors.start()
         learner = _start_learner(config, run_dir)
-        while learner.poll() is None:
+        words = None
+        while learner.poll() is None and words is None:
             actors.restart_dead()
             time.sleep(_POLL_S)
+            words = run_folder.read_last_words(run_dir)
         if learner.returncode == 0:
             return 0
-        words = run_folder.read_last_words(run_dir) if learner.returncode > 0 else None
+        if learner.returncode is not None:
+            words = run_folder.read_last_words(run_dir) if learner.returncode > 0 else None
         was_killed = words is None
         killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
         code, line = words or (1, killed)
@@ -113,7 +116,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         deadline = time.monotonic() + _STOP_S
         if learner is not None:
-            _signal_group(learner, signal.SIGTERM)
+            _signal_group(learner.pid, signal.SIGTERM)
         if not was_killed:
             actors.terminate()
         if learner is not None:
@@ -167,14 +170,24 @@ def _end_learner(learner: subprocess.Popen[bytes], deadline: float) -> None:
     try:
         learner.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        _signal_group(learner, signal.SIGKILL)
+        # A rank that is stopped takes no other signal, and torchrun would wait for it for half a minute.
+        for rank in _children(learner.pid):
+            _signal_group(rank, signal.SIGKILL)
+        _signal_group(learner.pid, signal.SIGKILL)
         learner.wait()
-    _signal_group(learner, signal.SIGKILL)  # ranks that torchrun has left behind
+    _signal_group(learner.pid, signal.SIGKILL)
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def _children(pid: int) -> list[int]:
+    """Its child processes; torchrun gives each rank a session of its own."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+        os.killpg(pid, number)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

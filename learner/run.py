@@ -1,11 +1,13 @@
 """One rank from start to end: put the parts together, train, sum up, take apart in order."""
 
 import contextlib
+import functools
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from common import log as logging
 from common import tracing
@@ -21,10 +23,13 @@ from learner.display import make_display
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
+from learner.rank_watch import watching
 from learner.report import Progress, Reporter
 from learner.rollouts.discovery import SCHEME
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
 from learner.trainer import RankZero, Trainer
+
+log = logging.get_logger(__name__)
 
 
 def run(config: LearnerConfig) -> int:
@@ -37,6 +42,8 @@ def run(config: LearnerConfig) -> int:
         ranks = stack.enter_context(
             join_ranks(config.trainer.device, config.trainer.fsdp_size, config.trainer.sequence_parallel_size)
         )
+        on_silence = functools.partial(_end_job, config.run_dir)
+        stack.enter_context(watching(ranks.num_ranks, ranks.rank, config.trainer.rank_timeout_s, on_silence))
         own = stack.enter_context(run_folder.held(config, "learner")) if ranks.is_main else None
         run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
         stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))
@@ -122,6 +129,15 @@ def _describe(policy: Policy) -> str:
     frozen = f", {report.num_frozen:,} frozen ({', '.join(report.frozen)})" if report.num_frozen else ""
     adapted = f" (LoRA in {report.num_adapted} layers)" if report.num_adapted else ""
     return f"{type(policy.model).__name__}: {report.num_trainable:,} parameters train{adapted}{frozen}"
+
+
+def _end_job(run_dir: Path | None, line: str) -> NoReturn:
+    """At once: the main thread waits in a collective, which nothing can interrupt. torchrun ends the other ranks."""
+    log.error("the job ends", reason=line)
+    print(f"learner: {line}", file=sys.stderr, flush=True)
+    if run_dir is not None:
+        run_folder.leave_last_words(run_dir, 1, line)
+    os._exit(1)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

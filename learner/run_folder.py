@@ -24,7 +24,7 @@ Role = Literal["launcher", "learner"]
 
 # Settings that say where and with whom a run runs, not what it computes.
 _PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen"}
-_PLACE_OF_ACTORS = {"actors", "tls"}
+_PLACE_IN = {"rollout": {"actors", "tls"}, "trainer": {"rank_timeout_s"}}
 
 
 @contextlib.contextmanager
@@ -112,5 +112,6 @@ def _unfinished(config: LearnerConfig) -> Path | None:
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for two configurations to be of the same run."""
     kept = {key: value for key, value in values.items() if key not in _PLACE}
-    kept["rollout"] = {key: value for key, value in kept.get("rollout", {}).items() if key not in _PLACE_OF_ACTORS}
+    for section, place in _PLACE_IN.items():
+        kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in place}
     return kept

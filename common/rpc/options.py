@@ -19,6 +19,8 @@ def common_options(max_message_bytes: int) -> Options:
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", round(KEEPALIVE_TIME_S * 1e3)),
         ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1e3)),
+        # The kernel of a process that is stopped goes on acknowledging: without this its pings had a minute.
+        ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1e3)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]

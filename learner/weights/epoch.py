@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.errors import OutriderError, Unreachable
+from common.errors import OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.log import get_logger
 from common.types import EpochSpec, Manifest
 from learner.rollouts.members import Member
@@ -23,6 +23,8 @@ from learner.weights.transport import Sender, Transport
 log = get_logger(__name__)
 
 _COMMIT_TIMEOUT_S = 60.0
+# One that was late says so first, or its neighbours; the others, hung ones too, have spoken by then.
+_SPEAK_S = 3.0
 
 
 class EpochFailed(Exception):  # noqa: N818 - says what happened
@@ -31,6 +33,10 @@ class EpochFailed(Exception):  # noqa: N818 - says what happened
     def __init__(self, message: str, culprits: Sequence[tuple[Member, OutriderError]] = ()) -> None:
         super().__init__(message)
         self.culprits = tuple(culprits)
+
+
+class TooSlow(EpochFailed):
+    """The whole time that an update may take has passed. At most one member is at fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,8 @@ class Epoch:
         wants, and go on undisturbed.
 
         Raises:
-            EpochFailed: a member, or the broadcast, failed before all were through. A member is either at the new
-                version or untouched at its old one.
+            EpochFailed: a member, or the broadcast, failed before all were through (`TooSlow`: was late). A member is
+                either at the new version or untouched at its old one.
         """
         loop = asyncio.get_running_loop()
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
@@ -72,7 +78,12 @@ class Epoch:
         started_at = loop.time()
         broadcast = asyncio.ensure_future(self._sender.send(buffers))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
-        await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
+        try:
+            await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
+        except EpochFailed as failure:
+            culprits = at_fault(failure.culprits)
+            is_late = loop.time() - started_at >= timeout_s and all(isinstance(e, StageTimeout) for _, e in culprits)
+            raise (TooSlow if is_late else EpochFailed)(str(failure), culprits) from failure
         staged_at = loop.time()
         behind = [member for member in self.members if member.version < version]
         commits = [member.client.commit(run_id, epoch, version, timeout_s=_COMMIT_TIMEOUT_S) for member in behind]
@@ -126,6 +137,17 @@ def num_workers(member: Member) -> int:
     return member.status.num_workers if member.status is not None else 1
 
 
+def at_fault(failed: Sequence[tuple[Member, OutriderError]]) -> Sequence[tuple[Member, OutriderError]]:
+    """Of the members that failed to receive an update, those whose fault it was. They come in the order of the chain.
+
+    One that is slow, gone or garbles bytes makes all others late. If everybody is only late, then the first one is at
+    fault that has not even received what the ones before it wait to pass on.
+    """
+    if any(not isinstance(error, StageTimeout) for _, error in failed):
+        return [(member, error) for member, error in failed if not isinstance(error, StageTimeout)]
+    return [(member, error) for member, error in failed if not isinstance(error, StageBlocked)][:1]
+
+
 async def _all_or_fail(
     what: str,
     members: Sequence[Member],
@@ -134,9 +156,10 @@ async def _all_or_fail(
 ) -> list[Any]:
     """Wait for one call to each member, and for our own part; at the first failure leave the rest behind.
 
-    Our own part failing says nothing of who is at fault, so the members then get a moment to say it themselves.
+    Our own part failing says nothing of who is at fault, so the members then get a moment to say it themselves. So do
+    the other members when one was late.
     """
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    tasks = [asyncio.ensure_future(_while_there(*pair)) for pair in zip(members, calls, strict=True)]
     waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
     try:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
@@ -145,6 +168,8 @@ async def _all_or_fail(
             return [task.result() for task in tasks]
         if failed == [own]:
             await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.done() and isinstance(task.exception(), StageTimeout) for task in tasks):
+            await asyncio.wait(tasks, timeout=_SPEAK_S)
         culprits = []
         for member, task in zip(members, tasks, strict=True):
             error = task.exception() if task.done() else None
@@ -159,6 +184,21 @@ async def _all_or_fail(
             task.cancel()
         for future in waiting:
             future.add_done_callback(_look_at)
+
+
+async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:
+    """The call's result; it ends as soon as the fleet knows that the member is gone, not at its deadline."""
+    calling = asyncio.ensure_future(call)
+    left = asyncio.ensure_future(member.left.wait())
+    try:
+        await asyncio.wait({calling, left}, return_when=asyncio.FIRST_COMPLETED)
+        if calling.done():
+            return calling.result()
+        raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+    finally:
+        calling.cancel()
+        left.cancel()
+        calling.add_done_callback(_look_at)
 
 
 def _look_at(future: "asyncio.Future[Any]") -> None:

@@ -5,6 +5,7 @@
 | the trainer hands over a snapshot | stages and commits it on all members of the epoch |
 | an actor joins, leaves or restarts | ends the epoch, opens the next one with who is there, catches newcomers up |
 | an epoch fails | aborts it, says so, reports who is at fault to the fleet, opens the next one with the others |
+| an actor was too slow for an update | leaves it at its version for a while, longer each time |
 | an actor cannot take the LoRA adapter | sends the model with the adapter merged into it, to all, from then on |
 | epochs fail, and nothing else, for ten minutes | ends the run |
 
@@ -22,7 +23,7 @@ from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
 from learner.weights.deltas import Deltas
-from learner.weights.epoch import Epoch, EpochFailed, UpdateTimes, num_workers, open_epoch
+from learner.weights.epoch import Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
 from learner.weights.forms import AdapterForms
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
@@ -31,6 +32,10 @@ log = get_logger(__name__)
 
 _UPDATABLE = (ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.PAUSED)
 _RETRY_S = 0.2
+# An actor that was too slow for an update has cost all others the whole deadline: the next try is so many deadlines
+# later, then twice as many, and so on.
+_REST_DEADLINES = 4.0
+_LONGEST_REST_S = 600.0
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
 
@@ -84,6 +89,7 @@ class Publisher:
         self._snapshot: Snapshot | None = None
         self._epoch: Epoch | None = None
         self._last_epoch = 0
+        self._rests: dict[str, tuple[int, float]] = {}  # actor id -> times that it was too slow, when it may try again
         self._num_failures = 0  # in a row
         self._failing_since = 0.0
         self._wake = asyncio.Event()
@@ -138,6 +144,7 @@ class Publisher:
         self._num_failures = 0
         self._on_update(times)
         for member in members:
+            self._rests.pop(member.actor_id, None)
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
         log.info(
             "published",
@@ -185,10 +192,23 @@ class Publisher:
             await self._epoch.abort()
             self._epoch = None
         for member, error in failure.culprits:
+            if isinstance(failure, TooSlow):
+                self._rest(member)
             if not self._forms.is_refusal(error) and not self._deltas.is_refusal(error):
                 self._fleet.report_failure(member, error)
         await asyncio.sleep(_RETRY_S)  # the fleet looks again at who is there; a refusal must not become a busy loop
         self._wake.set()
 
+    def _rest(self, member: Member) -> None:
+        num_times, _ = self._rests.get(member.actor_id, (0, 0.0))
+        rest_s = min(_REST_DEADLINES * self._timeout_s * 2**num_times, _LONGEST_REST_S)
+        self._rests[member.actor_id] = (num_times + 1, self._loop.time() + rest_s)
+        self._loop.call_later(rest_s, self._wake.set)
+        log.warning("too slow for an update", address=member.address, rest_s=rest_s)
+
     def _updatable(self) -> tuple[Member, ...]:
-        return tuple(member for member in self._fleet.live() if member.state in _UPDATABLE and not member.held)
+        """Those that an epoch is for; who was too slow rests, unless there is nobody else."""
+        willing = [member for member in self._fleet.live() if member.state in _UPDATABLE and not member.held]
+        now = self._loop.time()
+        rested = [member for member in willing if self._rests.get(member.actor_id, (0, 0.0))[1] <= now]
+        return tuple(rested or willing)

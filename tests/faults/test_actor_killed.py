@@ -2,46 +2,22 @@
 
 import asyncio
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import numpy as np
+import pytest
 
-from common.rpc.server import reserve_port
+from common.errors import Unreachable
 from common.types import ActorState, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
+from tests.actor_processes import actor, free_address
 from tests.fakes import make_sample, sample_all, until
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_GROUPS = 60
 N = 4
-
-
-@asynccontextmanager
-async def actor(address: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A standalone actor process whose completions take some hundred milliseconds."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "actor", "--engine", "fake", "--standalone", "--listen", address),
-        *("fake.first_token_s=0.1", "fake.token_s=0.01"),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-def free_address() -> str:
-    with reserve_port("127.0.0.1:0", insecure=False) as reserved:
-        return f"127.0.0.1:{reserved.getsockname()[1]}"
+# Completions take some hundred milliseconds.
+PACE = ("fake.first_token_s=0.1", "fake.token_s=0.01")
 
 
 async def test_sigkill_in_mid_group_and_back_again() -> None:
@@ -51,7 +27,7 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
     fleet.subscribe(events.append)
     sampler = Sampler(fleet)
     requests = [build_request(f"g{i}", make_sample(i), SamplingParams(n=N, seed=i)) for i in range(NUM_GROUPS)]
-    async with actor(addresses[0]), actor(addresses[1]) as victim:
+    async with actor(addresses[0], *PACE), actor(addresses[1], *PACE) as victim:
         await fleet.start(startup_timeout_s=30, min_actors=2)
         await until(lambda: all(member.state is ActorState.SERVING for member in fleet.members()), pause_s=0.02)
         ids = [member.actor_id for member in fleet.members()]
@@ -70,7 +46,7 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
             assert {c.trajectory_id.rpartition("/")[2] for c in group.completions} == {group.prompt.actor_id}
         assert {group.prompt.actor_id for group in results[-8:]} == {ids[0]}
 
-        async with actor(addresses[1]):
+        async with actor(addresses[1], *PACE):
             await until(lambda: fleet.members()[1].state is ActorState.SERVING, pause_s=0.02)
             again = await sample_all(sampler, requests)
             used = {group.prompt.actor_id for group in again}
@@ -80,4 +56,15 @@ async def test_sigkill_in_mid_group_and_back_again() -> None:
             for first, second in zip(results, again, strict=True):
                 for a, b in zip(first.completions, second.completions, strict=True):
                     assert np.array_equal(a.token_ids, b.token_ids)
+        await fleet.close()
+
+
+async def test_a_stopped_actor_is_noticed_by_keepalive_before_the_deadline_of_a_call() -> None:
+    address = free_address()
+    async with actor(address) as process:
+        fleet = Fleet([address], run_id=None)
+        await fleet.start(startup_timeout_s=60)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(Unreachable):
+            await fleet.members()[0].client.status(timeout_s=50)
         await fleet.close()

@@ -1,11 +1,13 @@
 """The single-machine launcher with the fake engine: mistakes of the user, kills at the wrong time, two at once."""
 
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from examples.digits.model import build_model
@@ -166,6 +168,24 @@ def test_the_same_command_twice_disturbs_nothing(launch: Launch, tmp_path: Path)
     assert other.process.poll() is None
     assert all(is_alive(pid) for pid in actor_pids(runs[0]).values())
     check_stops(other)
+
+
+def test_a_stopped_rank_ends_the_run_and_is_named(launch: Launch, tmp_path: Path) -> None:
+    """Rank 0 waits for actors, and the other rank for rank 0; nothing but the watch would end that before hours."""
+    launched = launch(SLOW, "local.num_ranks=2", "trainer.rank_timeout_s=5")
+    waiting_run(launched, tmp_path / "runs")
+    os.kill(pid_of_rank(launched, 1), signal.SIGSTOP)
+    assert launched.exit_code(60) == 1
+    assert launched.stderr.splitlines() == [
+        "outrider: nothing has been heard for 5 s of rank 1: stopped or cut off; "
+        "the job ends, and started again it goes on from its last checkpoint"
+    ]
+    assert not launched.left()
+
+
+def pid_of_rank(launched: Launched, rank: int) -> int:
+    [pid] = [pid for pid in launched.left("learner") if psutil.Process(pid).environ().get("RANK") == str(rank)]
+    return pid
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

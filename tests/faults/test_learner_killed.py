@@ -1,14 +1,12 @@
 """A learner that gets SIGKILL again and again, also while it writes a checkpoint: the end is that of a run without.
 
 The learner is the real one, in a process of its own, and so are gRPC and the weight epochs; the actor is in the test's
-process, with the fake engine behind the model's own processor: what it samples is a function of prompt and seed, so a
-synchronous run has exactly one outcome.
+process, with a fake engine: what it samples is a function of prompt and seed, so a synchronous run has exactly one
+outcome.
 """
 
 import asyncio
 import contextlib
-import dataclasses
-import io
 import multiprocessing
 import os
 import random
@@ -19,58 +17,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from actor.config import ActorConfig
-from actor.engine import EngineInfo, EngineRequest
-from actor.engine_fake import FakeEngine
 from actor.server import ActorServer
-from common.types import ChatPrompt, MediaUse, PlaceholderRange, PromptInfo
-from examples.digits.model import TOKEN_IDS, build_model
-from learner.batch.processing import PromptProcessor
-from learner.types import PromptSample
+from examples.digits.model import build_model
+from tests.digits_engine import DigitsEngine, DigitsPrompt
 from tests.launched import read_metrics
 
 BATCH = 2
 # Of a learner without a kill, on a busy machine.
 START_S, STEP_S = 100.0, 2.0
-PLACEHOLDERS = (TOKEN_IDS["<|image_pad|>"], TOKEN_IDS["<|video_pad|>"])
-
-
-class ProcessorEngine(FakeEngine):
-    """The fake engine, but prompts are what the model's own processor makes of them."""
-
-    def __init__(self, config: ActorConfig, model_dir: Path) -> None:
-        super().__init__(config.fake, "actor")
-        self._processor = PromptProcessor(model_dir)
-
-    async def start(self) -> EngineInfo:
-        """See `Engine.start`."""
-        info = await super().start()
-        return dataclasses.replace(info, suppressed_token_ids=PLACEHOLDERS)
-
-    def _prompt_info(self, request: EngineRequest) -> PromptInfo:
-        assert isinstance(request.prompt, ChatPrompt)
-        images = tuple(png(item.content) for item in request.media if isinstance(item.content, Image.Image))
-        processed = self._processor.process(PromptSample(0, request.prompt.messages, images, ""))
-        places = np.flatnonzero(processed.input_ids == PLACEHOLDERS[0])
-        (length,) = processed.num_image_tokens
-        return PromptInfo(
-            group_id=request.group_id,
-            actor_id="actor",
-            unexpanded_ids=processed.input_ids,
-            expanded_ids=processed.input_ids,
-            media=(MediaUse(request.media[0].sha256, PlaceholderRange(int(places[0]), length), length, (1, 4, 4)),),
-            suppressed_token_ids=PLACEHOLDERS,
-        )
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
 
 
 @asynccontextmanager
@@ -79,7 +36,7 @@ async def serving(model_dir: Path) -> AsyncIterator[str]:
     config = ActorConfig.model_validate(
         {"engine": "fake", "fake": {"token_s": 0.0, "first_token_s": 0.0, "vocab_size": 256, "mean_tokens": 3}}
     )
-    engine = ProcessorEngine(config, model_dir)
+    engine = DigitsEngine(config.fake, "actor", DigitsPrompt.of(model_dir))
     server = ActorServer(engine, await engine.start(), config, "actor")
     try:
         yield f"127.0.0.1:{await server.start('127.0.0.1:0')}"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from actor.config import ActorConfig
 from actor.engine_fake import FakeEngine
 from actor.server import ActorServer
+from actor.transfer import Staging, WeightReceiver
 from common.errors import StageTimeout
-from common.types import ActorState
+from common.types import ActorState, Manifest
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.weights import deltas
@@ -84,7 +86,9 @@ class _Learner:
 
 
 @contextlib.asynccontextmanager
-async def _running(num_actors: int, num_started: int, *, delta: bool = False) -> AsyncIterator[_Learner]:
+async def _running(
+    num_actors: int, num_started: int, *, delta: bool = False, timeout_s: float = 10.0
+) -> AsyncIterator[_Learner]:
     actors = [_Actor() for _ in range(num_actors)]
     for actor in actors:
         await actor.start()  # also those that come later: so that their port is known
@@ -97,7 +101,7 @@ async def _running(num_actors: int, num_started: int, *, delta: bool = False) ->
         run_id=_RUN_ID,
         host="127.0.0.1",
         backend="gloo",
-        timeout_s=10.0,
+        timeout_s=timeout_s,
         notify=learner.notes.append,
         delta=delta,
         on_update=learner.updates.append,
@@ -188,6 +192,32 @@ async def test_an_actor_that_refuses_every_update_is_named_and_the_others_go_on(
             learner.publish(version)
             await learner.all_serve(version, well)
         assert "staging version 1 failed: its card has fallen off the bus" in learner.notes[0]
+
+
+@pytest.mark.timeout(60)
+async def test_an_actor_too_slow_for_an_update_delays_the_others_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, and finishes groups, but takes no bucket in. In the middle of the chain it makes everybody late."""
+    async with _running(3, 3, timeout_s=1.0) as learner:
+        first, slow, last = learner.actors
+        learner.publish(0)
+        await learner.all_serve(0, first, slow, last)
+
+        receive = WeightReceiver.receive
+
+        def late(self: WeightReceiver, manifest: Manifest, staging: Staging) -> "Future[tuple[int, ...]]":
+            return Future() if self in slow.engine._receivers else receive(self, manifest, staging)
+
+        monkeypatch.setattr(WeightReceiver, "receive", late)
+        learner.notes.clear()
+        for version in range(1, 4):
+            learner.publish(version)
+            await learner.all_serve(version, first, last)
+        assert len(learner.notes) == 1
+        held = [event.address for event in learner.events if event.kind == "held"]
+        assert held == [slow.address]
+        # When it can again, and its rest is over, it is caught up.
+        monkeypatch.setattr(WeightReceiver, "receive", receive)
+        await learner.all_serve(3, first, slow, last)
 
 
 @pytest.mark.timeout(60)

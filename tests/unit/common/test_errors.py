@@ -17,6 +17,7 @@ EVERY_ERROR = [
     errors.EngineDead("dead"),
     errors.QueueFull(0.25, "full"),
     errors.StageTimeout("late"),
+    errors.StageBlocked("late"),
     errors.StageCorrupt("bucket 1"),
     errors.Internal("internal error 0abc"),
 ]
@@ -33,6 +34,7 @@ EXPECTED = {
     "EngineDead": (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD"),
     "QueueFull": (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     "StageTimeout": (grpc.StatusCode.DEADLINE_EXCEEDED, "STAGE_TIMEOUT"),
+    "StageBlocked": (grpc.StatusCode.DEADLINE_EXCEEDED, "STAGE_BLOCKED"),
     "StageCorrupt": (grpc.StatusCode.DATA_LOSS, "STAGE_CORRUPT"),
     "Internal": (grpc.StatusCode.INTERNAL, "INTERNAL"),
 }

@@ -9,24 +9,27 @@ import pytest
 import torch
 
 from common.client import RolloutClient
-from common.errors import StageTimeout
+from common.errors import OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.types import ActorState, ActorStatus, EpochSpec
 from learner.rollouts.members import Member
-from learner.weights.epoch import EpochFailed, open_epoch
+from learner.weights.epoch import EpochFailed, at_fault, open_epoch
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
 
 
 class Client:
-    """Joins at once, or fails with `error`; is `actor_id` by now."""
+    """Joins when it `answers`, or fails with `error`; is `actor_id` by now."""
 
     def __init__(self, actor_id: str, error: Exception | None = None) -> None:
         self.actor_id = actor_id
         self.error = error
         self.aborted = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         await asyncio.sleep(0)
+        await self.answers.wait()
         if self.error is not None:
             raise self.error
 
@@ -75,6 +78,40 @@ async def test_another_process_at_the_address_is_no_member() -> None:
         await open_epoch(SPEC, [restarted], Transport())
     assert [culprit for culprit, _ in caught.value.culprits] == [restarted]
     assert client.aborted == 1
+
+
+async def test_a_member_that_leaves_the_fleet_is_waited_for_no_longer() -> None:
+    """A process that is stopped keeps its connections: its calls would end at their deadline."""
+    client = Client("one#1")
+    client.answers.clear()
+    gone = member(client)
+    opening = asyncio.create_task(open_epoch(SPEC, [gone], Transport(asyncio.Event())))
+    await asyncio.sleep(0.01)
+    assert not opening.done()
+    gone.left.set()
+    with pytest.raises(EpochFailed, match="one:1 left the fleet") as caught:
+        await opening
+    assert [culprit for culprit, _ in caught.value.culprits] == [gone]
+
+
+LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([BLOCKED, LATE, LATE], [1]),  # the first one waits for the second to take what it has
+        ([LATE, LATE, LATE], [0]),
+        ([BLOCKED, BLOCKED, LATE], [2]),
+        ([BLOCKED, GONE, LATE], [1]),
+        ([LATE, BLOCKED, GONE], [2]),
+        ([BLOCKED], []),
+    ],
+)
+def test_the_first_that_did_not_even_receive_is_at_fault(errors: list[OutriderError], expected: list[int]) -> None:
+    members = [member(Client(f"{i}")) for i in range(len(errors))]
+    found = at_fault(list(zip(members, errors, strict=True)))
+    assert [members.index(culprit) for culprit, _ in found] == expected
 
 
 async def test_what_fails_after_the_end_is_no_news() -> None:

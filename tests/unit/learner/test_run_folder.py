@@ -30,6 +30,9 @@ def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path
     assert _chosen(_config(tmp_path)) == first
     # Where the actors are is no part of what is computed.
     assert _chosen(_config(tmp_path, rollout={"actors": ["127.0.0.1:1"]})) == first
+    # Nor is how long the ranks are patient with each other.
+    patient = {"total_steps": 3, "batch_prompts": 2, "rank_timeout_s": 300.0}
+    assert _chosen(_config(tmp_path, trainer=patient)) == first
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"resume": False}, {"optimizer": {"lr": 0.1}}])

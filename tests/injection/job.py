@@ -1,0 +1,180 @@
+"""A real training job on machines of its own: three actors, and a learner of two ranks under torchrun.
+
+The actors have the fake engine, the model is the tiny one of the digits; everything else is what a cluster runs.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tests.injection.machines import Machine, Machines
+from tests.launched import read_metrics
+
+T = TypeVar("T")
+
+ACTORS = ("actor-0", "actor-1", "actor-2")
+NODES = ("node-0", "node-1")
+BATCH = 2
+# From the start of a process to its first useful act, on a busy machine.
+START_S = 300.0
+_PORT = 50051
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One update that is through."""
+
+    at: float
+    version: int
+    num_actors: int
+
+
+class Job:
+    """Starts and restarts the processes, and reads what the learner says of itself."""
+
+    def __init__(self, machines: Machines, directory: Path, model_dir: Path) -> None:
+        self.actors = [machines.by_name[name] for name in ACTORS]
+        self.nodes = [machines.by_name[name] for name in NODES]
+        self.num_nodes = 0
+        """Those that the learner has; it has two ranks in any case."""
+        self.run_dir = directory / "run"
+        self._config = directory / "run.yaml"
+        self._model_dir = model_dir
+
+    def start_actor(self, machine: Machine) -> None:
+        """A new incarnation."""
+        machine.start(
+            *("tests.injection.actor", "--engine", "fake", "--model", str(self._model_dir)),
+            *("--listen", f"{machine.address}:{_PORT}", "insecure=true"),
+            *("fake.vocab_size=256", "fake.mean_tokens=3", "fake.first_token_s=0.5", "grace_s=1"),
+        )
+
+    def start_learner(self, num_nodes: int, total_steps: int = 100_000) -> None:
+        """Both ranks, on one or two machines; they resume where the ones before were."""
+        self.num_nodes = num_nodes
+        self._config.write_text(yaml.safe_dump(self._settings(total_steps)))
+        for i, node in enumerate(self.nodes[:num_nodes]):
+            node.start(
+                *("torch.distributed.run", "--nnodes", str(num_nodes), "--node-rank", str(i)),
+                *("--nproc-per-node", str(2 // num_nodes), "--master-addr", self.nodes[0].address),
+                *("--master-port", "29500", "-m", "tests.injection.learner", "--config", str(self._config)),
+            )
+
+    def node_of(self, rank: int) -> Machine:
+        """Where this rank of the learner is."""
+        return self.nodes[rank * self.num_nodes // 2]
+
+    @property
+    def learner_ended(self) -> bool:
+        """Whether all of it has."""
+        return all(node.ended for node in self.nodes)
+
+    def _settings(self, total_steps: int) -> dict[str, Any]:
+        return {
+            "model": {"path": str(self._model_dir)},
+            "data": {"train": "examples.digits.data:train"},
+            "reward": {"functions": ["tests.reward_functions:sum_of_ids"], "num_processes": 1},
+            "rollout": {"actors": [f"{actor.address}:{_PORT}" for actor in self.actors], "n": 2, "max_tokens": 4},
+            "algorithm": {"clip_low": 1.0, "clip_high": 1000.0},
+            "trainer": {
+                "total_steps": total_steps,
+                "batch_prompts": BATCH,
+                "max_staleness": 1,
+                "checkpoint_every": 1,
+                "device": "cpu",
+            },
+            "weights": {"bucket_mib": 1},
+            "run_dir": str(self.run_dir),
+        }
+
+    # ------------------------------------------------------------------------------------ what the learner says
+
+    def published(self, after: float = 0.0) -> list[Published]:
+        """Updates that were through after this time."""
+        lines = self._said("published", after)
+        return [Published(_time(line), line["version"], line["num_actors"]) for line in lines]
+
+    def steps_at(self, after: float = 0.0) -> list[float]:
+        """When steps were taken, by their checkpoints."""
+        return [_time(line) for line in self._said("checkpoint", after)]
+
+    def left_at(self, machine: Machine, after: float) -> list[float]:
+        """When the fleet noticed that this actor was gone."""
+        lines = self._said("actor", after)
+        return [_time(line) for line in lines if line["kind"] == "left" and line["address"].startswith(machine.address)]
+
+    def newest(self) -> int:
+        """The last version that was published."""
+        published = self.published()
+        return published[-1].version if published else -1
+
+    def _said(self, event: str, after: float) -> list[dict[str, Any]]:
+        path = self.run_dir / "logs" / "learner-0.log"
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if line["event"] == event and _time(line) > after]
+
+    def check_learned_once(self) -> tuple[int, int]:
+        """Each group was trained once or dropped for a reason that was counted; how many steps, how many dropped."""
+        steps = {line["step"]: line for line in read_metrics(self.run_dir)}
+        assert sorted(steps) == list(range(1, len(steps) + 1)), "a step is missing"
+        sequences = [sequence for line in steps.values() for sequence in line["sequences"]]
+        assert len(sequences) == len(set(sequences)) == BATCH * len(steps), "a group was trained twice"
+        state = max((self.run_dir / "checkpoints").glob("step-*")) / "state.json"
+        dropped = json.loads(state.read_text())["ledger"]["dropped"]
+        num_dropped = sum(map(len, dropped.values()))
+        assert set(range(max(sequences) + 1)) - set(sequences) <= {s for group in dropped.values() for s in group}
+        return len(steps), num_dropped
+
+    # ------------------------------------------------------------------------------------------------- waiting
+
+    def until(self, condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
+        """Wait for it, and return what it says."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                said = "\n".join(f"--- {machine.name}\n{machine.said}" for machine in (*self.nodes, *self.actors))
+                raise TimeoutError(f"not within {timeout_s:.0f} s: {what}\n{said}")
+            time.sleep(0.05)
+        return value
+
+    def until_whole(self, timeout_s: float = START_S) -> float:
+        """Wait until all actors have the newest version; when that was."""
+        after = time.time()
+
+        def whole() -> float | None:
+            return next((p.at for p in self.published(after) if p.num_actors == len(self.actors)), None)
+
+        return self.until(whole, timeout_s, "an update of all actors")
+
+    def start_over(self, num_nodes: int) -> None:
+        """All processes anew, the learner from its last checkpoint."""
+        for machine in (*self.nodes, *self.actors):
+            machine.kill()
+            machine.heal()
+        for actor in self.actors:
+            self.start_actor(actor)
+        self.start_learner(num_nodes)
+
+    def finish(self, num_steps: int) -> None:
+        """Have another learner take so many steps more, to the end of the run."""
+        self.start_learner(1, self.newest() + num_steps)
+        self.until(lambda: self.learner_ended, START_S, "the end of the run")
+        assert (self.run_dir / "summary.json").exists(), self.nodes[0].said
+
+    def stop_learner(self) -> None:
+        """As Kubernetes does it."""
+        for node in self.nodes:
+            node.signal(signal.SIGTERM)
+        self.until(lambda: self.learner_ended, 60, "the end of the learner")
+
+
+def _time(line: dict[str, Any]) -> float:
+    return datetime.fromisoformat(line["timestamp"]).timestamp()
