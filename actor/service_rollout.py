@@ -2,9 +2,8 @@
 
 import asyncio
 import dataclasses
-import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -14,48 +13,21 @@ from actor.engine import Engine, EngineMedia, EngineRequest
 from actor.media_intake import MediaIntake
 from actor.media_store import MediaStore
 from actor.metrics import ActorMetrics
+from actor.uploads import Uploads
 from actor.validation import check_request
 from actor.weights import PolicyState
 from common import tracing
 from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
-from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
-from common.types import ActorState, Completion, Frames, PromptInfo, RolloutRequest, ServerInfo, ServerLimits
+from common.types import ActorState, Completion, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
 _RETRY_AFTER_S = 0.5
-_MAX_CHUNK_BYTES = 2**20
-_MAX_ITEMS_PER_UPLOAD = 4096
 # A response of some hundred KiB: large ones hold up the event loop.
 _MAX_TOKENS_PER_RESPONSE = 2**15
 _BYTES_PER_TOKEN = 8
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Upload:
-    """A media item on its way here: an image file, or the frames of a video end to end."""
-
-    sha256: bytes
-    num_bytes: int
-    frame_num_bytes: tuple[int, ...] = ()
-    data: bytearray = dataclasses.field(default_factory=bytearray)
-
-    def append(self, chunk: bytes) -> None:
-        if len(chunk) > _MAX_CHUNK_BYTES:
-            raise TooLarge("chunk", f"{len(chunk)} bytes; the limit is {_MAX_CHUNK_BYTES}")
-        if len(self.data) + len(chunk) > self.num_bytes:
-            raise InvalidRequest("chunk", f"more bytes than the {self.num_bytes} of num_bytes")
-        self.data += chunk
-
-    def content(self) -> bytes | Frames:
-        """What has come, of which nothing is missing."""
-        data = bytes(self.data)
-        if not self.frame_num_bytes:
-            return data
-        ends = list(itertools.accumulate(self.frame_num_bytes))
-        return Frames(tuple(data[start:end] for start, end in itertools.pairwise([0, *ends])))
 
 
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
@@ -75,11 +47,10 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self._policy = policy
         self._info = info
         self._vocab_size = vocab_size
-        self._store = store
         self._intake = MediaIntake(store, info.limits, metrics, max_held_media_bytes)
+        self._uploads = Uploads(store, info.limits)
         self._metrics = metrics
         self._num_completions = 0  # accepted and not finished
-        self._uploading: dict[_Upload, None] = {}
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -175,56 +146,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self, request_iterator: AsyncIterator[pb.PutMediaRequest], context: Context
     ) -> pb.PutMediaResponse:
         """Store uploaded items."""
-        stored: dict[bytes, None] = {}
-        upload: _Upload | None = None
-        try:
-            async for request in request_iterator:
-                if request.sha256:
-                    await self._finish(upload)
-                    upload = self._begin(request.sha256, request.num_bytes, request.frame_num_bytes)
-                    stored[request.sha256] = None
-                    if len(stored) > _MAX_ITEMS_PER_UPLOAD:
-                        raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_UPLOAD} items in one call")
-                elif upload is None:
-                    raise InvalidRequest("sha256", "is missing in the first chunk")
-                upload.append(request.chunk)
-            await self._finish(upload)
-        finally:
-            if upload is not None:
-                self._uploading.pop(upload, None)
-        return pb.PutMediaResponse(sha256=[key for key in stored if key in self._store])
-
-    def _begin(self, sha256: bytes, num_bytes: int, frame_num_bytes: Sequence[int]) -> "_Upload":
-        """Room for one item. Raises QueueFull when too many bytes are on their way already."""
-        self._check_item(sha256, num_bytes)
-        max_frames = self._info.limits.max_video_frames
-        if len(frame_num_bytes) > max_frames:
-            raise TooLarge("frame_num_bytes", f"{len(frame_num_bytes)} frames, more than the limit of {max_frames}")
-        if frame_num_bytes and sum(frame_num_bytes) != num_bytes:
-            raise InvalidRequest("frame_num_bytes", f"make {sum(frame_num_bytes)} bytes; num_bytes is {num_bytes}")
-        if sum(other.num_bytes for other in self._uploading) + num_bytes > self._store.max_bytes:
-            raise QueueFull(_RETRY_AFTER_S, f"{len(self._uploading)} uploads are under way")
-        upload = _Upload(sha256, num_bytes, tuple(frame_num_bytes))
-        self._uploading[upload] = None
-        return upload
-
-    def _check_item(self, sha256: bytes, num_bytes: int) -> None:
-        if len(sha256) != 32:
-            raise InvalidRequest("sha256", f"must be 32 bytes, not {len(sha256)}")
-        limit = min(self._info.limits.max_media_bytes, self._store.max_bytes)
-        if num_bytes > limit:
-            raise TooLarge("num_bytes", f"is {num_bytes}; the limit is {limit}")
-
-    async def _finish(self, upload: "_Upload | None") -> None:
-        """Check and store what has come."""
-        if upload is None:
-            return
-        if len(upload.data) != upload.num_bytes:
-            raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {len(upload.data)} bytes came")
-        content, limits = upload.content(), self._info.limits
-        await asyncio.to_thread(_check_upload, upload, content, limits)
-        self._store.put(upload.sha256, content)
-        self._uploading.pop(upload, None)
+        return pb.PutMediaResponse(sha256=await self._uploads.receive(request_iterator))
 
     # ------------------------------------------------------------------------------------------------ server
 
@@ -234,18 +156,6 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             self._info, policy_version=self._policy.policy_version, adapters=self._engine.adapters()
         )
         return server_info_to_proto(info)
-
-
-def _check_upload(upload: _Upload, content: bytes | Frames, limits: ServerLimits) -> None:
-    """Hash and headers; runs in a thread."""
-    if media_hash(content) != upload.sha256:
-        raise InvalidRequest(
-            "sha256", f"{upload.sha256.hex()} is not the hash of the {upload.num_bytes} bytes that came"
-        )
-    if isinstance(content, Frames):
-        check_frames(content, "chunk", limits.max_video_frames, limits.max_media_pixels)
-    else:
-        check_image(content, "chunk", limits.max_media_pixels)
 
 
 def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.image_ingress`: a 1 MiB image into an actor, against base64 in JSON over HTTP.
+"""`python -m benchmarks.image_ingress`: images of 1 MiB into an actor, against base64 in JSON over HTTP.
 
-Both sides go from a PNG file in the client's memory to one in the server's store, hashed and with its header checked,
-one image after the other on one open connection. Each image is another one, whose sha256 is known before the clock
-starts, and both servers must say the same. The peer is `http_ingress_side`; all four processes' loops are uvloop's.
+Both sides go from PNG files in the client's memory to files in the server's store, hashed and with their headers
+checked: the images of a turn in one call on an open connection. Each image is another one, whose sha256 is known before
+the clock starts, and both servers must say the same. The peer is `http_ingress_side`; all loops are uvloop's.
 """
 
 import argparse
@@ -96,8 +96,7 @@ def _to_actor(address: str, runner: asyncio.Runner) -> Iterator[Send]:
     client = runner.run(connect())
 
     async def send(images: Mapping[bytes, bytes]) -> list[bytes]:
-        for sha256, image in images.items():
-            await client.upload({sha256: image})  # raises unless the actor has stored it under this hash
+        await client.upload(images)  # raises unless the actor has stored all, each under its hash
         return list(images)
 
     yield send
@@ -114,14 +113,11 @@ def _to_http(address: str, runner: asyncio.Runner) -> Iterator[Send]:
     session = runner.run(connect())
 
     async def send(images: Mapping[bytes, bytes]) -> list[bytes]:
-        stored = []
-        for image in images.values():
-            url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-            body = json.dumps({"image_url": {"url": url}})
-            headers = {"Content-Type": "application/json"}
-            async with session.post(f"http://{address}/v1/images", data=body, headers=headers) as answer:
-                stored.append(bytes.fromhex((await answer.json())["sha256"]))
-        return stored
+        urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images.values()]
+        body = json.dumps({"images": [{"image_url": {"url": url}} for url in urls]})
+        headers = {"Content-Type": "application/json"}
+        async with session.post(f"http://{address}/v1/images", data=body, headers=headers) as answer:
+            return [bytes.fromhex(sha256) for sha256 in (await answer.json())["sha256"]]
 
     yield send
     runner.run(session.close())
