@@ -111,6 +111,7 @@ def _measure(num_actors: int) -> Point:
                 "slots_per_actor": SLOTS_PER_ACTOR,
             },
             trainer={"batch_prompts": BATCH, "total_steps": _NUM_STEPS, "max_staleness": MAX_STALENESS},
+            weights={"timeout_s": 300.0},
         )
     first, last = run.steps[_WARM_UP - 1], run.steps[-1 - MAX_STALENESS]
     num_steps = _NUM_STEPS - MAX_STALENESS - _WARM_UP

@@ -168,10 +168,8 @@ def fake_actors(folder: Path, num_actors: int, settings: dict[str, Any]) -> Iter
         ]
 
 
-def train(
-    run_dir: Path, prompts: PromptDataset, *, step_s: float, rollout: dict[str, Any], trainer: dict[str, Any]
-) -> Run:
-    """One run from version 0 to its last step, with these sections of the configuration.
+def train(run_dir: Path, prompts: PromptDataset, step_s: float, **sections: dict[str, Any]) -> Run:
+    """One run from version 0 to its last step, with these sections of the configuration: `rollout`, `trainer`, ...
 
     Completion i of the prompt at place s of the data order samples from seed `s * n + i`.
     """
@@ -181,8 +179,8 @@ def train(
         {
             "model": {"path": run_dir},
             "data": {"train": "benchmark"},
-            "rollout": {"seed": 0} | rollout,
-            "trainer": trainer,
+            **sections,
+            "rollout": {"seed": 0} | sections["rollout"],
         },
         "benchmark",
     )

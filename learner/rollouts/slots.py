@@ -26,9 +26,10 @@ class _Waiter:
     media: Sequence[bytes]
     future: asyncio.Future[Member]
 
-    def can_use(self, member: Member) -> bool:
-        """Whether `member` serves what it needs. A version of -1 is none of ours, whatever the minimum."""
-        return member.version >= max(0, self.min_version())
+    def fit(self, free: Iterable[Member]) -> list[Member]:
+        """Those that serve what it needs. A version of -1 is none of ours, whatever the minimum."""
+        minimum = max(0, self.min_version())
+        return [member for member in free if member.version >= minimum]
 
 
 class Slots:
@@ -47,8 +48,8 @@ class Slots:
         waiter = _Waiter(min_version, avoid, media, asyncio.get_running_loop().create_future())
         self._take_up()
         # Whoever waits still cannot be served by those that are free now.
-        if free := [member for member in self._members() if has_slot(member) and waiter.can_use(member)]:
-            self._give(choose(free, avoid=avoid, media=media), waiter)
+        if fit := waiter.fit(member for member in self._members() if has_slot(member)):
+            self._give(choose(fit, avoid=avoid, media=media), waiter)
         else:
             self._waiters.append(waiter)
         try:
@@ -78,7 +79,7 @@ class Slots:
             waiter = self._waiters.popleft()
             if waiter.future.done():
                 continue
-            if fit := [member for member in free if waiter.can_use(member)]:
+            if fit := waiter.fit(free):
                 member = choose(fit, avoid=waiter.avoid, media=waiter.media)
                 self._give(member, waiter)
                 if not has_slot(member):
