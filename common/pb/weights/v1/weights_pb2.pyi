@@ -16,7 +16,8 @@ fixed. gRPC carries the control messages, in this order:
 Fencing: every call carries `run_id` (random, one learner incarnation) and `epoch`. The first OpenEpoch of a new run
 takes the actor over from the old one; after that, calls of an older run or a lower epoch fail with
 FAILED_PRECONDITION, reason STALE_EPOCH. Errors are as in rollout/v1/rollout.proto; further reasons: STAGE_CORRUPT
-(DATA_LOSS: a checksum differs), STAGE_TIMEOUT (DEADLINE_EXCEEDED), NOT_STAGED (FAILED_PRECONDITION).
+(DATA_LOSS: a checksum differs), STAGE_TIMEOUT (DEADLINE_EXCEEDED), STAGE_BLOCKED (the same, where all that was sent
+has come and the next member does not take it: that one is too slow), NOT_STAGED (FAILED_PRECONDITION).
 """
 
 from collections import abc as _abc
