@@ -1,0 +1,72 @@
+"""Items that come in chunks, one checked while the next comes."""
+
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from actor.config import ActorConfig
+from actor.media_store import MediaStore
+from actor.uploads import Uploads
+from common.errors import InvalidRequest, QueueFull
+from common.pb.rollout.v1 import rollout_pb2 as pb
+from tests.contract.conftest import png
+
+_IMAGES = [png(seed) for seed in range(3)]
+_HASHES = [hashlib.sha256(image).digest() for image in _IMAGES]
+
+
+async def _stream(items: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[pb.PutMediaRequest]:
+    """Each item in two chunks."""
+    for sha256, data in items:
+        half = len(data) // 2
+        yield pb.PutMediaRequest(sha256=sha256, num_bytes=len(data), chunk=data[:half])
+        yield pb.PutMediaRequest(chunk=data[half:])
+
+
+async def _broken_off(items: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[pb.PutMediaRequest]:
+    async for request in _stream(items):
+        yield request
+    raise ConnectionError("the caller is gone")
+
+
+@pytest.fixture
+def store() -> MediaStore:
+    return MediaStore(4 * max(map(len, _IMAGES)))
+
+
+@pytest.fixture
+def uploads(store: MediaStore) -> Uploads:
+    return Uploads(store, ActorConfig(engine="fake").server_limits(4096))
+
+
+async def test_all_are_stored_in_their_order(uploads: Uploads, store: MediaStore) -> None:
+    assert await uploads.receive(_stream(list(zip(_HASHES, _IMAGES, strict=True)))) == _HASHES
+    assert [store.get(sha256) for sha256 in _HASHES] == _IMAGES
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+async def test_one_that_is_not_its_hash_ends_the_call(uploads: Uploads, store: MediaStore, place: int) -> None:
+    items = list(zip(_HASHES, _IMAGES, strict=True))
+    items[place] = (bytes(32), _IMAGES[place])
+    with pytest.raises(InvalidRequest, match="sha256") as caught:
+        await uploads.receive(_stream(items))
+    assert caught.value.field == "sha256"
+    assert bytes(32) not in store
+
+
+async def test_a_call_that_ends_early_gives_its_room_back(uploads: Uploads, store: MediaStore) -> None:
+    big = bytes(store.max_bytes)
+    request = pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(big), chunk=big[:10])
+
+    async def unfinished() -> AsyncIterator[pb.PutMediaRequest]:
+        yield request
+        with pytest.raises(QueueFull):  # the first call has all the room
+            await uploads.receive(_stream([(_HASHES[1], _IMAGES[1])]))
+        raise ConnectionError("the caller is gone")
+
+    with pytest.raises(ConnectionError):
+        await uploads.receive(unfinished())
+    with pytest.raises(ConnectionError):  # while its last item is looked at
+        await uploads.receive(_broken_off([(_HASHES[0], _IMAGES[0])]))
+    assert await uploads.receive(_stream([(_HASHES[2], _IMAGES[2])])) == [_HASHES[2]]
