@@ -1,18 +1,23 @@
 """Items that come in chunks, one checked while the next comes."""
 
 import hashlib
+import io
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+from PIL import Image
 
 from actor.config import ActorConfig
 from actor.media_store import MediaStore
 from actor.uploads import Uploads
 from common.errors import InvalidRequest, QueueFull
 from common.pb.rollout.v1 import rollout_pb2 as pb
-from tests.contract.conftest import png
 
-_IMAGES = [png(seed) for seed in range(3)]
+_IMAGES = []
+for shade in range(3):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(file, "PNG")
+    _IMAGES.append(file.getvalue())
 _HASHES = [hashlib.sha256(image).digest() for image in _IMAGES]
 
 
