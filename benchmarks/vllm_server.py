@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import generation
+from tests.launched import free_ports
 
 _START_S = 300.0
 _LAUNCHERS = {
@@ -23,7 +24,7 @@ _LAUNCHERS = {
 def serve(kind: str, model: Path, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """A server process of vLLM, "http" or "grpc"; its address once it answers."""
     settings = dict(generation.ENGINE)
-    port = _free_port()
+    port = free_ports(1)
     command = [
         *(sys.executable, "-m", _LAUNCHERS[kind]),
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
@@ -52,13 +53,6 @@ def serve(kind: str, model: Path, log: Path, environment: Mapping[str, str]) -> 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _await_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
