@@ -24,9 +24,7 @@ import torch.distributed as dist
 
 from common.types import EpochSpec
 
-# Whether a broadcast is through is looked at so often; less often once a wait has gone on for so long, since those who
-# wait have other work on the same cores.
-_POLL_S, _SLOW_POLL_S, _SLOW_AFTER_S = 0.0005, 0.005, 0.1
+_POLL_S = 0.0005
 # What a member of a chain passes on at a time.
 _CHUNK_BYTES = 2 * 2**20
 
@@ -105,11 +103,10 @@ class BroadcastGroup:
         return backend.broadcast([buffer], options)
 
     def _wait(self, work: Any) -> None:
-        started_at = time.monotonic()
         while not work.is_completed():  # not wait(): Gloo's cannot be interrupted by abort()
             if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
-            time.sleep(_POLL_S if time.monotonic() - started_at < _SLOW_AFTER_S else _SLOW_POLL_S)
+            time.sleep(_POLL_S)
         work.wait()
 
     def abort(self) -> None:
