@@ -17,14 +17,22 @@ from actor.uploads import Uploads
 from actor.validation import check_request
 from actor.weights import PolicyState
 from common import tracing
-from common.errors import Draining, EngineDead, InvalidRequest, Paused, QueueFull, TooLarge, WeightsPending
+from common.errors import (
+    RETRY_AFTER_S,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    Paused,
+    QueueFull,
+    TooLarge,
+    WeightsPending,
+)
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2_grpc
 from common.types import ActorState, Completion, PromptInfo, RolloutRequest, ServerInfo
 from common.wire import request_from_proto, response_to_proto, server_info_to_proto
 
 Context = Any  # grpc.aio.ServicerContext; nothing of it is used
-_RETRY_AFTER_S = 0.5
 # A response of some hundred KiB: large ones hold up the event loop.
 _MAX_TOKENS_PER_RESPONSE = 2**15
 _BYTES_PER_TOKEN = 8
@@ -130,7 +138,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         if n > limit:
             raise InvalidRequest("sampling.n", f"is {n}; this actor queues {limit} completions at most")
         if self._num_completions + n > limit:
-            raise QueueFull(_RETRY_AFTER_S, f"{self._num_completions} completions run or wait; the limit is {limit}")
+            raise QueueFull(RETRY_AFTER_S, f"{self._num_completions} completions run or wait; the limit is {limit}")
         self._num_completions += n
         self.idle.clear()
         try:

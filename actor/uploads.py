@@ -6,12 +6,11 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 
 from actor.media_store import MediaStore
-from common.errors import InvalidRequest, QueueFull, TooLarge
+from common.errors import RETRY_AFTER_S, InvalidRequest, QueueFull, TooLarge
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Frames, ServerLimits
 
-_RETRY_AFTER_S = 0.5
 _MAX_CHUNK_BYTES = 2**20
 _MAX_ITEMS_PER_CALL = 4096
 
@@ -111,7 +110,7 @@ class Uploads:
             raise TooLarge("num_bytes", f"is {upload.num_bytes}; the limit is {limit}")
         _check_frame_sizes(upload.frame_num_bytes, upload.num_bytes, self._limits.max_video_frames)
         if sum(other.num_bytes for other in self._under_way) + upload.num_bytes > self._store.max_bytes:
-            raise QueueFull(_RETRY_AFTER_S, f"{len(self._under_way)} uploads are under way")
+            raise QueueFull(RETRY_AFTER_S, f"{len(self._under_way)} uploads are under way")
         self._under_way[upload] = None
         return upload
 

@@ -15,6 +15,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "outrider"
 DETAILS_KEY = "grpc-status-details-bin"
+# What a server that is full says to everybody.
+RETRY_AFTER_S = 0.5
+
 # Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB.
 _MAX_MESSAGE_CHARS = 1024
 _MAX_VIOLATIONS = 32
