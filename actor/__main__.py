@@ -62,8 +62,6 @@ def _run(options: argparse.Namespace) -> NoReturn:
         check_model(config.model)
     configure(config.log_level)
 
-    import uvloop
-
     from actor.process import ActorProcess
     from common.lifecycle import end_process
     from common.rpc.server import reserve_port
@@ -73,7 +71,7 @@ def _run(options: argparse.Namespace) -> NoReturn:
         read_certificates(config.tls)  # mistakes show before the model loads
     reserved = reserve_port(config.listen, insecure=config.insecure, tls=config.tls is not None)
     process = ActorProcess(config, reserved)
-    end_process(uvloop.run(process.run()))
+    end_process(process.run())
 
 
 if __name__ == "__main__":

@@ -69,14 +69,22 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------------------ life
 
-    async def start(self) -> EngineInfo:
-        """Start vLLM's processes, load the model and generate once; tens of seconds."""
+    def load_model(self) -> None:
+        """Start vLLM's processes and load the model; tens of seconds. Call it before `start`, from the main thread.
+
+        A signal whose handler raises ends it there. vLLM, on a thread of its own, would go on.
+        """
         arguments = engine_arguments(self._model, self._config)
-        import transformers
-        import vllm
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(arguments)
+
+    async def start(self) -> EngineInfo:
+        """See `Engine.start`."""
+        import transformers
+        import vllm
+
+        assert self._engine is not None
         await self._engine.update_weight_version("0")
         if self._config.max_lora_rank:
             await self._updates.take_adapters()

@@ -11,8 +11,11 @@ import socket
 from types import FrameType
 from typing import NoReturn
 
+import uvloop
+
 from actor.config import ActorConfig, check_model
 from actor.engine import Engine, EngineInfo
+from actor.engine_thread import EngineThread
 from actor.server import ActorServer, model_name
 from common import tracing
 from common.lifecycle import Shutdown
@@ -34,30 +37,36 @@ class ActorProcess:
         host, _ = split_address(config.listen)
         self.address = join_address(host, reserved.getsockname()[1])
 
-    async def run(self) -> int:
+    def run(self) -> int:
         """Serve until a signal, the idle limit or the engine's death; the exit code."""
-        engine = self._make_engine()
-        # The engine may block the loop for a minute while it loads: the loop's own signal handlers would wait for it.
+        # Loading blocks for a minute: the loop's own signal handlers would wait for it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop_loading)
         log.info("loading", engine=self.config.engine)
         try:
-            info = await engine.start()
-            self._shutdown.install()
-            return await self._serve(engine, info)
+            return uvloop.run(self._run(self._loaded_engine()))
         finally:
             self._reserved.close()
-            await engine.stop()
             log.info("stopped")
 
-    def _make_engine(self) -> Engine:
+    def _loaded_engine(self) -> Engine:
         if self.config.engine == "fake":
             from actor.engine_fake import FakeEngine
 
             return FakeEngine(self.config.fake, self.actor_id)
         from actor.engine_vllm import VllmEngine  # seconds to import
 
-        return VllmEngine(check_model(self.config.model), self.config.vllm, self.actor_id)
+        engine = VllmEngine(check_model(self.config.model), self.config.vllm, self.actor_id)
+        engine.load_model()
+        return EngineThread(engine)
+
+    async def _run(self, engine: Engine) -> int:
+        try:
+            info = await engine.start()
+            self._shutdown.install()
+            return await self._serve(engine, info)
+        finally:
+            await engine.stop()
 
     async def _serve(self, engine: Engine, info: EngineInfo) -> int:
         stop_tracing = tracing.start("outrider-actor") if self.config.tracing else None

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,11 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
             with peer(model, folder, runner) as theirs:
                 of_peer = set(psutil.Process().children(recursive=True)) - of_actor
                 side = ActorSide(address, runner)
-                ours = _while_stopped(of_peer, side.generate)
+
+                def ours(*turn: Any) -> tuple[float, list[list[int]]]:
+                    with harness.stopped(of_peer):
+                        return side.generate(*turn)
+
                 comparisons = {
                     case: _measure(
                         case, int(case.partition("_")[2]), ours, theirs, pairs=options.pairs, goal=goals[case]
@@ -72,21 +76,6 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
                 }
                 side.close()
     harness.report(name, comparisons)
-
-
-def _while_stopped(others: Collection[psutil.Process], generate: Generate) -> Generate:
-    """`generate` without the others: vLLM's workers on CPUs look for work without a pause, also when there is none."""
-
-    def alone(name: str, images: list[bytes], sampling: dict[str, Any]) -> tuple[float, list[list[int]]]:
-        for process in others:
-            process.suspend()
-        try:
-            return generate(name, images, sampling)
-        finally:
-            for process in others:
-                process.resume()
-
-    return alone
 
 
 def _measure(

@@ -11,8 +11,11 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import psutil
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,18 @@ def require_close(what: str, value: float, expected: float, tolerance: float) ->
     """Raise `UnequalWorkError` unless `value` is within the relative `tolerance` of `expected`."""
     if abs(value - expected) > tolerance * abs(expected):
         raise UnequalWorkError(f"{what} is {value:.4g}, not {expected:.4g} within {tolerance:.0%}")
+
+
+@contextmanager
+def stopped(processes: Collection[psutil.Process]) -> Iterator[None]:
+    """Let them stand still: vLLM's workers on CPUs look for work without a pause, also when there is none."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def compare(

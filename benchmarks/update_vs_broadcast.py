@@ -28,7 +28,7 @@ def main() -> None:
             comparisons[case] = harness.compare(
                 case,
                 lambda world=world, size=megabytes: size / world.update()[0],  # type: ignore[misc]
-                lambda world=world, size=megabytes: size / world.broadcast([world.num_bytes]),  # type: ignore[misc]
+                lambda world=world, size=megabytes: size / world.broadcast(),  # type: ignore[misc]
                 pairs=options.pairs,
                 goal=GOAL,
                 unit="MB/s",

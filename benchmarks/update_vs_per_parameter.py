@@ -1,17 +1,28 @@
-"""A full update of a live actor against sending its parameters one by one, as TRL's vLLM client does it.
+"""A full update of a live actor against one, parameter by parameter, of vLLM's own server, as TRL's client makes it.
 
-As bytes/s. For each parameter TRL makes a call to the server, broadcasts the tensor, and waits at a barrier; so does
-the peer here, with a cheap gRPC call in place of an HTTP request. It leaves out gathering and loading, which ours has.
+As bytes/s. The peer does what `with client.weight_update(): client.update_named_param(name, tensor)` of TRL's
+`VLLMClient` does for each parameter: a request to the server and a broadcast beside it; vLLM loads each as it comes.
+Where TRL broadcasts with NCCL, this peer has the actor's Gloo: `gloo_weight_transfer`.
 """
 
 import argparse
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from benchmarks import harness
-from benchmarks.update_world import World
+import psutil
+import requests
+
+from benchmarks import harness, vllm_server
+from benchmarks.update_world import ENGINE, World
 
 GOAL = 5.0
+_TIMEOUT_S = 120.0
+_WORKER = "benchmarks.gloo_weight_transfer"
 
 
 def main() -> None:
@@ -22,17 +33,109 @@ def main() -> None:
     pairs: int = parser.parse_args().pairs
     with tempfile.TemporaryDirectory() as temporary, World(Path(temporary), 1) as world:
         megabytes = world.num_bytes / 1e6
-        sizes = world.parameter_sizes()
-        world.broadcast(sizes, with_calls=True)
-        comparison = harness.compare(
-            "one_receiver",
-            lambda: megabytes / world.update()[0],
-            lambda: megabytes / world.broadcast(sizes, with_calls=True),
-            pairs=pairs,
-            goal=GOAL,
-            unit="MB/s",
-        )
+        of_actor = set(psutil.Process().children(recursive=True))
+        with _server(Path(temporary)) as address, _Client(address, world) as client:
+            of_peer = set(psutil.Process().children(recursive=True)) - of_actor
+            harness.say("checking that the peer's weights arrive")
+            client.check()
+
+            def ours() -> float:
+                with harness.stopped(of_peer):
+                    return megabytes / world.update()[0]
+
+            comparison = harness.compare(
+                "one_receiver", ours, lambda: megabytes / client.update(), pairs=pairs, goal=GOAL, unit="MB/s"
+            )
     harness.report("update_vs_per_parameter", {"one_receiver": comparison})
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    harness.say("starting vLLM's server")
+    settings = {
+        **{name: value for name, value in ENGINE.items() if name != "enforce_eager"},
+        "kv_cache_gib": 1,
+        "max_images": 1,
+        "worker_extension_cls": f"{_WORKER}.WorkerExtension",
+        "weight_transfer_config": '{"backend": "gloo"}',
+    }
+    # Its endpoints for weights exist only so.
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    with vllm_server.serve(
+        "http", folder / "model", folder / "peer.log", environment, settings, "--enforce-eager"
+    ) as address:
+        yield address
+
+
+class _Client:
+    """What TRL's `VLLMClient` does with the model of `world`."""
+
+    def __init__(self, address: str, world: World) -> None:
+        from benchmarks.gloo_weight_transfer import group_spec
+        from common.collective import BroadcastGroup
+        from learner.weights.transport import TorchTransport
+
+        self._named_parameters = list(world.snapshot.trained.tensors())
+        self._url = f"http://{address}"
+        self._session = requests.Session()
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        transport = TorchTransport("127.0.0.1")
+        init_info = {
+            "master_address": "127.0.0.1",
+            "master_port": transport.port,
+            "rank_offset": 1,
+            "world_size": 2,
+        }
+        joined = self._executor.submit(self._post, "init_weight_transfer_engine", {"init_info": init_info})
+        self._group = BroadcastGroup(group_spec("127.0.0.1", transport.port), 0)
+        joined.result()
+
+    def __enter__(self) -> "_Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._group.abort()
+        self._session.close()
+        self._executor.shutdown()
+
+    def check(self) -> None:
+        """Raise `UnequalWorkError` unless an update gives the server its weights back after they were spoilt."""
+        baseline = self._checksums()
+        self._post("weight_checker", {"action": "reset"})
+        if self._checksums() == baseline:
+            raise RuntimeError("the server's weights were not spoilt")
+        self.update()
+        harness.require_equal("weights", self._checksums(), baseline)
+
+    def _checksums(self) -> Any:
+        return self._post("weight_checker", {"action": "checksum"})["checksums"]
+
+    def update(self) -> float:
+        """All parameters, one by one; seconds."""
+        started_at = time.perf_counter()
+        self._post("start_weight_update", {})
+        for name, tensor in self._named_parameters:
+            self._update_named_param(name, tensor)
+        self._post("finish_weight_update", {})
+        return time.perf_counter() - started_at
+
+    def _update_named_param(self, name: str, tensor: Any) -> None:
+        import torch
+
+        update_info = {
+            "names": [name],
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.")],
+            "shapes": [list(tensor.shape)],
+        }
+        answered = self._executor.submit(self._post, "update_weights", {"update_info": update_info})
+        self._group.broadcast(tensor.reshape(-1).view(torch.uint8))
+        answered.result()
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        response = self._session.post(f"{self._url}/{path}", json=body, timeout=_TIMEOUT_S)
+        if response.status_code != 200:
+            raise RuntimeError(f"{path}: {response.status_code} {response.text[:2000]}")
+        return response.json()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ with the real vLLM. Everything goes as in a run: gRPC for control, Gloo for the 
 """
 
 import asyncio
-import math
 import os
 import sys
 import time
@@ -104,7 +103,7 @@ class World:
             arguments = [*side, str(rank), str(self._num_actors + 1), str(self.num_bytes)]
             self._receivers.append(self._stack.enter_context(Process(arguments, self._folder / f"side-{rank}.log")))
         for receiver in self._receivers:
-            receiver.send({"join": True})
+            receiver.send({})
         self._group = BroadcastGroup(self._bare_spec(), 0)
         for receiver in self._receivers:
             receiver.receive()
@@ -112,7 +111,7 @@ class World:
         say(f"{self.num_bytes / 1e6:.0f} MB in {len(self.snapshot.trained.parameters)} tensors")
         for _ in range(2):
             self.update()
-            self.broadcast([self.num_bytes])
+            self.broadcast()
         return self
 
     def __exit__(
@@ -172,40 +171,18 @@ class World:
         for member in self._epoch.members:
             member.version = self.version
 
-    def parameter_sizes(self) -> list[int]:
-        """Bytes of each parameter that an update sends."""
-        from common.wire.weights import DTYPE_BYTES
-
-        return [math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in self.snapshot.trained.parameters]
-
-    def broadcast(self, sizes: Sequence[int], *, with_calls: bool = False) -> float:
-        """Send the same bytes to as many bare receivers, in pieces of these sizes; seconds.
-
-        `with_calls`: a call to each actor goes before each piece, and a barrier after it.
-        """
-        import torch
-
+    def broadcast(self) -> float:
+        """Send the same bytes to as many bare receivers, in one piece; seconds."""
         for receiver in self._receivers:
-            receiver.send({"sizes": list(sizes), "barrier": with_calls})
+            receiver.send({})
         started_at = time.perf_counter()
-        offset = 0
-        signal = torch.zeros(1, dtype=torch.uint8)
-        for size in sizes:
-            if with_calls:
-                self.run(self._call_all())
-            self._group.broadcast(self._flat[offset : offset + size])
-            if with_calls:
-                self._group.broadcast(signal)
-            offset += size
+        self._group.broadcast(self._flat)
         seconds = time.perf_counter() - started_at
         from common.checksum import checksum
 
         for receiver in self._receivers:
-            require_equal("bytes", receiver.receive()["checksum"], checksum(self._flat[:offset]))
+            require_equal("bytes", receiver.receive()["checksum"], checksum(self._flat))
         return seconds
-
-    async def _call_all(self) -> None:
-        await asyncio.gather(*(member.client.status() for member in self._epoch.members))
 
     def _take(self) -> Any:
         taken = self._snapshotter.take(self.version)

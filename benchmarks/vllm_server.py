@@ -21,9 +21,16 @@ _LAUNCHERS = {
 
 
 @contextmanager
-def serve(kind: str, model: Path, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """A server process of vLLM, "http" or "grpc"; its address once it answers."""
-    settings = dict(generation.ENGINE)
+def serve(
+    kind: str,
+    model: Path,
+    log: Path,
+    environment: Mapping[str, str],
+    settings: Mapping[str, object] = generation.ENGINE,
+    *flags: str,
+) -> Iterator[str]:
+    """A server process of vLLM, "http" or "grpc", with these settings of its engine; its address once it answers."""
+    settings = dict(settings)
     port = free_ports(1)
     command = [
         *(sys.executable, "-m", _LAUNCHERS[kind]),
@@ -41,6 +48,7 @@ def serve(kind: str, model: Path, log: Path, environment: Mapping[str, str]) -> 
     }
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
+    command += flags
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
     try:

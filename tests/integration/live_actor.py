@@ -71,6 +71,7 @@ class LiveActor:
 
     async def start(self) -> None:
         """Load the model; tens of seconds."""
+        self.engine.load_model()
         self.info = await self.engine.start()
         self.policy.loaded(standalone=True)
 
