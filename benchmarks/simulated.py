@@ -180,8 +180,8 @@ def train(
 ) -> Run:
     """One run from version 0 to its last step, with these sections of the configuration: `rollout`, `trainer`, ...
 
-    Completion i of the prompt at place s of the data order samples from seed `s * n + i`. `on_step` is called after each
-    step, with the version that it led to and the groups that it has trained.
+    Completion i of the prompt at place s of the data order samples from seed `s * n + i`.
+    `on_step` is called after each step, with the version that it led to and the groups that it has trained.
     """
     run_dir.mkdir(parents=True)
     config = parse_config(

@@ -2,7 +2,8 @@
 
 Six actors with the fake engine, the learner's own loop; in each step, at a random moment, one of the actors gets
 SIGKILL, and is started again a little later. Every trained completion is held against what an engine here makes of its
-prompt, every place of the data order must have been trained once or dropped for a counted reason (tests/kills/books.py).
+prompt, and every place of the data order must have been trained once or dropped for a counted reason:
+tests/kills/books.py.
 """
 
 import argparse

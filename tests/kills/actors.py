@@ -5,7 +5,6 @@ torch itself: it is begun before the learner's own imports.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import sys

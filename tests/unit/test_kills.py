@@ -31,16 +31,17 @@ def sampled(sequence: int) -> Group:
     """As an actor of version 0 would have sampled it."""
     sample = PROMPTS[Ledger(0, len(PROMPTS)).row(sequence)]
     sampling = SamplingParams(n=N, max_tokens=7, seed=sequence * N)
+    request = EngineRequest(f"g{sequence}", ChatPrompt(sample.messages), (), sampling)
 
     async def generate() -> list[PromptInfo | list[Completion]]:
         engine = FakeEngine(CONFIG, "a1")
-        return [e async for e in engine.generate(EngineRequest("g", ChatPrompt(sample.messages), (), sampling))]
+        return [e async for e in engine.generate(request)]
 
     prompt, *parts = asyncio.run(generate())
     assert isinstance(prompt, PromptInfo)
     completions = sorted((c for part in parts for c in part), key=lambda c: c.index)
     processed = FakeModelProcessor().process(sample)
-    return Group("g", sequence, sample, processed, prompt, tuple(completions), np.zeros(N, np.float32))
+    return Group(f"g{sequence}", sequence, sample, processed, prompt, tuple(completions), np.zeros(N, np.float32))
 
 
 def finished(*groups: Group, again: int = 0, **line: Any) -> Run:
@@ -50,9 +51,7 @@ def finished(*groups: Group, again: int = 0, **line: Any) -> Run:
         ledger.next_sequence()
     ledger.mark_trained([group.sequence for group in groups])
     dropped = {"STALE": again} if again else {}
-    steps = [
-        {"sequences": [g.sequence], "num_tokens": num_tokens(g), "groups_dropped": dropped} | line for g in groups
-    ]
+    steps = [{"sequences": [g.sequence], "num_tokens": num_tokens(g), "groups_dropped": dropped} | line for g in groups]
     return Run(tuple(steps), (0,) * len(groups), (0.0,) * len(groups), ledger)
 
 
@@ -75,7 +74,7 @@ def first(group: Group, **changes: Any) -> Group:
 
 
 WRONG: dict[str, tuple[Callable[[Group], Group], str]] = {
-    "a token": (lambda g: first(g, token_ids=np.roll(g.completions[0].token_ids, 1)), "not what the engine makes"),
+    "a token": (lambda g: first(g, token_ids=g.completions[0].token_ids + 1), "not what the engine makes"),
     "a logprob": (lambda g: first(g, logprobs=g.completions[0].logprobs * 1.001), "not what the engine makes"),
     "a row": (lambda g: dataclasses.replace(g, sample=PROMPTS[(g.sample.row + 1) % 100]), "is of row"),
     "a seed": (lambda g: dataclasses.replace(g, completions=sampled(5).completions), "not what the engine makes"),
