@@ -34,7 +34,8 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     preload()
 
-    from tests.kills.run import Broken, run
+    from tests.kills.books import Broken
+    from tests.kills.run import run
 
     folder = options.keep or Path(tempfile.mkdtemp(prefix="kills-"))
     folder.mkdir(parents=True, exist_ok=True)

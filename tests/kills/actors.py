@@ -1,7 +1,7 @@
 """Actors that start in a moment: `python -m actor`, forked from a process that has imported all that it needs.
 
-That process, multiprocessing's forkserver, has one thread and no gRPC, so that nothing is lost in a fork. Imports no
-torch itself: it is begun before the learner's own imports.
+That process, multiprocessing's forkserver, has one thread and nothing of gRPC but its code: nothing is lost in a fork.
+This module imports no torch: the forkserver is begun before the learner's own imports.
 """
 
 import json

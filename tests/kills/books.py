@@ -30,7 +30,7 @@ from tests.reward_functions import has_no_opinion
 # What may become of a group beside being trained.
 _REASONS = {"REWARD_RAISED", "ATTEMPTS_EXHAUSTED"}
 # In the metrics: groups that were sampled again, which are no losses.
-_AGAIN = "STALE"
+AGAIN = "STALE"
 
 
 class Broken(Exception):  # noqa: N818 - says what became of it
@@ -102,7 +102,7 @@ class Books:
         _require(run.sequences == sorted(self._trained), "the metrics say that others were trained")
         _require(run.num_tokens == self._num_tokens, f"{run.num_tokens} tokens were trained, not {self._num_tokens}")
         _require(ledger.dropped.keys() <= _REASONS, f"groups were dropped for {sorted(ledger.dropped)}")
-        counted = {reason: num for reason, num in run.steps[-1]["groups_dropped"].items() if reason != _AGAIN}
+        counted = {reason: num for reason, num in run.steps[-1]["groups_dropped"].items() if reason != AGAIN}
         told = {reason: len(sequences) for reason, sequences in ledger.dropped.items()}
         _require(counted == told, f"the metrics count {counted} dropped, the ledger {told}")
         refused = {sequence for sequence in ended if has_no_opinion(str(self._row(sequence)))}

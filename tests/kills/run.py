@@ -15,7 +15,7 @@ from actor.config import FakeConfig
 from benchmarks.simulated import make_prompts, train
 from learner.types import Group
 from tests.kills.actors import actors_at, served_versions
-from tests.kills.books import Books, Broken
+from tests.kills.books import AGAIN, Books, Broken
 from tests.kills.killer import Killer
 from tests.launched import free_ports
 
@@ -41,7 +41,7 @@ class Outcome:
     dropped: dict[str, int]
     """Groups, by reason."""
     retries: dict[str, int]
-    """Groups that were sent again, by reason."""
+    """Groups that were sampled again, by reason."""
     seconds: float
     longest_gap_s: float
     """Between two steps."""
@@ -93,11 +93,12 @@ def run(num_kills: int, num_actors: int, seed: int, folder: Path) -> Outcome:
     finally:
         signal.alarm(0)
     books.check_end(done, served_versions(folder))
+    last = done.steps[-1]
     return Outcome(
         num_kills=killer.num_begun,
         num_trained=books.num_trained,
         dropped={reason: len(sequences) for reason, sequences in done.ledger.dropped.items()},
-        retries=done.steps[-1]["groups_resent"],
+        retries=last["groups_resent"] | {AGAIN: last["groups_dropped"].get(AGAIN, 0)},
         seconds=done.seconds,
         longest_gap_s=max(step["step_s"] for step in done.steps[1:]),
     )
