@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kills.actors import Actor, ActorEnded
 from tests.kills.run import BATCH, PEACE
 from tests.launched import launching
 
@@ -28,3 +29,12 @@ def test_each_group_is_trained_once_or_dropped_while_actors_are_killed(tmp_path:
     assert (killed, trained) == (NUM_KILLS, (NUM_KILLS + PEACE) * BATCH)
     assert dropped.keys() <= {"REWARD_RAISED", "ATTEMPTS_EXHAUSTED"}
     assert again["UNREACHABLE"] >= NUM_KILLS
+
+
+def test_an_actor_that_ends_by_itself_is_found(tmp_path: Path) -> None:
+    actor = Actor("127.0.0.1:0", "actor-0", tmp_path, ["fake.mean_tokens=0"])
+    actor.start()
+    actor._process.join(30)
+    with pytest.raises(ActorEnded, match=r"ended by itself with 2: actor: .*mean_tokens"):
+        actor.kill()
+    actor.kill()  # nobody is there any more
