@@ -19,7 +19,7 @@ PROMPT = "prompt.json"
 
 
 def make_engine(self: process.ActorProcess) -> Engine:
-    """In place of `ActorProcess._make_engine`."""
+    """In place of `ActorProcess._loaded_engine`."""
     fields = json.loads((check_model(self.config.model) / PROMPT).read_text())
     prompt = DigitsPrompt(tuple(fields["ids"]), tuple(fields["placeholders"]))
     engine = DigitsEngine(self.config.fake, self.actor_id, prompt)
@@ -28,5 +28,5 @@ def make_engine(self: process.ActorProcess) -> Engine:
 
 
 if __name__ == "__main__":
-    process.ActorProcess._make_engine = make_engine  # type: ignore[method-assign]
+    process.ActorProcess._loaded_engine = make_engine  # type: ignore[method-assign]
     sys.exit(main())
