@@ -34,7 +34,7 @@ class Doubled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(4))
-        self.weight.weight_loader = self.weight_loader
+        self.weight.weight_loader = self.weight_loader  # type: ignore[attr-defined]
 
     def weight_loader(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
         parameter.data.copy_(2 * loaded)
