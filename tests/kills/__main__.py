@@ -9,11 +9,11 @@ tests/kills/books.py.
 import argparse
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.lifecycle import end_process
 from tests.kills.actors import ActorEnded, preload
 
 if TYPE_CHECKING:
@@ -59,4 +59,4 @@ def _line(outcome: "Outcome") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
