@@ -10,7 +10,7 @@ late or corrupt update never touches the model. Two buffers take turns: one is r
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
 import torch
@@ -56,6 +56,8 @@ class WeightReceiver:
         self._memory = _Memory()
         self._kept = KeptBuckets()
         self._receiving: Future[tuple[int, ...]] | None = None
+        # Always the same thread: glibc's malloc gives each thread memory of its own, and keeps what becomes free there.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="stage")
         self._lock = threading.Lock()
 
     @property
@@ -106,15 +108,17 @@ class WeightReceiver:
 
         def job() -> tuple[int, ...]:
             results: list[Future[int]] = []
-            with ThreadPoolExecutor(1, thread_name_prefix="stage") as worker:
+            try:
                 for i, bucket in enumerate(manifest.buckets):
                     if i >= _NUM_BUFFERS:
                         results[i - _NUM_BUFFERS].result()  # its buffer is free
                     buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
                     group.broadcast(buffer)
-                    results.append(worker.submit(work, buffer, i))
+                    results.append(self._worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)
-                worker.submit(staging.finish).result()
+                self._worker.submit(staging.finish).result()
+            finally:
+                wait(results)  # what fails leaves nobody at work on the buffers
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")

@@ -103,6 +103,8 @@ class ShadowModel:
                 if not layer.is_loaded:
                     layer.follow(shared)
                 self._swaps += layer.finish()
+        for layer in self._layers.values():
+            layer.forget_loaders()
 
     def swap(self) -> None:
         """Make it live."""
@@ -192,6 +194,13 @@ class _ShadowLayer:
         ]
         return swaps
 
+    def forget_loaders(self) -> None:
+        """Nothing more is loaded. Loaders refer to their layer, and it to the tensors that have them: memory of a whole
+        model would wait for the garbage collector, after each update.
+        """
+        for tensor in get_layer_tensors(self.shadow).values():
+            tensor.__dict__.clear()
+
     def _loadable(self, name: str, tensor: torch.Tensor) -> Any:
         """A tensor of the meta device that knows how it is loaded into this layer."""
         meta: Any = restore_layer_refs(to_meta_tensor(tensor), self.shadow)
@@ -199,20 +208,20 @@ class _ShadowLayer:
         return meta
 
     def _loader(self, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        def load_into_shadow(*arguments: Any, **options: Any) -> Any:
-            self._materialize()
-            real: Any = get_layer_tensors(self.shadow)[name]
-            real.weight_loader = load  # loaders look at it
-            with CopyCounter() as counter:
-                # The model passes the parameter first: maybe that of the meta device still.
-                result = load(real, *arguments[1:], **options)
-            real.weight_loader = load_into_shadow
-            self._num_loaded[name] += min(counter.copied_numel, get_tensor_load_numel(real))
-            if not self._missing():
-                self._process()
-            return result
+        return functools.partial(self._load, name, load)
 
-        return load_into_shadow
+    def _load(self, name: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self._materialize()
+        real: Any = get_layer_tensors(self.shadow)[name]
+        real.weight_loader = load  # loaders look at it
+        with CopyCounter() as counter:
+            # The model passes the parameter first: maybe that of the meta device still.
+            result = load(real, *arguments[1:], **options)
+        real.weight_loader = self._loader(name, load)
+        self._num_loaded[name] += min(counter.copied_numel, get_tensor_load_numel(real))
+        if not self._missing():
+            self._process()
+        return result
 
     def _materialize(self) -> None:
         """Real tensors, with what is live in them, so that a part of a layer can be updated."""

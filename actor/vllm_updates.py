@@ -13,7 +13,7 @@ from common.types import EpochSpec, Manifest
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_POLL_S = 0.002
+_POLL_S = 0.01
 
 
 class VllmUpdates:

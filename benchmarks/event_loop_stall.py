@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(name)
         model, port = build_model(folder / "model", seed=0), free_ports(1)
         listen = f"metrics_listen=127.0.0.1:{port}"
-        with vllm_actor(model, folder / "actor.log", generation.ENGINE, listen) as address:
+        with vllm_actor(model, folder / "actor.log", {**generation.ENGINE, "cpu_cores": repr("0")}, listen) as address:
             harness.say("warming up")
             runner.run(_load(address, 10.0, 0))
             ratios: dict[str, list[float]] = {case: [] for case in METRICS}

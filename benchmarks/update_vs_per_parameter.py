@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     pairs: int = parser.parse_args().pairs
     with tempfile.TemporaryDirectory() as temporary, World(Path(temporary), 1) as world:
-        megabytes = world.num_bytes / 1e6
+        megabytes: float = world.num_bytes / 1e6
         of_actor = set(psutil.Process().children(recursive=True))
         with _server(Path(temporary)) as address, _Client(address, world) as client:
             of_peer = set(psutil.Process().children(recursive=True)) - of_actor

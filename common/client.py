@@ -35,7 +35,7 @@ from common.types import (
     ServerInfo,
 )
 
-CHUNK_BYTES = 512 * 1024
+CHUNK_BYTES = 2**20
 # Hashes of media that an actor is believed to hold; a wrong belief costs one round trip.
 _MAX_KNOWN_MEDIA = 65536
 # The server's own error, with its reason, should arrive before the deadline of the call.

@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import threading
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -141,22 +140,25 @@ class Control:
     def take_batch(self, version: int) -> list[Group]:
         """Wait for the groups of one step. Raises what broke the rollouts."""
         trainer = self._config.trainer
-        started_at = time.monotonic()
         try:
-            groups = self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+            return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
         except BufferClosed:
             self._raise_failure()
             raise
-        self._metrics.took_batch(groups, version, time.monotonic() - started_at)
-        return groups
 
     def finish_step(
-        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group]
+        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group], wait_s: float
     ) -> None:
         """These groups gave `version`: no resumed run trains them again, and generation may go on.
 
-        `skipped`: those whose gradient was not finite. Nothing was learned from them, and they are counted as dropped.
+        Args:
+            groups: of the batch.
+            version: that the step led to.
+            snapshot: of that version.
+            skipped: those whose gradient was not finite. Nothing was learned from them; they are counted as dropped.
+            wait_s: how long the trainer had to wait for them.
         """
+        self._metrics.trained(groups, version, wait_s)
         dropped = {group.sequence for group in skipped}
         for sequence in dropped:
             self._ledger.mark_dropped(sequence, "STEP_SKIPPED")

@@ -4,7 +4,7 @@
 |---|---|---|
 | `outrider_learner_batch_wait_seconds` | histogram | how long the trainer starved for a batch |
 | `outrider_learner_group_staleness` | histogram | versions that a trained group was behind |
-| `outrider_learner_policy_version` | gauge | version that trains |
+| `outrider_learner_policy_version` | gauge | optimizer steps taken |
 | `outrider_learner_actors` | gauge by `state` | actors in each state, `unreachable` too |
 | `outrider_learner_running_groups` | gauge | being sampled |
 | `outrider_learner_buffered_groups` | gauge | finished, waiting for the trainer |
@@ -48,17 +48,17 @@ class LearnerMetrics:
         self._staleness = self._histogram("group_staleness", "Versions that a trained group was behind.", _VERSIONS)
         self._stage_s = self._histogram("update_stage_seconds", "Until all actors had staged an update.", _SECONDS)
         self._pause_s = self._histogram("update_pause_seconds", "Longest pause of generation of an update.", _SECONDS)
-        self._version = Gauge(f"{_PREFIX}policy_version", "Policy version that trains.", registry=self.registry)
+        self._version = Gauge(f"{_PREFIX}policy_version", "Optimizer steps taken.", registry=self.registry)
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
         self.registry.register(_Asked(members, stats, num_buffered))
 
-    def took_batch(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
-        """The trainer got what it trains `version` with."""
+    def trained(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
+        """The step that led to `version` is done; the trainer had waited for its groups."""
         self._version.set(version)
         self._wait_s.observe(wait_s)
         for group in groups:
-            self._staleness.observe(version - group.oldest_version)
+            self._staleness.observe(version - 1 - group.oldest_version)
 
     def fleet_event(self, event: FleetEvent) -> None:
         """A transition of an actor."""

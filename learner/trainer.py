@@ -1,11 +1,11 @@
 """The training loop, on every rank.
 
-    take_batch -> advantages -> pack -> scatter -> train_step -> snapshot -> publish -> (checkpoint) -> (evaluate)
-     rank 0       rank 0        rank 0   all        all           all         rank 0     all             rank 0
+    next batch -> scatter -> train_step -> snapshot -> publish -> (checkpoint) -> (evaluate)
+     rank 0        all        all           all         rank 0     all             rank 0
 
 | waits for | unblocked by |
 |---|---|
-| `take_batch` | enough finished groups, fresh enough |
+| the next batch (`learner.feed`) | enough finished groups, fresh enough; packed while the step before ran |
 | collectives of a step | the other ranks |
 | `evaluate` | the held-out completions |
 
@@ -14,32 +14,20 @@ next batch cannot start before its actors have the new version, so the same loop
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-import torch
 
 from common.log import get_logger
-from common.types import FloatArray
-from learner.algorithms.advantages import advantages
-from learner.algorithms.shaping import overlong_penalty
-from learner.batch.packing import pack_batch
-from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.distributed import Ranks
+from learner.feed import BatchFeed
 from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Reporter
 from learner.step import StepStats, merge_stats
-from learner.types import Group
 
 log = get_logger(__name__)
-
-T = TypeVar("T")
 
 # Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
@@ -70,6 +58,15 @@ class Trainer:
         self._policy = policy
         self._run_dir = run_dir
         self._zero = zero
+        self._feed: BatchFeed | None = None
+        if zero is not None:
+            self._feed = BatchFeed(
+                config,
+                zero.control,
+                num_ranks=ranks.num_ranks,
+                placeholder_ids=policy.placeholder_ids,
+                cost=policy.cost,
+            )
         self._num_skipped = 0
 
     def run(self) -> Path:
@@ -97,61 +94,22 @@ class Trainer:
 
     def _step(self) -> None:
         started_at = time.monotonic()
-        groups = self._zero.control.take_batch(self._policy.version) if self._zero is not None else []
+        batch = self._feed.next(self._policy.version) if self._feed is not None else None
         wait_s = time.monotonic() - started_at
-        updates = self._policy.step(self._pack(groups))
+        updates = self._policy.step(batch.parts if batch is not None else None)
         stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
         snapshot = self._policy.snapshot()
-        if self._zero is not None and snapshot is not None:
+        if self._zero is not None and batch is not None and snapshot is not None:
             control = self._zero.control
             skipped = [
                 group
-                for mini_batch, of_mini_batch in zip(self._mini_batches(groups), updates, strict=True)
+                for mini_batch, of_mini_batch in zip(batch.mini_batches, updates, strict=True)
                 if all(update.skipped for update in of_mini_batch)
                 for group in mini_batch
             ]
-            control.finish_step(groups, self._policy.version, snapshot, skipped=skipped)
-            self._zero.reporter.step(self._policy.version, groups, stats, control.stats(), wait_s=wait_s)
+            control.finish_step(batch.groups, self._policy.version, snapshot, skipped=skipped, wait_s=wait_s)
+            self._zero.reporter.step(self._policy.version, batch.groups, stats, control.stats(), wait_s=wait_s)
         self._stop_if_wrong(stats)
-
-    def _mini_batches(self, batch: Sequence[T]) -> list[Sequence[T]]:
-        """The batch, or what belongs to its groups, in parts of one optimizer step each."""
-        size = self._config.trainer.mini_batch_prompts or len(batch)
-        return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-    def _pack(self, groups: Sequence[Group]) -> list[list[torch.Tensor]] | None:
-        """Rank 0: each mini-batch as one flat tensor for each rank."""
-        if self._zero is None:
-            return None
-        for group in groups:
-            if group.prompt.suppressed_token_ids != self._policy.placeholder_ids:
-                raise ParityError(
-                    f"the actor masks the placeholder ids {group.prompt.suppressed_token_ids}, the learner "
-                    f"{self._policy.placeholder_ids}: they run different models"
-                )
-        values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
-        num_copies = self._config.trainer.sequence_parallel_size
-        encoded: list[list[torch.Tensor]] = []
-        for mini_batch, of_mini_batch in zip(self._mini_batches(groups), self._mini_batches(values), strict=True):
-            packs = pack_batch(
-                mini_batch,
-                of_mini_batch,
-                num_ranks=self._ranks.num_ranks // num_copies,
-                max_tokens=self._config.trainer.max_tokens_per_micro_batch * num_copies,
-                filler=self._zero.control.processor.filler,
-                cost=self._policy.cost,
-            )
-            parts = [encode_packs(of_group) for of_group in packs]
-            encoded.append([part for part in parts for _ in range(num_copies)])  # neighbours share their sequences
-        return encoded
-
-    def _shaped_rewards(self, group: Group) -> FloatArray:
-        settings = self._config.algorithm
-        if not settings.overlong_buffer:
-            return group.rewards
-        lengths = np.array([len(completion.token_ids) for completion in group.completions])
-        punishment = overlong_penalty(lengths, self._config.rollout.max_tokens, settings.overlong_buffer)
-        return group.rewards + np.float32(settings.overlong_penalty) * punishment
 
     def _stop_if_wrong(self, stats: StepStats) -> None:
         step = self._policy.version - 1

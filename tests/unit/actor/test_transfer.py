@@ -1,6 +1,7 @@
 """The receiving end over a real process group: what is staged is what was sent, whole or as a delta."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -26,11 +27,14 @@ class Recording:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_finished = False
+        self.threads: set[int] = set()
 
     def add(self, tensors: NamedTensors) -> None:
+        self.threads.add(threading.get_ident())
         self.tensors |= {name: tensor.clone() for name, tensor in tensors}
 
     def finish(self) -> None:
+        self.threads.add(threading.get_ident())
         self.is_finished = True
 
 
@@ -114,6 +118,18 @@ def test_every_update_arrives_whole(wire: Wire) -> None:
         staging, result = wire.send(manifest_of(buffers, version), buffers)
         check(staging, result, version)
         assert wire.receiver.take(version, Recording) is staging
+
+
+def test_one_thread_works_on_all_updates(wire: Wire) -> None:
+    """What malloc keeps for a thread would stay behind with each: a model's worth of memory, and again and again."""
+    threads = set()
+    for version in (1, 2):
+        staging, result = wire.send(manifest_of(weights(version), version), weights(version))
+        check(staging, result, version)
+        threads |= staging.threads
+        wire.close()
+        wire.open()
+    assert len(threads) == 1
 
 
 def test_deltas_follow_a_full_update_and_each_other_over_epochs(wire: Wire) -> None:

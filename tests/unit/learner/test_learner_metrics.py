@@ -25,7 +25,7 @@ def make_metrics() -> LearnerMetrics:
 
 def test_values() -> None:
     metrics = make_metrics()
-    metrics.took_batch([make_group(0, version=4), make_group(1, version=6)], 6, wait_s=1.5)
+    metrics.trained([make_group(0, version=4), make_group(1, version=6)], 7, wait_s=1.5)
     metrics.updated(UpdateTimes(stage_s=2.0, pause_s=0.25))
     metrics.update_failed()
     metrics.fleet_event(FleetEvent("left", "a", "a#1", None, "reset"))
@@ -33,7 +33,7 @@ def test_values() -> None:
     def value(name: str, **labels: str) -> float | None:
         return metrics.registry.get_sample_value(f"outrider_learner_{name}", labels)
 
-    assert value("policy_version") == 6
+    assert value("policy_version") == 7
     assert value("batch_wait_seconds_sum") == 1.5
     assert (value("group_staleness_sum"), value("group_staleness_count")) == (2, 2)
     assert (value("update_stage_seconds_sum"), value("update_pause_seconds_sum")) == (2.0, 0.25)

@@ -1,0 +1,117 @@
+"""Batches for the trainer, taken and packed in a thread while the batch before trains.
+
+    buffer --take--> groups --advantages--> --pack--> one flat tensor for each rank and mini-batch
+
+Packing takes as long as a good part of a step where completions are many; the devices need not wait for it.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from common.types import FloatArray
+from learner.algorithms.advantages import advantages
+from learner.algorithms.shaping import overlong_penalty
+from learner.batch.balance import ModelCost
+from learner.batch.packing import pack_batch
+from learner.batch.transport import encode_packs
+from learner.config import LearnerConfig
+from learner.control import Control
+from learner.types import Group
+
+T = TypeVar("T")
+
+
+class OtherModelError(RuntimeError):
+    """The actors run another model than the learner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The groups of one step, in mini-batches of one optimizer step each; `parts`: each as a tensor for each rank."""
+
+    mini_batches: list[Sequence[Group]]
+    parts: list[list[torch.Tensor]]
+
+    @property
+    def groups(self) -> list[Group]:
+        """All of them."""
+        return [group for mini_batch in self.mini_batches for group in mini_batch]
+
+
+class BatchFeed:
+    """Of rank 0. `next` gives the batch of one version after the other; what went wrong on the way is raised there."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        control: Control,
+        *,
+        num_ranks: int,
+        placeholder_ids: tuple[int, ...],
+        cost: ModelCost,
+    ) -> None:
+        """`placeholder_ids`: what the model cannot sample. `cost`: of its layers, so that ranks get equal work."""
+        self._config = config
+        self._control = control
+        self._num_ranks = num_ranks
+        self._placeholder_ids = placeholder_ids
+        self._cost = cost
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._coming: tuple[int, Future[Batch]] | None = None
+
+    def next(self, version: int) -> Batch:
+        """Wait for the batch that is trained at `version`; the one after it is begun."""
+        if self._coming is None or self._coming[0] != version:
+            self._coming = version, self._thread.submit(self._make, version)
+        batch = self._coming[1].result()
+        self._coming = None
+        if version + 1 < self._config.trainer.total_steps:
+            self._coming = version + 1, self._thread.submit(self._make, version + 1)
+        return batch
+
+    def _make(self, version: int) -> Batch:
+        groups = self._control.take_batch(version)
+        self._check(groups)
+        values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
+        mini_batches = self._split(groups)
+        return Batch(mini_batches, [self._pack(*pair) for pair in zip(mini_batches, self._split(values), strict=True)])
+
+    def _split(self, batch: Sequence[T]) -> list[Sequence[T]]:
+        size = self._config.trainer.mini_batch_prompts or len(batch)
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def _check(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            if group.prompt.suppressed_token_ids != self._placeholder_ids:
+                raise OtherModelError(
+                    f"the actor masks the placeholder ids {group.prompt.suppressed_token_ids}, the learner "
+                    f"{self._placeholder_ids}: they run different models"
+                )
+
+    def _pack(self, groups: Sequence[Group], values: Sequence[FloatArray]) -> list[torch.Tensor]:
+        """One flat tensor for each rank."""
+        trainer = self._config.trainer
+        num_copies = trainer.sequence_parallel_size
+        packs = pack_batch(
+            groups,
+            values,
+            num_ranks=self._num_ranks // num_copies,
+            max_tokens=trainer.max_tokens_per_micro_batch * num_copies,
+            filler=self._control.processor.filler,
+            cost=self._cost,
+        )
+        parts = [encode_packs(of_group) for of_group in packs]
+        return [part for part in parts for _ in range(num_copies)]  # neighbours share their sequences
+
+    def _shaped_rewards(self, group: Group) -> FloatArray:
+        settings = self._config.algorithm
+        if not settings.overlong_buffer:
+            return group.rewards
+        lengths = np.array([len(completion.token_ids) for completion in group.completions])
+        punishment = overlong_penalty(lengths, self._config.rollout.max_tokens, settings.overlong_buffer)
+        return group.rewards + np.float32(settings.overlong_penalty) * punishment

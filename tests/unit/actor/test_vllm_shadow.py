@@ -1,0 +1,73 @@
+"""An update beside a live model, with layers that vLLM does not pack: those of the other kinds are in the integration
+tests, with a real engine."""
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from actor.vllm_shadow import ShadowModel
+
+
+class Model(nn.Module):
+    """Two layers, one of which has a weight loader that is a method of its own, as vLLM's have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(3, 2)
+        self.doubled = Doubled()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            parameter = parameters[name]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.weight.weight_loader = self.weight_loader  # type: ignore[attr-defined]
+
+    def weight_loader(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        parameter.data.copy_(2 * loaded)
+
+
+def test_nothing_is_live_before_the_swap_and_nothing_is_left_behind_it() -> None:
+    model = Model()
+    record_metadata_for_reloading(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    new = {name: torch.rand_like(parameter) for name, parameter in before.items()}
+    with _without_garbage_collection():
+        shadow = ShadowModel(model, VllmConfig())
+        shadow.add(list(new.items()))
+        shadow.finish()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
+        shadow.swap()
+        left = weakref.ref(shadow)
+        layers = [weakref.ref(layer) for layer in shadow._layers.values()]
+        del shadow
+        assert left() is None
+        assert [layer() for layer in layers] == [None] * 3
+    for name, parameter in model.named_parameters():
+        expected = 2 * new[name] if name.startswith("doubled") else new[name]
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
+    assert vars(model.doubled.weight) == {"weight_loader": model.doubled.weight_loader}
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
