@@ -21,8 +21,6 @@ from tests.launched import read_metrics
 T = TypeVar("T")
 
 NODES = ("node-0", "node-1")
-# From the start of a process to its first useful act, on a busy machine.
-START_S = 300.0
 _PORT = 50051
 
 
@@ -147,14 +145,14 @@ class Job:
             time.sleep(0.05)
         return value
 
-    def until_whole(self, timeout_s: float = START_S) -> float:
+    def until_whole(self, timeout_s: float | None = None) -> float:
         """Wait until all actors have the newest version; when that was."""
         after = time.time()
 
         def whole() -> float | None:
             return next((p.at for p in self.published(after) if p.num_actors == len(self.actors)), None)
 
-        return self.until(whole, timeout_s, "an update of all actors")
+        return self.until(whole, timeout_s or self.setup.start_s, "an update of all actors")
 
     def until_compared(self) -> float:
         """Wait until logprobs of each actor have been compared with the learner's; the largest difference.
@@ -171,7 +169,7 @@ class Job:
             is_each = seen == {self._address(actor) for actor in self.actors}
             return max(float(line["max_abs_diff"]) for line in lines) if is_each else None
 
-        diff = self.until(largest, START_S, "a comparison with the logprobs of each actor")
+        diff = self.until(largest, self.setup.start_s, "a comparison with the logprobs of each actor")
         assert 0 < diff <= MAX_PARITY_DIFF, f"logprobs of learner and actors differ by {diff}"
         return diff
 
@@ -187,7 +185,7 @@ class Job:
     def finish(self, num_steps: int) -> None:
         """Have another learner take so many steps more, to the end of the run."""
         self.start_learner(1, self.newest() + num_steps)
-        self.until(lambda: self.learner_ended, START_S, "the end of the run")
+        self.until(lambda: self.learner_ended, self.setup.start_s, "the end of the run")
         assert (self.run_dir / "summary.json").exists(), self.nodes[0].said
 
     def stop_learner(self) -> None:

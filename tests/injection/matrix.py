@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tests.injection.fault import Kind, Phase
-from tests.injection.job import START_S, Job
+from tests.injection.job import Job
 from tests.injection.machines import Machine
 
 Victim = Literal["actor", "rank-0", "rank-1"]
@@ -94,7 +94,7 @@ def _recovers(job: Job, cell: Cell) -> Outcome:
     if cell.phase == "open":  # an actor that goes has the others meet again
         job.actors[0].kill()
         job.start_actor(job.actors[0])
-    at = job.until(lambda: victim.happened_at(cell.rank), START_S, f"{cell} happens")
+    at = job.until(lambda: victim.happened_at(cell.rank), job.setup.start_s, f"{cell} happens")
     if cell.rank is None:
         return _actor_recovers(job, cell, victim, at)
     if cell.kind in ("slow", "corrupt"):
@@ -136,5 +136,5 @@ def _learner_resumes(job: Job, cell: Cell, victim: Machine, at: float) -> Outcom
     for node in job.nodes:
         node.kill()
     job.start_learner(cell.num_nodes)
-    released = job.until(lambda: job.steps_at(restarted_at), START_S, f"a step after {cell}")[0] - at
+    released = job.until(lambda: job.steps_at(restarted_at), job.setup.start_s, f"a step after {cell}")[0] - at
     return Outcome(cell, released, noticed, job.until_whole() - restarted_at)
