@@ -84,7 +84,7 @@ class EngineLoad:
 
 
 class Engine(Protocol):
-    """A multimodal generation engine. All coroutines belong to one event loop."""
+    """A multimodal generation engine. All coroutines belong to one event loop, unless it says otherwise."""
 
     async def start(self) -> EngineInfo:
         """Load the model and warm up; on return the engine answers at full speed."""

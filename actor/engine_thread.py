@@ -16,7 +16,15 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from actor.engine import Engine, EngineInfo, EngineLoad, EngineRequest
+from common.errors import EngineDead
+from common.log import get_logger
 from common.types import Completion, EpochSpec, Manifest, PromptInfo
+
+log = get_logger(__name__)
+
+# How long what is aborted may take to end, and the engine to stop. Past that it is left behind.
+_ABORT_S = 10.0
+_STOP_S = 60.0
 
 T = TypeVar("T")
 _Event = PromptInfo | list[Completion]
@@ -27,34 +35,60 @@ class EngineThread:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+        self._stopping: asyncio.Event
+        self._turns = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _run(self) -> None:
+        async def turn() -> None:
+            self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+            self._turns.set()
+            await self._stopping.wait()
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(turn())
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
         self._thread.start()
+        await asyncio.to_thread(self._turns.wait)
         return await self._there(self._engine.start())
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[_Event]:
         """See `Engine.generate`."""
         here = asyncio.get_running_loop()
         events: asyncio.Queue[_Event | None] = asyncio.Queue()  # of one group: as many as it has completions, and two
+        ended: asyncio.Future[BaseException | None] = here.create_future()
+        tasks: list[asyncio.Task[None]] = []
 
         async def pass_on() -> None:
-            try:
-                async with aclosing(cast("AsyncGenerator[_Event]", self._engine.generate(request))) as generated:
-                    async for event in generated:
-                        here.call_soon_threadsafe(events.put_nowait, event)
-            finally:
-                here.call_soon_threadsafe(events.put_nowait, None)
+            async with aclosing(cast("AsyncGenerator[_Event]", self._engine.generate(request))) as generated:
+                async for event in generated:
+                    here.call_soon_threadsafe(events.put_nowait, event)
 
-        passing = asyncio.run_coroutine_threadsafe(pass_on(), self._loop)
+        def begin() -> None:
+            tasks.append(self._loop.create_task(pass_on()))
+            tasks[0].add_done_callback(lambda task: here.call_soon_threadsafe(end, task))
+
+        def abort() -> None:
+            tasks[0].cancel()
+
+        def end(task: asyncio.Task[None]) -> None:
+            ended.set_result(EngineDead("the engine has stopped") if task.cancelled() else task.exception())
+            events.put_nowait(None)
+
+        self._require_thread()
+        self._loop.call_soon_threadsafe(begin)
         try:
             while (event := await events.get()) is not None:
                 yield event
-            await asyncio.wrap_future(passing)  # raises what ended it
+            if (error := ended.result()) is not None:
+                raise error
         finally:
-            passing.cancel()
+            if not ended.done():
+                self._loop.call_soon_threadsafe(abort)
+                await asyncio.wait({ended}, timeout=_ABORT_S)
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         """See `Engine.open_epoch`."""
@@ -94,13 +128,25 @@ class EngineThread:
 
     async def stop(self) -> None:
         """See `Engine.stop`."""
-        if not self._thread.is_alive():
+        if not self._turns.is_set() or not self._thread.is_alive():
             return
-        await self._there(self._engine.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        await asyncio.to_thread(self._thread.join)
-        self._loop.close()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._there(self._engine.stop())
+        except TimeoutError:
+            log.error("the engine does not stop", after_s=_STOP_S)
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        await asyncio.to_thread(self._thread.join, _ABORT_S)
 
     async def _there(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the engine's loop."""
+        try:
+            self._require_thread()
+        except EngineDead:
+            coroutine.close()
+            raise
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def _require_thread(self) -> None:
+        if not self._thread.is_alive():
+            raise EngineDead("the engine's thread has ended")

@@ -22,6 +22,8 @@ from common.types import ActorState, ServerInfo
 log = get_logger(__name__)
 
 _WATCH_PERIOD_S = 0.5
+# An engine that does not even say whether it is well is not.
+_WATCH_TIMEOUT_S = 30.0
 _ALIVE = frozenset({ActorState.PENDING_WEIGHTS, ActorState.SERVING, ActorState.PAUSED, ActorState.DRAINING})
 
 
@@ -109,9 +111,10 @@ class ActorServer:
         while self.policy.state is not ActorState.FAILED:
             await asyncio.sleep(_WATCH_PERIOD_S)
             try:
-                await self._engine.check()
-            except EngineDead as error:
-                log.error("the engine is dead", error=error.message)
+                async with asyncio.timeout(_WATCH_TIMEOUT_S):
+                    await self._engine.check()
+            except (EngineDead, TimeoutError) as error:
+                log.error("the engine is dead", error=str(error) or f"no answer in {_WATCH_TIMEOUT_S:g} s")
                 self.policy.fail()
 
 

@@ -117,8 +117,10 @@ class WeightReceiver:
                     results.append(self._worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)
                 self._worker.submit(staging.finish).result()
-            finally:
-                wait(results)  # what fails leaves nobody at work on the buffers
+            finally:  # what fails leaves nobody at work on the buffers
+                for result in results:
+                    result.cancel()
+                wait(results)
             with self._lock:
                 if generation != self._generation:
                     raise RuntimeError("the weight epoch was left while receiving")

@@ -12,7 +12,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -73,13 +73,15 @@ def require_close(what: str, value: float, expected: float, tolerance: float) ->
 @contextmanager
 def stopped(processes: Collection[psutil.Process]) -> Iterator[None]:
     """Let them stand still: vLLM's workers on CPUs look for work without a pause, also when there is none."""
-    for process in processes:
-        process.suspend()
     try:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         yield
     finally:
         for process in processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def compare(

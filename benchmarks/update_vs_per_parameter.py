@@ -1,11 +1,15 @@
-"""A full update of a live actor against one, parameter by parameter, of vLLM's own server, as TRL's client makes it.
+"""A full update of a live actor against one, parameter by parameter, of vLLM's own server.
 
 As bytes/s. The peer does what `with client.weight_update(): client.update_named_param(name, tensor)` of TRL's
 `VLLMClient` does for each parameter: a request to the server and a broadcast beside it; vLLM loads each as it comes.
-Where TRL broadcasts with NCCL, this peer has the actor's Gloo: `gloo_weight_transfer`.
+(TRL's trainer of today announces all in one request. What is compared is the way per parameter.) Where TRL broadcasts
+with NCCL, this peer has the actor's Gloo: `gloo_weight_transfer`; it has the same cores and does not stop generation.
+While one side has its turn, the other one's processes do nothing: those of vLLM's server, which spin, are stopped.
 """
 
 import argparse
+import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, World(Path(temporary), 1) as world:
         megabytes: float = world.num_bytes / 1e6
         of_actor = set(psutil.Process().children(recursive=True))
-        with _server(Path(temporary)) as address, _Client(address, world) as client:
+        with _server(Path(temporary)) as address, _Client(address, world, str(Path(temporary) / "model")) as client:
             of_peer = set(psutil.Process().children(recursive=True)) - of_actor
             harness.say("checking that the peer's weights arrive")
             client.check()
@@ -57,10 +61,11 @@ def _server(folder: Path) -> Iterator[str]:
         "kv_cache_gib": 1,
         "max_images": 1,
         "worker_extension_cls": f"{_WORKER}.WorkerExtension",
-        "weight_transfer_config": '{"backend": "gloo"}',
+        "weight_transfer_config": json.dumps({"backend": "gloo"}),
     }
     # Its endpoints for weights exist only so.
-    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
     with vllm_server.serve(
         "http", folder / "model", folder / "peer.log", environment, settings, "--enforce-eager"
     ) as address:
@@ -70,24 +75,25 @@ def _server(folder: Path) -> Iterator[str]:
 class _Client:
     """What TRL's `VLLMClient` does with the model of `world`."""
 
-    def __init__(self, address: str, world: World) -> None:
+    def __init__(self, address: str, world: World, model: str) -> None:
         from benchmarks.gloo_weight_transfer import group_spec
         from common.collective import BroadcastGroup
         from learner.weights.transport import TorchTransport
 
         self._named_parameters = list(world.snapshot.trained.tensors())
+        self._model = model
         self._url = f"http://{address}"
         self._session = requests.Session()
         self._executor = ThreadPoolExecutor(max_workers=1)
-        transport = TorchTransport("127.0.0.1")
+        self._transport = TorchTransport("127.0.0.1")
         init_info = {
             "master_address": "127.0.0.1",
-            "master_port": transport.port,
+            "master_port": self._transport.port,
             "rank_offset": 1,
             "world_size": 2,
         }
         joined = self._executor.submit(self._post, "init_weight_transfer_engine", {"init_info": init_info})
-        self._group = BroadcastGroup(group_spec("127.0.0.1", transport.port), 0)
+        self._group = BroadcastGroup(group_spec("127.0.0.1", self._transport.port), 0)
         joined.result()
 
     def __enter__(self) -> "_Client":
@@ -99,16 +105,22 @@ class _Client:
         self._executor.shutdown()
 
     def check(self) -> None:
-        """Raise `UnequalWorkError` unless an update gives the server its weights back after they were spoilt."""
-        baseline = self._checksums()
-        self._post("weight_checker", {"action": "reset"})
-        if self._checksums() == baseline:
-            raise RuntimeError("the server's weights were not spoilt")
+        """Raise `UnequalWorkError` unless an update with other weights changes what the server says, and one with the
+        right ones gives that back.
+        """
+        right, said = self._named_parameters, self._greedy_logprobs()
+        self._named_parameters = [(name, tensor * 0.5) for name, tensor in right]
         self.update()
-        harness.require_equal("weights", self._checksums(), baseline)
+        if self._greedy_logprobs() == said:
+            raise harness.UnequalWorkError("other weights have changed nothing")
+        self._named_parameters = right
+        self.update()
+        harness.require_equal("logprobs", self._greedy_logprobs(), said)
 
-    def _checksums(self) -> Any:
-        return self._post("weight_checker", {"action": "checksum"})["checksums"]
+    def _greedy_logprobs(self) -> Any:
+        body = {"model": self._model, "prompt": [*range(10, 40)], "max_tokens": 8, "temperature": 0, "logprobs": 1}
+        self._post("reset_prefix_cache", {})
+        return self._post("v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
 
     def update(self) -> float:
         """All parameters, one by one; seconds."""

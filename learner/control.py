@@ -1,6 +1,6 @@
 """Rank 0's other half: the event loop that talks to the actors while the main thread trains.
 
-    main thread (trainer)                     loop thread (this module)
+    main thread (trainer), feed               loop thread (this module)
     take_batch  <------- GroupBuffer -------- dispatcher ---> sampler ---> fleet ---> actors
     finish_step -------- new version -------> dispatcher
                 -------- snapshot ----------> publisher -----------------> weight epochs
@@ -112,7 +112,10 @@ class Control:
             drop_uniform_groups=config.rollout.drop_uniform_groups,
         )
         self._metrics = LearnerMetrics(
-            members=self._fleet.members, stats=self._dispatcher.stats, num_buffered=self._buffer.__len__
+            members=self._fleet.members,
+            stats=self._dispatcher.stats,
+            num_buffered=self._buffer.__len__,
+            version=version,
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._publisher: Publisher | None = None
@@ -137,14 +140,20 @@ class Control:
         assert self._publisher is not None
         self._publisher.submit(snapshot)
 
-    def take_batch(self, version: int) -> list[Group]:
-        """Wait for the groups of one step. Raises what broke the rollouts."""
+    def take_batch(self, version: int, accept: Callable[[Sequence[Group]], bool]) -> list[Group]:
+        """Wait for the groups of one step, see `GroupBuffer.take`. Raises what broke the rollouts."""
         trainer = self._config.trainer
         try:
-            return self._buffer.take(trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness)
+            return self._buffer.take(
+                trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness, accept=accept
+            )
         except BufferClosed:
             self._raise_failure()
             raise
+
+    def look_again(self) -> None:
+        """`take_batch` asks `accept` again."""
+        self._buffer.look_again()
 
     def finish_step(
         self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group], wait_s: float

@@ -2,9 +2,15 @@
 
     buffer --take--> groups --advantages--> --pack--> one flat tensor for each rank and mini-batch
 
-Packing takes as long as a good part of a step where completions are many; the devices need not wait for it.
+Packing takes as long as a good part of a step where completions are many; the devices need not wait for it. So the host
+holds the tensors of two batches.
+
+A batch is taken ahead only if no group that was begun before one of it is still being sampled. Otherwise quick groups
+would push slow ones back until they are too stale; the trainer takes what there is once it has nothing to do.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +27,7 @@ from learner.batch.packing import pack_batch
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.control import Control
+from learner.ledger import Ledger
 from learner.types import Group
 
 T = TypeVar("T")
@@ -36,6 +43,8 @@ class Batch:
 
     mini_batches: list[Sequence[Group]]
     parts: list[list[torch.Tensor]]
+    taken_at: float
+    """When its groups were there, on the monotonic clock."""
 
     @property
     def groups(self) -> list[Group]:
@@ -50,6 +59,7 @@ class BatchFeed:
         self,
         config: LearnerConfig,
         control: Control,
+        ledger: Ledger,
         *,
         num_ranks: int,
         placeholder_ids: tuple[int, ...],
@@ -58,28 +68,42 @@ class BatchFeed:
         """`placeholder_ids`: what the model cannot sample. `cost`: of its layers, so that ranks get equal work."""
         self._config = config
         self._control = control
+        self._ledger = ledger
         self._num_ranks = num_ranks
         self._placeholder_ids = placeholder_ids
         self._cost = cost
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._coming: tuple[int, Future[Batch]] | None = None
+        self._asked = -1  # the version for which the trainer waits, or has waited
+        self._in_training: frozenset[int] = frozenset()  # sequence numbers
+        self._coming: Future[Batch] | None = None
 
     def next(self, version: int) -> Batch:
-        """Wait for the batch that is trained at `version`; the one after it is begun."""
-        if self._coming is None or self._coming[0] != version:
-            self._coming = version, self._thread.submit(self._make, version)
-        batch = self._coming[1].result()
+        """Wait for the batch that is trained at `version`; the one after it is begun. The one before is trained."""
+        self._asked = version
+        if self._coming is None:
+            self._coming = self._thread.submit(self._make, version)
+        self._control.look_again()
+        batch = self._coming.result()
+        self._in_training = frozenset(group.sequence for group in batch.groups)
         self._coming = None
         if version + 1 < self._config.trainer.total_steps:
-            self._coming = version + 1, self._thread.submit(self._make, version + 1)
+            self._coming = self._thread.submit(self._make, version + 1)
         return batch
 
     def _make(self, version: int) -> Batch:
-        groups = self._control.take_batch(version)
+        groups = self._control.take_batch(version, lambda groups: self._asked >= version or self._are_next(groups))
+        taken_at = time.monotonic()
         self._check(groups)
         values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
         mini_batches = self._split(groups)
-        return Batch(mini_batches, [self._pack(*pair) for pair in zip(mini_batches, self._split(values), strict=True)])
+        parts = [self._pack(*pair) for pair in zip(mini_batches, self._split(values), strict=True)]
+        return Batch(mini_batches, parts, taken_at)
+
+    def _are_next(self, groups: Sequence[Group]) -> bool:
+        """Whether these were begun before all others that are not trained yet."""
+        sequences = {group.sequence for group in groups}
+        others = self._ledger.in_flight - sequences - self._in_training
+        return max(sequences) < min(others, default=math.inf)
 
     def _split(self, batch: Sequence[T]) -> list[Sequence[T]]:
         size = self._config.trainer.mini_batch_prompts or len(batch)

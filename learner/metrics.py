@@ -42,13 +42,16 @@ class LearnerMetrics:
         members: Callable[[], Sequence[Member]],
         stats: Callable[[], DispatchStats],
         num_buffered: Callable[[], int],
+        version: int = 0,
     ) -> None:
+        """`version`: with which this process begins."""
         self.registry = CollectorRegistry()
         self._wait_s = self._histogram("batch_wait_seconds", "How long the trainer starved for a batch.", _SECONDS)
         self._staleness = self._histogram("group_staleness", "Versions that a trained group was behind.", _VERSIONS)
         self._stage_s = self._histogram("update_stage_seconds", "Until all actors had staged an update.", _SECONDS)
         self._pause_s = self._histogram("update_pause_seconds", "Longest pause of generation of an update.", _SECONDS)
         self._version = Gauge(f"{_PREFIX}policy_version", "Optimizer steps taken.", registry=self.registry)
+        self._version.set(version)
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
         self.registry.register(_Asked(members, stats, num_buffered))

@@ -63,6 +63,7 @@ class Trainer:
             self._feed = BatchFeed(
                 config,
                 zero.control,
+                zero.ledger,
                 num_ranks=ranks.num_ranks,
                 placeholder_ids=policy.placeholder_ids,
                 cost=policy.cost,
@@ -95,7 +96,7 @@ class Trainer:
     def _step(self) -> None:
         started_at = time.monotonic()
         batch = self._feed.next(self._policy.version) if self._feed is not None else None
-        wait_s = time.monotonic() - started_at
+        wait_s = max(0.0, batch.taken_at - started_at) if batch is not None else 0.0
         updates = self._policy.step(batch.parts if batch is not None else None)
         stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
         snapshot = self._policy.snapshot()

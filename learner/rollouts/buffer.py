@@ -1,14 +1,19 @@
-"""Finished groups between the dispatcher (asyncio) and the trainer (a thread that blocks).
+"""Finished groups between the dispatcher (asyncio) and the trainer's feed (a thread that blocks).
 
-The trainer takes whole batches. A group of which a larger share of tokens than `max_stale_share` (by default: any) is
-more than `max_staleness` versions behind is never trained: it leaves the buffer when the trainer comes for it, is
+The feed takes whole batches. A group of which a larger share of tokens than `max_stale_share` (by default: any) is
+more than `max_staleness` versions behind is never trained: it leaves the buffer when the feed comes for it, is
 counted, and goes back to the dispatcher, which samples the prompt again.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from learner.types import Group
+
+
+def _accept(_groups: Sequence[Group]) -> bool:
+    """Whatever there is."""
+    return True
 
 
 class BufferClosed(RuntimeError):  # noqa: N818 - a state, not a mistake
@@ -27,7 +32,7 @@ class GroupBuffer:
         self.num_stale = 0
         """Groups dropped for staleness so far."""
         self.on_stale: Callable[[list[Group]], None] | None = None
-        """Called, on the trainer's thread, with the groups that `take` found too stale."""
+        """Called, on the thread that takes, with the groups that `take` found too stale."""
         self._groups: dict[int, Group] = {}
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -42,18 +47,27 @@ class GroupBuffer:
             self._groups[group.sequence] = group
             self._changed.notify_all()
 
-    def take(self, batch: int, *, version: int, max_staleness: int, timeout_s: float | None = None) -> list[Group]:
+    def take(
+        self,
+        batch: int,
+        *,
+        version: int,
+        max_staleness: int,
+        timeout_s: float | None = None,
+        accept: Callable[[Sequence[Group]], bool] = _accept,
+    ) -> list[Group]:
         """Wait for `batch` groups that may be trained at `version`; those of the oldest policy first.
 
-        Returns them sorted by sequence number. Raises what `fail` was given, `BufferClosed` after `close`, and
-        `TimeoutError` if `timeout_s` passes.
+        Returns them sorted by sequence number. `accept` may refuse them: it is asked again whenever another group
+        comes, and by `look_again`. Raises what `fail` was given, `BufferClosed` after `close`, and `TimeoutError` if
+        `timeout_s` passes.
         """
         while True:
             with self._changed:
                 # Wakes for stale groups too: they must go back before a batch can become full.
                 ready = self._changed.wait_for(
                     lambda: (
-                        self._error is not None or len(self._groups) >= batch or self._stale(version, max_staleness)
+                        self._error is not None or self._stale(version, max_staleness) or self._oldest(batch, accept)
                     ),
                     timeout_s,
                 )
@@ -64,14 +78,22 @@ class GroupBuffer:
                 stale = self._stale(version, max_staleness)
                 self._remove(stale)
                 self.num_stale += len(stale)
-                taken = sorted(self._groups.values(), key=lambda g: (g.oldest_version, g.sequence))[:batch]
-                full = len(taken) == batch
-                if full:
-                    self._remove(taken)
+                taken = self._oldest(batch, accept)
+                self._remove(taken)
             if stale and self.on_stale is not None:
                 self.on_stale(stale)
-            if full:
+            if taken:
                 return sorted(taken, key=lambda g: g.sequence)
+
+    def look_again(self) -> None:
+        """Whoever waits in `take` asks its `accept` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _oldest(self, batch: int, accept: Callable[[Sequence[Group]], bool]) -> list[Group]:
+        """As many groups, of the oldest policy; none if they are too few, or refused."""
+        groups = sorted(self._groups.values(), key=lambda g: (g.oldest_version, g.sequence))[:batch]
+        return groups if len(groups) == batch and accept(groups) else []
 
     def _stale(self, version: int, max_staleness: int) -> list[Group]:
         oldest = version - max_staleness

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.errors import OutriderError, StageBlocked, StageTimeout, Unreachable
+from common.errors import DeadlineExceeded, OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.log import get_logger
 from common.types import EpochSpec, Manifest
 from learner.rollouts.members import Member
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 _COMMIT_TIMEOUT_S = 60.0
 # One that was late says so first, or its neighbours; the others, hung ones too, have spoken by then.
 _SPEAK_S = 3.0
+# It says so itself, or its engine does not even answer the server.
+_LATE = (StageTimeout, DeadlineExceeded)
 
 
 class EpochFailed(Exception):  # noqa: N818 - says what happened
@@ -36,7 +38,7 @@ class EpochFailed(Exception):  # noqa: N818 - says what happened
 
 
 class TooSlow(EpochFailed):
-    """The whole time that an update may take has passed. At most one member is at fault."""
+    """The whole time that a rendezvous or an update may take has passed. `culprits` are those that made it so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Epoch:
             await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
         except EpochFailed as failure:
             culprits = at_fault(failure.culprits)
-            is_late = loop.time() - started_at >= timeout_s and all(isinstance(e, StageTimeout) for _, e in culprits)
+            is_late = loop.time() - started_at >= timeout_s and all(isinstance(error, _LATE) for _, error in culprits)
             raise (TooSlow if is_late else EpochFailed)(str(failure), culprits) from failure
         staged_at = loop.time()
         behind = [member for member in self.members if member.version < version]
@@ -101,7 +103,7 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
 
     Raises:
-        EpochFailed: a member did not come in.
+        EpochFailed: a member did not come in (`TooSlow`: nor did it answer in time, while others waited for it).
     """
     joins, rank = [], 1
     for member in members:
@@ -110,10 +112,14 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     joined = asyncio.ensure_future(transport.join(spec))
     try:
         await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
-    except BaseException:
+    except BaseException as error:
         joined.cancel()  # it may wait for somebody who never comes
         joined.add_done_callback(_abort_if_in)
         await abort_members(spec, members)
+        failed = error.culprits if isinstance(error, EpochFailed) else ()
+        silent = [culprit for culprit in failed if isinstance(culprit[1], DeadlineExceeded)]
+        if silent:
+            raise TooSlow(str(error), silent) from error
         raise
     return Epoch(spec, tuple(members), joined.result())
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 
 import pytest
@@ -218,6 +218,37 @@ async def test_an_actor_too_slow_for_an_update_delays_the_others_once(monkeypatc
         # When it can again, and its rest is over, it is caught up.
         monkeypatch.setattr(WeightReceiver, "receive", receive)
         await learner.all_serve(3, first, slow, last)
+
+
+@pytest.mark.timeout(60)
+async def test_an_actor_whose_engine_stands_still_delays_the_others_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server answers all that it need not ask the engine for, so that the fleet takes it for well."""
+    async with _running(2, 2, timeout_s=1.0) as learner:
+        well, hangs = learner.actors
+        learner.publish(0)
+        await learner.all_serve(0, well, hangs)
+
+        goes_on = asyncio.Event()
+        with monkeypatch.context() as patch:
+            for name in ("open_epoch", "stage", "commit", "abort_epoch"):
+                patch.setattr(hangs.engine, name, _after(goes_on, getattr(hangs.engine, name)))
+            learner.notes.clear()
+            for version in range(1, 4):
+                learner.publish(version)
+                await learner.all_serve(version, well)
+            assert len(learner.notes) == 1
+            assert [event.address for event in learner.events if event.kind == "held"] == [hangs.address]
+            goes_on.set()
+        # When it can again, and its rest is over, it is caught up.
+        await learner.all_serve(3, well, hangs)
+
+
+def _after(event: asyncio.Event, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+    async def waits(*arguments: object) -> object:
+        await event.wait()
+        return await call(*arguments)
+
+    return waits
 
 
 @pytest.mark.timeout(60)

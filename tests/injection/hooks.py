@@ -10,8 +10,12 @@
 """
 
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from tests.injection.fault import Injector, do
 
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
     from common.collective import BroadcastGroup
+    from learner.step import StepStats
+    from learner.types import Group
+
+log = structlog.get_logger()
 
 
 def on_broadcasts(injector: Injector, *, sends: bool) -> None:
@@ -49,13 +57,27 @@ def on_broadcasts(injector: Injector, *, sends: bool) -> None:
     BroadcastGroup.broadcast = wrapped  # type: ignore[method-assign]
 
 
+def on_receiver(injector: Injector) -> None:
+    """Phases open and stage of an actor, in the process where the weights arrive."""
+    from actor.transfer import WeightReceiver
+
+    def receiving(_: Any, manifest: Any, __: Any) -> None:
+        injector.version = manifest.policy_version
+
+    before(WeightReceiver, "receive", receiving)
+    on_broadcasts(injector, sends=False)
+
+
 def on_engine(injector: Injector, engine: Any) -> None:
-    """All phases of an actor. Its broadcasts are wrapped late: an actor imports torch when it needs it."""
+    """All phases of an actor that happen in this process.
+
+    What receives is wrapped late: an actor imports torch when it needs it.
+    """
     open_epoch, stage, commit, generate = engine.open_epoch, engine.stage, engine.commit, engine.generate
-    wrap_broadcasts = functools.cache(lambda: on_broadcasts(injector, sends=False))
+    wrap_receiver = functools.cache(lambda: on_receiver(injector))
 
     async def wrapped_open_epoch(spec: Any) -> None:
-        wrap_broadcasts()
+        wrap_receiver()
         await open_epoch(spec)
 
     async def wrapped_stage(manifest: Any, timeout_s: float) -> Any:
@@ -68,9 +90,10 @@ def on_engine(injector: Injector, engine: Any) -> None:
         return result
 
     async def wrapped_generate(request: Any) -> AsyncIterator[Any]:
-        async for event in generate(request):
-            injector.at("between")
-            yield event
+        async with aclosing(generate(request)) as events:
+            async for event in events:
+                injector.at("between")
+                yield event
 
     engine.open_epoch, engine.stage = wrapped_open_epoch, wrapped_stage
     engine.commit, engine.generate = wrapped_commit, wrapped_generate
@@ -80,18 +103,9 @@ def on_learner(injector: Injector) -> None:
     """The phases of a rank; those that only rank 0 has do not come on the others."""
     from common.client import GrpcClient
     from learner.policy import Policy
+    from learner.report import Reporter
     from learner.weights import snapshot
     from learner.weights.snapshot import Snapshotter
-
-    def before(owner: Any, name: str, action: Callable[..., None]) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            action(*arguments)
-            return original(*arguments, **options)
-
-        setattr(owner, name, wrapped)
 
     def taking(_: Any, version: int) -> None:
         injector.version = version
@@ -106,4 +120,31 @@ def on_learner(injector: Injector) -> None:
     before(Snapshotter, "take", taking)
     before(Policy, "_update", lambda *_: injector.at("between"))
     before(GrpcClient, "commit", lambda *_: injector.at("commit"))
+    before(Reporter, "step", lambda _, *report: log.info("compared", **compared(*report[:3])))
     on_broadcasts(injector, sends=True)
+
+
+def compared(version: int, groups: "Sequence[Group]", stats: "StepStats") -> dict[str, Any]:
+    """Of the step that led to `version`: the largest difference of logprobs, and the tokens that it is about.
+
+    `num_tokens` is what the step says, `tokens` counts those that each actor has sampled by the policy of the step.
+    """
+    tokens = Counter[str]()
+    for group in groups:
+        for completion in group.completions:
+            spans = [span for span in completion.version_spans if span.policy_version == version - 1]
+            tokens[group.prompt.actor_id] += sum(span.end - span.start for span in spans)
+    diff = stats.parity_max_abs_diff
+    return {"step": version, "max_abs_diff": diff, "num_tokens": stats.parity_tokens, "tokens": +tokens}
+
+
+def before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Have a method of `owner` do `action`, with its positional arguments, before all else."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        action(*arguments)
+        return original(*arguments, **options)
+
+    setattr(owner, name, wrapped)

@@ -1,6 +1,6 @@
-"""A real training job on machines of its own: three actors, and a learner of two ranks under torchrun.
+"""A real training job on machines of its own: some actors, and a learner of two ranks under torchrun.
 
-The actors have the fake engine, the model is the tiny one of the digits; everything else is what a cluster runs.
+`Setup` says what engine the actors have; the model is the tiny one of the digits. All else is what a cluster runs.
 """
 
 import json
@@ -15,15 +15,12 @@ from typing import Any, TypeVar
 import yaml
 
 from tests.injection.machines import Machine, Machines
+from tests.injection.setups import MAX_PARITY_DIFF, Setup
 from tests.launched import read_metrics
 
 T = TypeVar("T")
 
-ACTORS = ("actor-0", "actor-1", "actor-2")
 NODES = ("node-0", "node-1")
-BATCH = 2
-# From the start of a process to its first useful act, on a busy machine.
-START_S = 300.0
 _PORT = 50051
 
 
@@ -39,8 +36,9 @@ class Published:
 class Job:
     """Starts and restarts the processes, and reads what the learner says of itself."""
 
-    def __init__(self, machines: Machines, directory: Path, model_dir: Path) -> None:
-        self.actors = [machines.by_name[name] for name in ACTORS]
+    def __init__(self, setup: Setup, machines: Machines, directory: Path, model_dir: Path) -> None:
+        self.setup = setup
+        self.actors = [machines.by_name[name] for name in setup.actors]
         self.nodes = [machines.by_name[name] for name in NODES]
         self.num_nodes = 0
         """Those that the learner has; it has two ranks in any case."""
@@ -51,9 +49,8 @@ class Job:
     def start_actor(self, machine: Machine) -> None:
         """A new incarnation."""
         machine.start(
-            *("tests.injection.actor", "--engine", "fake", "--model", str(self._model_dir)),
-            *("--listen", f"{machine.address}:{_PORT}", "insecure=true"),
-            *("fake.vocab_size=256", "fake.mean_tokens=3", "fake.first_token_s=0.5", "grace_s=1"),
+            *("tests.injection.actor", "--engine", self.setup.engine, "--model", str(self._model_dir)),
+            *("--listen", self._address(machine), "insecure=true", "grace_s=1", *self.setup.actor),
         )
 
     def start_learner(self, num_nodes: int, total_steps: int = 100_000) -> None:
@@ -65,6 +62,7 @@ class Job:
                 *("torch.distributed.run", "--nnodes", str(num_nodes), "--node-rank", str(i)),
                 *("--nproc-per-node", str(2 // num_nodes), "--master-addr", self.nodes[0].address),
                 *("--master-port", "29500", "-m", "tests.injection.learner", "--config", str(self._config)),
+                *self.setup.learner,
             )
 
     def node_of(self, rank: int) -> Machine:
@@ -81,18 +79,19 @@ class Job:
             "model": {"path": str(self._model_dir)},
             "data": {"train": "examples.digits.data:train"},
             "reward": {"functions": ["tests.reward_functions:sum_of_ids"], "num_processes": 1},
-            "rollout": {"actors": [f"{actor.address}:{_PORT}" for actor in self.actors], "n": 2, "max_tokens": 4},
-            "algorithm": {"clip_low": 1.0, "clip_high": 1000.0},
+            "rollout": {"actors": [self._address(actor) for actor in self.actors], "max_tokens": 4},
             "trainer": {
                 "total_steps": total_steps,
-                "batch_prompts": BATCH,
-                "max_staleness": 1,
+                "batch_prompts": self.setup.batch_prompts,
                 "checkpoint_every": 1,
                 "device": "cpu",
             },
             "weights": {"bucket_mib": 1},
             "run_dir": str(self.run_dir),
         }
+
+    def _address(self, actor: Machine) -> str:
+        return f"{actor.address}:{_PORT}"
 
     # ------------------------------------------------------------------------------------ what the learner says
 
@@ -126,7 +125,8 @@ class Job:
         steps = {line["step"]: line for line in read_metrics(self.run_dir)}
         assert sorted(steps) == list(range(1, len(steps) + 1)), "a step is missing"
         sequences = [sequence for line in steps.values() for sequence in line["sequences"]]
-        assert len(sequences) == len(set(sequences)) == BATCH * len(steps), "a group was trained twice"
+        num_groups = self.setup.batch_prompts * len(steps)
+        assert len(sequences) == len(set(sequences)) == num_groups, "a group was trained twice"
         state = max((self.run_dir / "checkpoints").glob("step-*")) / "state.json"
         dropped = json.loads(state.read_text())["ledger"]["dropped"]
         num_dropped = sum(map(len, dropped.values()))
@@ -145,14 +145,33 @@ class Job:
             time.sleep(0.05)
         return value
 
-    def until_whole(self, timeout_s: float = START_S) -> float:
+    def until_whole(self, timeout_s: float | None = None) -> float:
         """Wait until all actors have the newest version; when that was."""
         after = time.time()
 
         def whole() -> float | None:
             return next((p.at for p in self.published(after) if p.num_actors == len(self.actors)), None)
 
-        return self.until(whole, timeout_s, "an update of all actors")
+        return self.until(whole, timeout_s or self.setup.start_s, "an update of all actors")
+
+    def until_compared(self) -> float:
+        """Wait until logprobs of each actor have been compared with the learner's; the largest difference.
+
+        Only tokens count that were sampled by versions from now on.
+        """
+        newest = self.newest()
+
+        def largest() -> float | None:
+            lines = [line for line in self._said("compared", 0.0) if line["step"] > newest]
+            assert all(sum(line["tokens"].values()) == line["num_tokens"] for line in lines), "tokens that do not count"
+            address_of = {line["actor_id"]: line["address"] for line in self._said("actor", 0.0)}
+            seen = {address_of[actor_id] for line in lines for actor_id in line["tokens"]}
+            is_each = seen == {self._address(actor) for actor in self.actors}
+            return max(float(line["max_abs_diff"]) for line in lines) if is_each else None
+
+        diff = self.until(largest, self.setup.start_s, "a comparison with the logprobs of each actor")
+        assert 0 < diff <= MAX_PARITY_DIFF, f"logprobs of learner and actors differ by {diff}"
+        return diff
 
     def start_over(self, num_nodes: int) -> None:
         """All processes anew, the learner from its last checkpoint."""
@@ -166,7 +185,7 @@ class Job:
     def finish(self, num_steps: int) -> None:
         """Have another learner take so many steps more, to the end of the run."""
         self.start_learner(1, self.newest() + num_steps)
-        self.until(lambda: self.learner_ended, START_S, "the end of the run")
+        self.until(lambda: self.learner_ended, self.setup.start_s, "the end of the run")
         assert (self.run_dir / "summary.json").exists(), self.nodes[0].said
 
     def stop_learner(self) -> None:

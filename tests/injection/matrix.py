@@ -3,11 +3,11 @@
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tests.injection.fault import Kind, Phase
-from tests.injection.job import START_S, Job
+from tests.injection.job import Job
 from tests.injection.machines import Machine
 
 Victim = Literal["actor", "rank-0", "rank-1"]
@@ -50,13 +50,14 @@ class Outcome:
 
     `released_s`: until the others went on, the first update or step without the victim. `noticed_s`: until the fleet
     had dropped the actor, or the learner had ended. `back_s`: from the victim's return until all had the newest
-    version.
+    version. `parity_max_abs_diff`: of what was sampled after that.
     """
 
     cell: Cell
     released_s: float
     noticed_s: float | None
     back_s: float
+    parity_max_abs_diff: float | None = None
 
 
 def absent(victim: Victim, phase: Phase, kind: Kind) -> str:
@@ -79,6 +80,11 @@ def cells() -> Iterator[Cell]:
 
 def run(job: Job, cell: Cell) -> Outcome:
     """Have it happen to a job that is well, and wait until it is well again. Raises TimeoutError if it never is."""
+    outcome = _recovers(job, cell)
+    return replace(outcome, parity_max_abs_diff=job.until_compared()) if job.setup.has_parity else outcome
+
+
+def _recovers(job: Job, cell: Cell) -> Outcome:
     if job.num_nodes != cell.num_nodes:
         job.stop_learner()
         job.start_learner(cell.num_nodes)
@@ -86,9 +92,9 @@ def run(job: Job, cell: Cell) -> Outcome:
     victim = job.actors[1] if cell.rank is None else job.node_of(int(cell.rank))
     victim.arm(cell.kind, cell.phase, job.newest() + 2, cell.rank)
     if cell.phase == "open":  # an actor that goes has the others meet again
-        job.actors[2].kill()
-        job.start_actor(job.actors[2])
-    at = job.until(lambda: victim.happened_at(cell.rank), START_S, f"{cell} happens")
+        job.actors[0].kill()
+        job.start_actor(job.actors[0])
+    at = job.until(lambda: victim.happened_at(cell.rank), job.setup.start_s, f"{cell} happens")
     if cell.rank is None:
         return _actor_recovers(job, cell, victim, at)
     if cell.kind in ("slow", "corrupt"):
@@ -100,7 +106,8 @@ def _actor_recovers(job: Job, cell: Cell, victim: Machine, at: float) -> Outcome
     released = job.until(lambda: job.published(at), _RELEASE_S, f"an update after {cell}")[0].at - at
     job.until(lambda: job.steps_at(at + released), 60, f"a step after {cell}")
     noticed = None
-    if cell.kind in ("kill", "stop", "cut"):
+    is_apart = job.setup.is_apart and cell.phase in ("open", "stage")
+    if cell.kind in ("kill", "cut") or (cell.kind == "stop" and not is_apart):
         noticed = job.until(lambda: job.left_at(victim, at), 30, "the fleet drops the actor")[0] - at
     if cell.kind == "kill":
         victim.kill()
@@ -129,5 +136,5 @@ def _learner_resumes(job: Job, cell: Cell, victim: Machine, at: float) -> Outcom
     for node in job.nodes:
         node.kill()
     job.start_learner(cell.num_nodes)
-    released = job.until(lambda: job.steps_at(restarted_at), START_S, f"a step after {cell}")[0] - at
+    released = job.until(lambda: job.steps_at(restarted_at), job.setup.start_s, f"a step after {cell}")[0] - at
     return Outcome(cell, released, noticed, job.until_whole() - restarted_at)

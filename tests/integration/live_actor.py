@@ -3,6 +3,7 @@
 Everything is as in a run but for gRPC: the broadcast goes through a real process group to vLLM's worker process.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineMedia, EngineRequest
+from actor.engine_thread import EngineThread
 from actor.engine_vllm import VllmEngine
 from actor.weights import PolicyState
 from common.client import RolloutClient, SampledGroup
@@ -63,7 +65,8 @@ class LiveActor:
     """The engine and its policy state; serves the checkpoint as version 0 from the start."""
 
     def __init__(self, model_dir: Path, **config: Any) -> None:
-        self.engine = VllmEngine(model_dir, CONFIG.model_copy(update=config), "actor-1")
+        self.vllm = VllmEngine(model_dir, CONFIG.model_copy(update=config), "actor-1")
+        self.engine = EngineThread(self.vllm)
         self.policy = PolicyState(self.engine)
         self.info: EngineInfo
         self._processor = PromptProcessor(model_dir)
@@ -71,7 +74,7 @@ class LiveActor:
 
     async def start(self) -> None:
         """Load the model; tens of seconds."""
-        self.engine.load_model()
+        await asyncio.to_thread(self.vllm.load_model)  # where no loop runs, as in an actor
         self.info = await self.engine.start()
         self.policy.loaded(standalone=True)
 

@@ -248,7 +248,7 @@ async def test_placeholders_are_never_sampled(
 
 async def test_an_image_crosses_once_and_is_processed_once(actor: LiveActor, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 samples of one image of 1 MiB, and again by another name; then another image, so that the counter counts."""
-    processor: Any = actor.engine._require().renderer.get_mm_processor()
+    processor: Any = actor.vllm._require().renderer.get_mm_processor()
     process = processor._apply_hf_processor_main
     num_processed = [0]
 

@@ -374,16 +374,18 @@ def _search(
 
 async def test_beams_are_those_of_vllms_own_search(actor: LiveActor) -> None:
     class Own(BeamSearchOnlineMixin):
-        engine_client = actor.engine._engine
-        renderer = actor.engine._engine.renderer
+        engine_client = actor.vllm._engine
+        renderer = actor.vllm._engine.renderer
+
+    async def search(prompt_ids: list[int], num_beams: int) -> Any:
+        [prompt] = await Own.renderer.render_cmpl_async([{"prompt_token_ids": prompt_ids}])
+        parameters = BeamSearchParams(num_beams, 12, include_stop_str_in_output=True)
+        [output] = [output async for output in Own().beam_search(prompt, "own", parameters)]
+        return output
 
     for prompt, num_beams in (("Which digit is this?", 3), ("words", 5)):
         group = await actor.ask(TextPrompt(prompt), n=num_beams, num_beams=num_beams, max_tokens=12)
-        own_prompt = (await Own.renderer.render_cmpl_async([{"prompt_token_ids": group.prompt.expanded_ids.tolist()}]))[
-            0
-        ]
-        parameters = BeamSearchParams(num_beams, 12, include_stop_str_in_output=True)
-        [output] = [output async for output in Own().beam_search(own_prompt, "own", parameters)]
+        output = await actor.engine._there(search(group.prompt.expanded_ids.tolist(), num_beams))
         assert [completion.token_ids.tolist() for completion in group.completions] == [
             list(beam.token_ids) for beam in output.outputs
         ]

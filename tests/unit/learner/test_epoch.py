@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from common.client import RolloutClient
-from common.errors import OutriderError, StageBlocked, StageTimeout, Unreachable
+from common.errors import DeadlineExceeded, OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.types import ActorState, ActorStatus, EpochSpec
 from learner.rollouts.members import Member
-from learner.weights.epoch import EpochFailed, at_fault, open_epoch
+from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
 
@@ -92,6 +92,14 @@ async def test_a_member_that_leaves_the_fleet_is_waited_for_no_longer() -> None:
     with pytest.raises(EpochFailed, match="one:1 left the fleet") as caught:
         await opening
     assert [culprit for culprit, _ in caught.value.culprits] == [gone]
+
+
+async def test_who_does_not_even_answer_is_too_slow_and_not_those_that_wait_for_it() -> None:
+    """Its server is well, or the fleet would know; what stands still is its engine."""
+    waits, hangs = member(Client("one#1", StageTimeout("late"))), member(Client("one#1", DeadlineExceeded("no answer")))
+    with pytest.raises(TooSlow) as caught:
+        await open_epoch(SPEC, [waits, hangs], Transport(asyncio.Event()))
+    assert [culprit for culprit, _ in caught.value.culprits] == [hangs]
 
 
 LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import decode_packs
 from learner.config import LearnerConfig
-from learner.feed import BatchFeed, OtherModelError
+from learner.feed import Batch, BatchFeed, OtherModelError
+from learner.ledger import Ledger
+from learner.rollouts.buffer import GroupBuffer
 from learner.types import Group
+from tests.fakes import until
 from tests.unit.learner_math.groups import centred, mixed_groups
 
 PLACEHOLDERS = (262, 263)
@@ -21,19 +25,39 @@ TOTAL_STEPS = 2
 
 
 class Rollouts:
-    """In place of `Control`: gives the same groups for each version that it is let give."""
+    """In place of `Control`: four groups for each version, of the sequence numbers that are next."""
 
     def __init__(self, processor: PromptProcessor, groups: list[Group]) -> None:
         self.processor = processor
-        self.asked: list[int] = []
-        self.last = threading.Event()
+        self.ledger = Ledger(0, 100)
+        self.taken: list[int] = []
+        self.refused = threading.Event()
         self._groups = groups
+        self._buffer = GroupBuffer(max_groups=8)
 
-    def take_batch(self, version: int) -> list[Group]:
-        self.asked.append(version)
-        if version == TOTAL_STEPS - 1:
-            self.last.set()
-        return self._groups
+    def sample(self, *, slow: tuple[int, ...] = ()) -> None:
+        """Four groups are handed out; all but `slow`, places among them, are finished."""
+        for place, group in enumerate(self._groups):
+            sequence = self.ledger.next_sequence()
+            if place not in slow:
+                self._buffer.put(dataclasses.replace(group, sequence=sequence))
+
+    def take_batch(self, version: int, accept: Callable[[Sequence[Group]], bool]) -> list[Group]:
+        def asked(groups: Sequence[Group]) -> bool:
+            accepted = accept(groups)
+            if not accepted:
+                self.refused.set()
+            return accepted
+
+        groups = self._buffer.take(4, version=0, max_staleness=8, timeout_s=30, accept=asked)
+        self.taken.append(version)
+        return groups
+
+    def look_again(self) -> None:
+        self._buffer.look_again()
+
+    def finish(self, groups: Sequence[Group]) -> None:
+        self.ledger.mark_trained([group.sequence for group in groups])
 
 
 def make_feed(rollouts: Any, **trainer: object) -> BatchFeed:
@@ -44,7 +68,7 @@ def make_feed(rollouts: Any, **trainer: object) -> BatchFeed:
             "trainer": {"total_steps": TOTAL_STEPS, "batch_prompts": 4, **trainer},
         }
     )
-    return BatchFeed(config, rollouts, num_ranks=1, placeholder_ids=PLACEHOLDERS, cost=ModelCost())
+    return BatchFeed(config, rollouts, rollouts.ledger, num_ranks=1, placeholder_ids=PLACEHOLDERS, cost=ModelCost())
 
 
 @pytest.fixture
@@ -55,18 +79,41 @@ def groups(processor: PromptProcessor) -> list[Group]:
     ]
 
 
-def test_the_next_batch_is_taken_before_it_is_asked_for(processor: PromptProcessor, groups: list[Group]) -> None:
+def sequences(batch: Batch) -> list[int]:
+    return [group.sequence for group in batch.groups]
+
+
+async def test_the_next_batch_is_taken_before_it_is_asked_for(processor: PromptProcessor, groups: list[Group]) -> None:
     rollouts = Rollouts(processor, groups)
+    rollouts.sample()
+    rollouts.sample()
     feed = make_feed(rollouts)
-    assert feed.next(0).groups == groups
-    assert rollouts.last.wait(30)
-    assert feed.next(1).groups == groups
-    assert rollouts.asked == [0, 1]
+    first = feed.next(0)
+    assert sequences(first) == [0, 1, 2, 3]
+    await until(lambda: rollouts.taken == [0, 1], pause_s=0.001)
+    rollouts.finish(first.groups)
+    assert sequences(feed.next(1)) == [4, 5, 6, 7]
+
+
+def test_a_slow_group_is_not_pushed_back_while_there_is_time(processor: PromptProcessor, groups: list[Group]) -> None:
+    """Its batch waits for it until the trainer has nothing to do."""
+    rollouts = Rollouts(processor, groups)
+    rollouts.sample()
+    feed = make_feed(rollouts)
+    first = feed.next(0)
+    rollouts.sample(slow=(1,))
+    rollouts.sample(slow=(1, 2, 3))  # four are there, of which one was begun after the slow one
+    assert rollouts.refused.wait(30)
+    assert rollouts.taken == [0]
+    rollouts.finish(first.groups)
+    assert sequences(feed.next(1)) == [4, 6, 7, 8]
 
 
 def test_mini_batches_are_packed_one_by_one(processor: PromptProcessor, groups: list[Group]) -> None:
-    batch = make_feed(Rollouts(processor, groups), mini_batch_prompts=2).next(0)
-    assert [list(mini_batch) for mini_batch in batch.mini_batches] == [groups[:2], groups[2:]]
+    rollouts = Rollouts(processor, groups)
+    rollouts.sample()
+    batch = make_feed(rollouts, mini_batch_prompts=2).next(0)
+    assert [[group.sequence for group in mini_batch] for mini_batch in batch.mini_batches] == [[0, 1], [2, 3]]
     values: list[FloatArray] = centred(groups)
     for i, (part,) in enumerate(batch.parts):
         chosen = slice(2 * i, 2 * i + 2)
@@ -78,7 +125,9 @@ def test_mini_batches_are_packed_one_by_one(processor: PromptProcessor, groups: 
 
 def test_another_model_is_noticed(processor: PromptProcessor) -> None:
     """The actors' placeholder ids are not the learner's."""
-    feed = make_feed(Rollouts(processor, mixed_groups(processor)))
+    rollouts = Rollouts(processor, mixed_groups(processor))
+    rollouts.sample()
+    feed = make_feed(rollouts)
     with pytest.raises(OtherModelError, match="masks the placeholder ids"):
         feed.next(0)
 
@@ -87,12 +136,14 @@ def test_what_breaks_the_rollouts_is_raised_when_its_batch_is_asked_for(
     processor: PromptProcessor, groups: list[Group]
 ) -> None:
     class Broken(Rollouts):
-        def take_batch(self, version: int) -> list[Group]:
+        def take_batch(self, version: int, accept: Callable[[Sequence[Group]], bool]) -> list[Group]:
             if version:
                 raise RuntimeError("all actors are gone")
-            return super().take_batch(version)
+            return super().take_batch(version, accept)
 
-    feed = make_feed(Broken(processor, groups))
-    assert feed.next(0).groups == groups
+    rollouts = Broken(processor, groups)
+    rollouts.sample()
+    feed = make_feed(rollouts)
+    feed.next(0)
     with pytest.raises(RuntimeError, match="all actors are gone"):
         feed.next(1)
