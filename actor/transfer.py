@@ -9,7 +9,7 @@ late or corrupt update never touches the model. Two buffers take turns: one is r
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
@@ -18,11 +18,11 @@ import torch
 from actor.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
 from common.dtypes import TORCH_DTYPES
+from common.threads import run_in_thread
 from common.types import EpochSpec, Manifest, ManifestParameter
 
 _NUM_BUFFERS = 2
 
-T = TypeVar("T")
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 
@@ -80,7 +80,7 @@ class WeightReceiver:
             group.abort()
             raise RuntimeError("the weight epoch was left while joining it")
 
-        return _run_in_thread(job, f"join-epoch-{spec.epoch}")
+        return run_in_thread(job, f"join-epoch-{spec.epoch}")
 
     def receive(self, manifest: Manifest, staging: Staging) -> "Future[tuple[int, ...]]":
         """Receive every bucket of one update into `staging`; the checksum of each, as received.
@@ -128,7 +128,7 @@ class WeightReceiver:
                 kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
             return checksums
 
-        self._receiving = _run_in_thread(job, f"receive-version-{manifest.policy_version}")
+        self._receiving = run_in_thread(job, f"receive-version-{manifest.policy_version}")
         return self._receiving
 
     def take(self, policy_version: int, kind: type[StagingT]) -> StagingT:
@@ -174,20 +174,3 @@ def _view(buffer: torch.Tensor, parameter: ManifestParameter) -> torch.Tensor:
     dtype = TORCH_DTYPES[parameter.dtype]
     num_bytes = math.prod(parameter.shape) * dtype.itemsize
     return buffer[parameter.offset : parameter.offset + num_bytes].view(dtype).view(parameter.shape)
-
-
-def _run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":
-    """Run `job` on a daemon thread, so that a job that is stuck cannot hold up the end of the process."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # a waiter that gives up cannot cancel what a thread is doing
-
-    def run() -> None:
-        try:
-            result = job()
-        except BaseException as error:  # noqa: BLE001 - the future carries it to whoever waits
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

@@ -9,7 +9,7 @@ Nothing of the loop is written again here: what is replaced are the model's proc
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import StringIO
 from pathlib import Path
@@ -35,11 +35,12 @@ from learner.display import Display
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.report import Progress, Reporter
+from learner.rollouts.dispatcher import DispatchStats
 from learner.rows import RowReader
 from learner.step import StepStats
 from learner.summary import MetricsWriter
 from learner.trainer import RankZero, Trainer
-from learner.types import ProcessedPrompt, PromptSample
+from learner.types import Group, ProcessedPrompt, PromptSample
 from learner.weights.snapshot import Snapshot, Snapshotter
 
 # As `actor.config.FakeConfig` has them by default.
@@ -59,6 +60,8 @@ class Run:
     """Of the oldest token of each step."""
     cpu_s: tuple[float, ...]
     """CPU time of this process, all threads, when each step began."""
+    ledger: Ledger
+    """What became of each place in the data order."""
 
     @property
     def seconds(self) -> float:
@@ -168,10 +171,17 @@ def fake_actors(folder: Path, num_actors: int, settings: dict[str, Any]) -> Iter
         ]
 
 
-def train(run_dir: Path, prompts: PromptDataset, step_s: float, **sections: dict[str, Any]) -> Run:
+def train(
+    run_dir: Path,
+    prompts: PromptDataset,
+    step_s: float,
+    on_step: Callable[[int, Sequence[Group]], None] = lambda _version, _groups: None,
+    **sections: dict[str, Any],
+) -> Run:
     """One run from version 0 to its last step, with these sections of the configuration: `rollout`, `trainer`, ...
 
     Completion i of the prompt at place s of the data order samples from seed `s * n + i`.
+    `on_step` is called after each step, with the version that it led to and the groups that it has trained.
     """
     run_dir.mkdir(parents=True)
     config = parse_config(
@@ -207,10 +217,31 @@ def train(run_dir: Path, prompts: PromptDataset, step_s: float, **sections: dict
         )
         stack.callback(control.close)
         control.start()
-        zero = RankZero(control, ledger, Reporter(display, writer, Progress()))
+        zero = RankZero(control, ledger, _TellingReporter(on_step, display, writer, Progress()))
         Trainer(config, ranks, cast("Any", policy), run_dir, zero).run()
     steps = tuple(map(json.loads, metrics.read_text().splitlines()))
-    return Run(steps, tuple(policy.staleness), tuple(policy.cpu_s))
+    return Run(steps, tuple(policy.staleness), tuple(policy.cpu_s), ledger)
+
+
+class _TellingReporter(Reporter):
+    """Tells somebody else, too, which groups each step has trained."""
+
+    def __init__(
+        self,
+        on_step: Callable[[int, Sequence[Group]], None],
+        display: Display,
+        metrics: MetricsWriter,
+        progress: Progress,
+    ) -> None:
+        super().__init__(display, metrics, progress)
+        self._on_step = on_step
+
+    def step(
+        self, version: int, groups: Sequence[Group], stats: StepStats, dispatch: DispatchStats, *, wait_s: float
+    ) -> None:
+        """See `Reporter.step`."""
+        super().step(version, groups, stats, dispatch, wait_s=wait_s)
+        self._on_step(version, groups)
 
 
 def _text_ids(text: str) -> list[int]:

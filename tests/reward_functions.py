@@ -52,3 +52,15 @@ def says_and_hangs(**_: Any) -> float:
     print(f"hanging in {os.getpid()}", flush=True)
     while True:
         signal.pause()
+
+
+def has_no_opinion(ground_truth: str) -> bool:
+    """Of which rows `length_or_none` knows nothing."""
+    return int(ground_truth) % 50 == 49
+
+
+def length_or_none(completion: str, ground_truth: str) -> float:
+    """Raises for every fiftieth row."""
+    if has_no_opinion(ground_truth):
+        raise RuntimeError("no opinion of this row")
+    return float(len(completion))

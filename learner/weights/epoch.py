@@ -113,8 +113,8 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     try:
         await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
     except BaseException as error:
-        # Our own join may go on waiting for somebody who never comes; whatever it yields is thrown away.
-        joined.add_done_callback(_abort_late)
+        joined.cancel()  # it may wait for somebody who never comes
+        joined.add_done_callback(_abort_if_in)
         await abort_members(spec, members)
         failed = error.culprits if isinstance(error, EpochFailed) else ()
         silent = [culprit for culprit in failed if isinstance(culprit[1], DeadlineExceeded)]
@@ -213,6 +213,6 @@ def _look_at(future: "asyncio.Future[Any]") -> None:
         future.exception()
 
 
-def _abort_late(joined: "asyncio.Future[Sender]") -> None:
+def _abort_if_in(joined: "asyncio.Future[Sender]") -> None:
     if not joined.cancelled() and joined.exception() is None:
         joined.result().abort()

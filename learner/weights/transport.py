@@ -4,14 +4,17 @@ A broadcast blocks whoever calls it, so the real one runs on threads; the event 
 """
 
 import asyncio
+import functools
 import socket
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from common.collective import BroadcastGroup
+from common.threads import run_in_thread
 from common.types import EpochSpec
 
 
@@ -34,7 +37,10 @@ class Transport(Protocol):
     """Of the rendezvous, for the members."""
 
     async def join(self, spec: EpochSpec) -> Sender:
-        """Enter an epoch as rank 0, once all members are in. Raises `RuntimeError` if one did not come in time."""
+        """Enter an epoch as rank 0, once all members are in. Raises `RuntimeError` if one did not come in time.
+
+        Cancelled, it leaves nothing behind, at the latest when the time of the epoch is over.
+        """
         ...
 
 
@@ -51,7 +57,13 @@ class TorchTransport:
 
     async def join(self, spec: EpochSpec) -> "TorchSender":
         """See `Transport.join`."""
-        return TorchSender(await asyncio.to_thread(BroadcastGroup, spec, 0))
+        # On a thread of its own: it may wait for somebody who never comes, longer than anybody waits for it.
+        joining = run_in_thread(functools.partial(BroadcastGroup, spec, 0), f"join-epoch-{spec.epoch}")
+        try:
+            return TorchSender(await asyncio.wrap_future(joining))
+        except asyncio.CancelledError:
+            joining.add_done_callback(_abort)
+            raise
 
 
 class TorchSender:
@@ -71,3 +83,8 @@ class TorchSender:
     def abort(self) -> None:
         """See `Sender.abort`."""
         self._group.abort()
+
+
+def _abort(joined: "Future[BroadcastGroup]") -> None:
+    if joined.exception() is None:
+        joined.result().abort()

@@ -99,7 +99,7 @@ class Wire:
         peer = self.enter(spec, LEARNER, None)
         try:
             await peer.opened()
-        except RuntimeError:
+        except (RuntimeError, asyncio.CancelledError):
             peer.abort()
             raise
         return Sender(peer)

@@ -1,0 +1,61 @@
+"""The learner's own way into an epoch, while somebody is missing."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.collective import BroadcastGroup
+from common.errors import Unreachable
+from common.types import EpochSpec
+from learner.weights.epoch import EpochFailed, open_epoch
+from learner.weights.transport import TorchTransport
+from tests.unit.learner.test_epoch import Client, member
+
+SPEC = EpochSpec("run", 1, "127.0.0.1", 0, 2, 0, "gloo", timeout_s=10.0)
+
+
+def receive(spec: EpochSpec, buffer: torch.Tensor) -> None:
+    """As the other member."""
+    group = BroadcastGroup(spec, 1)
+    try:
+        group.broadcast(buffer)
+    finally:
+        group.abort()
+
+
+async def test_a_join_takes_no_thread_that_others_need() -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    transport = TorchTransport("127.0.0.1")
+    spec = replace(SPEC, master_port=transport.port)
+    joining = asyncio.ensure_future(transport.join(spec))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(lambda: None)
+    assert not joining.done()
+    buffer = torch.zeros(3)
+    receiving = asyncio.create_task(asyncio.to_thread(receive, spec, buffer))
+    sender = await joining
+    await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), sender._send, [torch.arange(3.0)])
+    await receiving
+    sender.abort()
+    assert buffer.tolist() == [0, 1, 2]
+
+
+async def test_a_join_that_is_given_up_leaves_nothing_behind() -> None:
+    """The member that is waited for comes only then: it finds nobody, and nothing has held up the end until then."""
+    transport = TorchTransport("127.0.0.1")
+    spec = replace(SPEC, master_port=transport.port, timeout_s=2.0)
+    dead = member(Client("one#1", Unreachable("it was killed")))
+    with pytest.raises(EpochFailed, match="it was killed"):
+        await open_epoch(spec, [dead], transport)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    [joining] = [thread for thread in threading.enumerate() if thread.name == "join-epoch-1"]
+    assert joining.daemon
+    with pytest.raises(RuntimeError):
+        await asyncio.to_thread(receive, spec, torch.zeros(3))
+    joining.join(10)
+    assert not joining.is_alive()
