@@ -107,8 +107,12 @@ class SimEngine:
     async def token(self, seconds: float) -> int:
         """One step of all completions of a group; the version that sampled it."""
         await asyncio.sleep(seconds)
-        await self._moving.wait()
         await self._actor.awake()
+        while (
+            not self._moving.is_set()
+        ):  # a step and a swap never overlap, also if the process was stopped between them
+            await self._moving.wait()
+            await self._actor.awake()
         world = self._actor.world
         world.check(self.policy is not None, f"{self._actor.actor_id} samples from torn weights")
         assert self.policy is not None
