@@ -103,10 +103,6 @@ class ShadowModel:
                 if not layer.is_loaded:
                     layer.follow(shared)
                 self._swaps += layer.finish()
-        self.close()
-
-    def close(self) -> None:
-        """Nothing more is loaded."""
         for layer in self._layers.values():
             layer.forget_loaders()
 

@@ -55,13 +55,15 @@ def main() -> None:
 
 @contextmanager
 def _server(folder: Path) -> Iterator[str]:
+    from benchmarks.gloo_weight_transfer import BACKEND
+
     harness.say("starting vLLM's server")
     settings = {
         **{name: value for name, value in ENGINE.items() if name != "enforce_eager"},
         "kv_cache_gib": 1,
         "max_images": 1,
         "worker_extension_cls": f"{_WORKER}.WorkerExtension",
-        "weight_transfer_config": json.dumps({"backend": "gloo"}),
+        "weight_transfer_config": json.dumps({"backend": BACKEND}),
     }
     # Its endpoints for weights exist only so.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -92,8 +92,10 @@ class GroupBuffer:
 
     def _oldest(self, batch: int, accept: Callable[[Sequence[Group]], bool]) -> list[Group]:
         """As many groups, of the oldest policy; none if they are too few, or refused."""
+        if len(self._groups) < batch:
+            return []
         groups = sorted(self._groups.values(), key=lambda g: (g.oldest_version, g.sequence))[:batch]
-        return groups if len(groups) == batch and accept(groups) else []
+        return groups if accept(groups) else []
 
     def _stale(self, version: int, max_staleness: int) -> list[Group]:
         oldest = version - max_staleness
