@@ -1,5 +1,7 @@
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -38,6 +40,16 @@ async def _answers(engine: FakeEngine | EngineThread, request: EngineRequest) ->
     return info, sorted(completions, key=lambda completion: completion.index)
 
 
+@asynccontextmanager
+async def running(inner: Watched) -> AsyncIterator[EngineThread]:
+    engine = EngineThread(inner)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
 async def test_same_events_from_another_thread() -> None:
     """And the caller's loop turns meanwhile."""
     inner = Watched(token_s=0.001)
@@ -55,9 +67,7 @@ async def test_same_events_from_another_thread() -> None:
 
 
 async def test_errors_of_the_engine_come_through() -> None:
-    engine = EngineThread(Watched(token_s=0, die_at_group=2, max_context_tokens=8))
-    await engine.start()
-    try:
+    async with running(Watched(token_s=0, die_at_group=2, max_context_tokens=8)) as engine:
         with pytest.raises(InvalidRequest) as refused:
             await _answers(
                 engine, EngineRequest("g", ChatPrompt((ChatMessage("u", (TextPart("x" * 20),)),)), (), SamplingParams())
@@ -67,33 +77,23 @@ async def test_errors_of_the_engine_come_through() -> None:
             await _answers(engine, _request())
         with pytest.raises(EngineDead):
             await engine.check()
-    finally:
-        await engine.stop()
 
 
 async def test_closing_the_iterator_aborts_what_runs() -> None:
-    engine = EngineThread(Watched(token_s=1.0, first_token_s=1.0))
-    await engine.start()
-    try:
+    async with running(Watched(token_s=1.0, first_token_s=1.0)) as engine:
         events = engine.generate(_request())
         assert isinstance(await anext(events), PromptInfo)
         await until(lambda: engine.load().num_running == 4, pause_s=0.001)
         await events.aclose()  # type: ignore[attr-defined]
         await until(lambda: engine.load().num_running == 0, pause_s=0.001)
-    finally:
-        await engine.stop()
 
 
 async def test_cancelling_a_caller_aborts_what_runs() -> None:
-    engine = EngineThread(Watched(token_s=1.0, first_token_s=1.0))
-    await engine.start()
-    try:
+    async with running(Watched(token_s=1.0, first_token_s=1.0)) as engine:
         caller = asyncio.create_task(_answers(engine, _request()))
         await until(lambda: engine.load().num_running == 4, pause_s=0.001)
         caller.cancel()
         await until(lambda: engine.load().num_running == 0, pause_s=0.001)
-    finally:
-        await engine.stop()
 
 
 async def test_the_callers_loop_turns_while_the_engine_computes() -> None:
@@ -105,17 +105,15 @@ async def test_the_callers_loop_turns_while_the_engine_computes() -> None:
                 pass
 
     started, turned = threading.Event(), threading.Event()
-    engine = EngineThread(Busy(token_s=0))
-    await engine.start()
-    try:
-        checking = asyncio.create_task(engine.check())
-        await until(started.is_set)
-        await asyncio.sleep(0.001)
-        turned.set()
-        await checking
-    finally:
-        turned.set()
-        await engine.stop()
+    async with running(Busy(token_s=0)) as engine:
+        try:
+            checking = asyncio.create_task(engine.check())
+            await until(started.is_set)
+            await asyncio.sleep(0.001)
+            turned.set()
+            await checking
+        finally:
+            turned.set()
 
 
 async def test_stopping_ends_the_thread() -> None:
