@@ -51,7 +51,7 @@ class PolicyState:
         self._retired_runs: deque[str] = deque(maxlen=_RUNS_REMEMBERED)
         self._lock = asyncio.Lock()
         self._running: asyncio.Task[Any] | None = None  # what may be interrupted
-        self._commit: tuple[int, asyncio.Task[float]] | None = None
+        self._commit: tuple[tuple[str, int, int], asyncio.Task[float]] | None = None
         self._committed = ("", 0, -1)
 
     # ------------------------------------------------------------------------------------------------ life
@@ -155,10 +155,10 @@ class PolicyState:
         self._fence(run_id, epoch)
         if self._committed == (run_id, epoch, policy_version):
             return 0.0
-        if self._commit is None or self._commit[0] != policy_version:
+        if self._commit is None or self._commit[0] != (run_id, epoch, policy_version):
             task = asyncio.create_task(self._do_commit(run_id, epoch, policy_version))
             task.add_done_callback(self._commit_done)
-            self._commit = (policy_version, task)
+            self._commit = ((run_id, epoch, policy_version), task)
         try:
             return await asyncio.wait_for(asyncio.shield(self._commit[1]), timeout_s)
         except TimeoutError:
@@ -193,6 +193,7 @@ class PolicyState:
                 self.fail()
                 raise
             self.policy_version = policy_version
+            self._fence_run(run_id)  # a new one may have come meanwhile: it must not be served these
             self._committed = (run_id, epoch, policy_version)
             log.info("serving", policy_version=policy_version, pause_s=round(pause_s, 4))
             if self.state is ActorState.PENDING_WEIGHTS:
@@ -234,9 +235,12 @@ class PolicyState:
         self.staged_version = -1
         await asyncio.shield(self._engine.abort_epoch())
 
-    def _fence(self, run_id: str, epoch: int) -> None:
+    def _fence_run(self, run_id: str) -> None:
         if run_id != self.run_id:
             raise StaleEpoch(f"run {run_id} is not the one that this actor follows ({self.run_id or 'none'})")
+
+    def _fence(self, run_id: str, epoch: int) -> None:
+        self._fence_run(run_id)
         if epoch != self.epoch:
             raise StaleEpoch(f"epoch {epoch} is not the current one ({self.epoch})")
 

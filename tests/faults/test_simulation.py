@@ -13,6 +13,7 @@ FOUND = {
     29: "what failed after the end of a weight epoch was reported as unseen",
     50: "a group that was sampled again for staleness had its old name",
     108: "a process that came back between two polls was updated in place of the one before it",
+    10017048: "a swap that a new learner overtook made the actor serve the old one's weights to it",
     2017996: "the simulated engine went on with a step in the middle of a swap, once it was no longer stopped",
 }
 _BUDGET_S = 12.0

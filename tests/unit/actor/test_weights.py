@@ -249,6 +249,22 @@ async def test_a_commit_outlives_its_caller_and_can_be_asked_for_again(
     assert engine.calls.count("commit 1") == 1
 
 
+async def test_a_commit_that_a_new_run_overtakes_serves_nobody(engine: ScriptedEngine, policy: PolicyState) -> None:
+    await _serve(policy, 1)
+    await policy.stage("a", 1, manifest(2), 5)
+    engine.hold["commit"] = asyncio.Event()
+    [commit] = await _running(policy.commit("a", 1, 2, 5))
+    [opening] = await _running(policy.open_epoch(spec("b")))
+    engine.hold["commit"].set()
+    with pytest.raises(StaleEpoch, match="run a is not the one that this actor follows"):
+        await commit
+    await opening
+    assert policy.state is ActorState.PENDING_WEIGHTS
+    await policy.stage("b", 1, manifest(0), 5)
+    assert await policy.commit("b", 1, 0, 5) == 0.5
+    assert (policy.state, policy.policy_version) == (ActorState.SERVING, 0)
+
+
 async def test_commit_of_what_is_not_staged(policy: PolicyState) -> None:
     await policy.open_epoch(spec())
     with pytest.raises(NotStaged, match="nothing is staged"):
