@@ -70,10 +70,10 @@ class ActorServer:
             log.info("health", port=await self.rpc.start_probes(self._config.health_listen))
         await self._report_health()
         self.policy.on_change = self._changed.set
-        self._watches = [
-            asyncio.create_task(watch)
-            for watch in (self._follow_state(), self._watch_engine(), self.metrics.stalls.run())
-        ]
+        watches = [self._follow_state(), self._watch_engine()]
+        if self._config.metrics_listen is not None:
+            watches.append(self.metrics.stalls.run())
+        self._watches = [asyncio.create_task(watch) for watch in watches]
         return port
 
     async def stop(self, grace_s: float, forced: asyncio.Event | None = None) -> None:

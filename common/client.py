@@ -228,7 +228,7 @@ class GrpcClient:
 
     def holds(self, media: Sequence[bytes]) -> bool:
         """See `RolloutClient.holds`."""
-        return all(sha256 in self._known_media for sha256 in media)
+        return all(map(self._known_media.__contains__, media))
 
     def forget_media(self) -> None:
         """See `RolloutClient.forget_media`."""

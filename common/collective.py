@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from common.types import EpochSpec
 
+# How long an abort from another thread may go unnoticed.
+_NOTICE = timedelta(seconds=0.2)
 _POLL_S = 0.0005
 # What a member of a chain passes on at a time.
 _CHUNK_BYTES = 2 * 2**20
@@ -50,6 +52,7 @@ class BroadcastGroup:
         self.is_blocked = False
         """Whether all of a buffer has come, and the next member does not take it, or did not when it failed."""
         self._timeout = timeout
+        self._is_nccl = spec.backend == "nccl"
         self._aborted = threading.Event()
         self._world_size = spec.world_size
         # Backends of which this is not rank 0, and of which it is.
@@ -103,10 +106,14 @@ class BroadcastGroup:
         return backend.broadcast([buffer], options)
 
     def _wait(self, work: Any) -> None:
-        while not work.is_completed():  # not wait(): Gloo's cannot be interrupted by abort()
+        while not work.is_completed():
             if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
-            time.sleep(_POLL_S)
+            if self._is_nccl:
+                time.sleep(_POLL_S)
+            else:  # Gloo's abort() does not interrupt it
+                with contextlib.suppress(RuntimeError):  # not yet; or it failed, as wait() says below
+                    work.wait(_NOTICE)
         work.wait()
 
     def abort(self) -> None:
