@@ -113,7 +113,6 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     try:
         await _all_or_fail(f"opening epoch {spec.epoch}", members, joins, joined)
     except BaseException as error:
-        joined.cancel()  # it may wait for somebody who never comes
         joined.add_done_callback(_abort_if_in)
         await abort_members(spec, members)
         failed = error.culprits if isinstance(error, EpochFailed) else ()
@@ -186,9 +185,8 @@ async def _all_or_fail(
         reason = culprits[0][1] if culprits else failed[0].exception()
         raise EpochFailed(f"{what} failed: {reason}", culprits)
     finally:
-        for task in tasks:
-            task.cancel()
         for future in waiting:
+            future.cancel()
             future.add_done_callback(_look_at)
 
 
