@@ -61,18 +61,21 @@ class BroadcastGroup:
         try:
             if spec.backend == "nccl":
                 (self._upstream if rank else self._downstream).append(_make_nccl(spec, scoped, rank, timeout))
-            if spec.backend == "gloo" and rank > 0:
-                pair = dist.PrefixStore(f"{rank - 1}", scoped)
-                self._upstream.append(_make_gloo(spec, pair, 1, timeout))
-            if spec.backend == "gloo" and rank + 1 < spec.world_size:
-                pair = dist.PrefixStore(f"{rank}", scoped)
-                self._downstream.append(_make_gloo(spec, pair, 0, timeout))
+            if spec.backend == "gloo":
+                self._join_chain(spec, scoped, rank, timeout)
         except BaseException:
             self.abort()
             raise
         self.device = (device or torch.device("cuda", 0)) if spec.backend == "nccl" else torch.device("cpu")
         # Everybody is here before anybody returns: a missing member fails the epoch now, not in its first update.
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
+
+    def _join_chain(self, spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> None:
+        """Meet both neighbours. Pairs 0-1, 2-3, ... meet first, then 1-2, 3-4, ...: nobody waits for the whole chain."""
+        for low in sorted((rank - 1, rank), key=lambda low: low % 2):
+            if 0 <= low < spec.world_size - 1:
+                side = self._downstream if low == rank else self._upstream
+                side.append(_make_gloo(spec, dist.PrefixStore(f"{low}", store), rank - low, timeout))
 
     def broadcast(self, buffer: torch.Tensor) -> None:
         """Send `buffer` from rank 0 to all others, or receive it in place; blocks.
