@@ -4,10 +4,11 @@
                 <-- its result, its events ------
 
 vLLM's front end takes tens of milliseconds without a pause when a step of many sequences is done. Here it only holds
-the interpreter meanwhile, which it has to hand over every few milliseconds.
+the interpreter meanwhile, which it has to hand over twice in a millisecond.
 """
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
@@ -25,6 +26,8 @@ log = get_logger(__name__)
 # How long what is aborted may take to end, and the engine to stop. Past that it is left behind.
 _ABORT_S = 10.0
 _STOP_S = 60.0
+# How long one thread may keep the interpreter from another. gRPC's loop waits for it several times in one turn.
+_SWITCH_S = 0.0005
 
 T = TypeVar("T")
 _Event = PromptInfo | list[Completion]
@@ -51,6 +54,7 @@ class EngineThread:
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
+        sys.setswitchinterval(_SWITCH_S)
         self._thread.start()
         await asyncio.to_thread(self._turns.wait)
         return await self._there(self._engine.start())

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _WARM_UP_TOKENS = 4
+# What is new is looked through often and quickly; everything, for tens of milliseconds in which nothing else runs, once
+# in some minutes under full load. By default that would be each second, and vLLM leaves no garbage there.
+_GC_THRESHOLDS = (500, 2, 20_000)
 
 
 class VllmEngine:
@@ -109,6 +112,7 @@ class VllmEngine:
         # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
         return info
 
     async def _warm_up(self) -> None:

@@ -3,7 +3,8 @@
 Groups of 16 completions with an image of their own, more of them at once than vLLM runs; the figures are two metrics of
 the minute in which they ran, each as the bound, 10 ms, over it: `stalled`, how long the loop did not turn, and `busy`,
 how long its thread computed meanwhile. The engine has one core, so that it leaves the others to the loop, as it does
-where a GPU generates; whoever else wants them stalls the loop as well, this benchmark's own client among them.
+where a GPU generates; this benchmark's own client, which would be another machine, shares that core with it. Whoever
+else wants the others stalls the loop as well.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
         with vllm_actor(
             model, folder / "actor.log", {**generation.ENGINE, "cpu_cores": repr(str(core))}, listen
         ) as address:
+            os.sched_setaffinity(0, {core})
             harness.say("warming up")
             runner.run(_load(address, 10.0, 0))
             ratios: dict[str, list[float]] = {case: [] for case in METRICS}
