@@ -71,6 +71,12 @@ class World:
         self.version = 0
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:  # ends what has been started, when something fails
+            self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _start(self, stack: ExitStack) -> None:
         say(f"starting {self._num_actors} actor(s) with vLLM (about a minute each)")
         model_dir = build_model(self._folder / "model")
         from transformers import AutoModelForImageTextToText
@@ -82,9 +88,9 @@ class World:
 
         self.model: Any = AutoModelForImageTextToText.from_pretrained(model_dir)
         self._deltas = Deltas(enabled=True)
-        self._runner = self._stack.enter_context(asyncio.Runner())
+        self._runner = stack.enter_context(asyncio.Runner())
         addresses = [
-            self._stack.enter_context(
+            stack.enter_context(
                 vllm_actor(model_dir, self._folder / f"actor-{i}.log", {**ENGINE, "cpu_cores": repr(self._cores(i))})
             )
             for i in range(self._num_actors)
@@ -94,6 +100,7 @@ class World:
         )
         self._transport = TorchTransport(self._host)
         self._epoch = self._runner.run(self._open(addresses))
+        stack.callback(lambda: self._runner.run(self._close()))
         self.snapshot = self._take()
         self.num_bytes = self.snapshot.trained.num_bytes
         side = [sys.executable, "-m", "benchmarks.update_side", self._host, str(self._transport.port)]
@@ -101,10 +108,11 @@ class World:
         for rank in range(1, self._num_actors + 1):
             # Started one after the other: they meet when all are there, and so does this process.
             arguments = [*side, str(rank), str(self._num_actors + 1), str(self.num_bytes)]
-            self._receivers.append(self._stack.enter_context(Process(arguments, self._folder / f"side-{rank}.log")))
+            self._receivers.append(stack.enter_context(Process(arguments, self._folder / f"side-{rank}.log")))
         for receiver in self._receivers:
             receiver.send({})
         self._group = BroadcastGroup(self._bare_spec(), 0)
+        stack.callback(self._group.abort)
         for receiver in self._receivers:
             receiver.receive()
         self._flat = _flat(self.snapshot.trained.buffers)
@@ -112,13 +120,10 @@ class World:
         for _ in range(2):
             self.update()
             self.broadcast()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._runner.run(self._close())
-        self._group.abort()
         self._stack.close()
 
     def run(self, coroutine: Any) -> Any:

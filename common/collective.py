@@ -71,7 +71,7 @@ class BroadcastGroup:
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     def _join_chain(self, spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> None:
-        """Meet both neighbours. Pairs 0-1, 2-3, ... meet first, then 1-2, 3-4, ...: nobody waits for the whole chain."""
+        """Meet both neighbours. Pairs 0-1, 2-3, ... meet first, then 1-2, 3-4, ...: nobody waits for a whole chain."""
         for low in sorted((rank - 1, rank), key=lambda low: low % 2):
             if 0 <= low < spec.world_size - 1:
                 side = self._downstream if low == rank else self._upstream
