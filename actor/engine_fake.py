@@ -340,6 +340,9 @@ class _Discard:
     def finish(self) -> None:
         """See `Staging.finish`."""
 
+    def discard(self) -> None:
+        """See `Staging.discard`."""
+
 
 async def _finish(
     jobs: "list[Future[Any]]", timeout_s: float, late: Callable[[], type[StageTimeout]] = lambda: StageTimeout

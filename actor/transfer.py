@@ -37,6 +37,10 @@ class Staging(Protocol):
         """All have been added."""
         ...
 
+    def discard(self) -> None:
+        """It will not be used. Memory is given back now: whoever holds the error that led here still refers to it."""
+        ...
+
 
 StagingT = TypeVar("StagingT", bound=Staging)
 
@@ -117,15 +121,17 @@ class WeightReceiver:
                     results.append(self._worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)
                 self._worker.submit(staging.finish).result()
-            finally:  # what fails leaves nobody at work on the buffers
+                with self._lock:
+                    if generation != self._generation:
+                        raise RuntimeError("the weight epoch was left while receiving")
+                    self._staged = (manifest.policy_version, staging)
+                    kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
+            except BaseException:
                 for result in results:
                     result.cancel()
-                wait(results)
-            with self._lock:
-                if generation != self._generation:
-                    raise RuntimeError("the weight epoch was left while receiving")
-                self._staged = (manifest.policy_version, staging)
-                kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
+                wait(results)  # nobody is at work on the buffers any more
+                staging.discard()
+                raise
             return checksums
 
         self._receiving = run_in_thread(job, f"receive-version-{manifest.policy_version}")

@@ -67,6 +67,10 @@ class ReloadedModel:
     def finish(self) -> None:
         """Nothing is left to do."""
 
+    def discard(self) -> None:
+        """See `Staging.discard`."""
+        self._tensors.clear()
+
     def swap(self) -> None:
         """Load them. vLLM has packed its parameters; this gives each layer its loadable form back, layer by layer."""
         on_cpu = CpuReload()
@@ -105,6 +109,14 @@ class ShadowModel:
                 self._swaps += layer.finish()
         for layer in self._layers.values():
             layer.forget_loaders()
+
+    def discard(self) -> None:
+        """See `Staging.discard`."""
+        for layer in self._layers.values():
+            layer.forget_loaders()
+        self._layers.clear()
+        self._swaps.clear()
+        self._root = None
 
     def swap(self) -> None:
         """Make it live."""

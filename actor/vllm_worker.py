@@ -104,6 +104,13 @@ class StagedUpdate:
             assert self._adapters is not None  # the engine has refused it otherwise
             self._adapter = self._adapters.build(self._lora)
 
+    def discard(self) -> None:
+        """See `Staging.discard`."""
+        if self._model is not None:
+            self._model.discard()
+        self._lora.clear()
+        self._adapter = None
+
     def swap(self) -> None:
         """Make it live."""
         if self._model is not None:

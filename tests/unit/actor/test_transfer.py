@@ -27,6 +27,7 @@ class Recording:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_finished = False
+        self.is_discarded = False
         self.threads: set[int] = set()
 
     def add(self, tensors: NamedTensors) -> None:
@@ -36,6 +37,9 @@ class Recording:
     def finish(self) -> None:
         self.threads.add(threading.get_ident())
         self.is_finished = True
+
+    def discard(self) -> None:
+        self.is_discarded = True
 
 
 class Wire:
@@ -173,6 +177,17 @@ def test_a_delta_to_another_result_is_seen_and_ends_the_chain(wire: Wire) -> Non
     assert result.result(TIMEOUT_S) != tuple(bucket.xxh3 for bucket in manifest.buckets)
     with pytest.raises(InvalidRequest):
         wire.receiver.receive(delta_of(3, 4)[0], Recording())
+
+
+def test_what_fails_half_way_is_discarded(wire: Wire) -> None:
+    buffers = weights(1)
+    staging, received = wire.send(manifest_of(buffers, 1), buffers[:2])
+    wire.sender.abort()
+    wire.receiver.leave()
+    with pytest.raises(RuntimeError):
+        received.result(TIMEOUT_S)
+    assert staging.is_discarded
+    assert not staging.is_finished
 
 
 def test_bytes_that_are_no_delta_are_corrupt(wire: Wire) -> None:

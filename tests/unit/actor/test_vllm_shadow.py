@@ -63,6 +63,21 @@ def test_nothing_is_live_before_the_swap_and_nothing_is_left_behind_it() -> None
     assert vars(model.doubled.weight) == {"weight_loader": model.doubled.weight_loader}
 
 
+def test_an_update_that_is_discarded_gives_its_memory_back() -> None:
+    """At once, also while an error still refers to it."""
+    model = Model()
+    record_metadata_for_reloading(model)
+    with _without_garbage_collection():
+        shadow = ShadowModel(model, VllmConfig())
+        shadow.add([("plain.weight", torch.rand(2, 3)), ("doubled.weight", torch.rand(4))])
+        half = [layer.shadow.weight for layer in shadow._layers.values() if layer.is_loaded]
+        tensors = [weakref.ref(tensor) for tensor in half]
+        assert len(tensors) == 2
+        del half
+        shadow.discard()
+        assert [tensor() for tensor in tensors] == [None] * 2
+
+
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     gc.collect()
