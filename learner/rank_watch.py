@@ -109,17 +109,23 @@ class _Watch:
         num_looks = round(self._timeout_s / _BEAT_S)
         while not self._stopped.wait(_BEAT_S):
             if silence.look(self._beats) >= num_looks:
-                self._on_silence(self._describe(silence.ranks(num_looks)))
+                what = at_fault(silence, self._rank, num_looks)
+                self._on_silence(
+                    f"nothing has been heard for {self._timeout_s:g} s of {what}; "
+                    "the job ends, and started again it goes on from its last checkpoint"
+                )
                 return
 
-    def _describe(self, silent: Sequence[int]) -> str:
-        what = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}: stopped or cut off"
-        if self._rank in silent:
-            what = "the store that the ranks meet at: the node of rank 0 is gone, or this one is cut off"
-        return (
-            f"nothing has been heard for {self._timeout_s:g} s of {what}; "
-            "the job ends, and started again it goes on from its last checkpoint"
-        )
+
+def at_fault(silence: Silence, own: int, num_looks: int) -> str:
+    """Who is at fault that some ranks have been silent for so many looks, as rank `own` sees it.
+
+    Once the store is gone all are silent, but what was seen last of one may be a beat older than of another.
+    """
+    if own in silence.ranks(num_looks // 2):
+        return "the store that the ranks meet at: the node of rank 0 is gone, or this one is cut off"
+    silent = silence.ranks(num_looks)
+    return f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}: stopped or cut off"
 
 
 def _connect() -> dist.TCPStore:

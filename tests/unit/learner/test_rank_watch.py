@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from learner import rank_watch
-from learner.rank_watch import Silence, watching
+from learner.rank_watch import Silence, at_fault, watching
 
 # With beats so short apart, that many go into the time that a rank may be silent.
 BEAT_S, NUM_LOOKS = 0.01, 100
@@ -37,6 +37,22 @@ def test_the_longest_silence_counts() -> None:
     silence = Silence(3)
     assert [silence.look(beats) for beats in ([b"1", b"1", b"1"], [b"1", b"1", b"2"], [b"1", b"2", b"3"])] == [0, 1, 2]
     assert silence.ranks(1) == [0]
+
+
+def test_a_store_that_is_gone_is_not_taken_for_a_rank_whose_last_beat_was_seen_earlier() -> None:
+    silence = Silence(2)
+    for beats in ([b"1", b"1"], [b"2", b"1"], [], [], []):
+        silence.look(beats)
+    assert silence.ranks(4) == [1]
+    assert at_fault(silence, 0, 4).startswith("the store that the ranks meet at: ")
+    assert at_fault(silence, 1, 4).startswith("the store that the ranks meet at: ")
+
+
+def test_a_beat_of_ones_own_that_is_late_excuses_nobody() -> None:
+    silence = Silence(2)
+    for beats in ([b"1", b"1"], [b"2", b"1"], [b"3", b"1"], [b"4", b"1"], []):
+        silence.look(beats)
+    assert at_fault(silence, 0, 4) == "rank 1: stopped or cut off"
 
 
 @dataclass
