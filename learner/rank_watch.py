@@ -122,7 +122,7 @@ def at_fault(silence: Silence, own: int, num_looks: int) -> str:
 
     Once the store is gone all are silent, but what was seen last of one may be a beat older than of another.
     """
-    if own in silence.ranks(num_looks // 2):
+    if own in silence.ranks((num_looks + 1) // 2):
         return "the store that the ranks meet at: the node of rank 0 is gone, or this one is cut off"
     silent = silence.ranks(num_looks)
     return f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}: stopped or cut off"

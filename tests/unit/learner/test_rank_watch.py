@@ -55,6 +55,13 @@ def test_a_beat_of_ones_own_that_is_late_excuses_nobody() -> None:
     assert at_fault(silence, 0, 4) == "rank 1: stopped or cut off"
 
 
+def test_the_shortest_timeout_names_the_rank_too() -> None:
+    silence = Silence(2)
+    for beats in ([b"1", b"1"], [b"2", b"1"]):
+        silence.look(beats)
+    assert at_fault(silence, 0, 1) == "rank 1: stopped or cut off"
+
+
 @dataclass
 class Accusations:
     """What a watch says."""
