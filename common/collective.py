@@ -52,7 +52,6 @@ class BroadcastGroup:
         self.is_blocked = False
         """Whether all of a buffer has come, and the next member does not take it, or did not when it failed."""
         self._timeout = timeout
-        self._is_nccl = spec.backend == "nccl"
         self._aborted = threading.Event()
         self._world_size = spec.world_size
         # Backends of which this is not rank 0, and of which it is.
@@ -112,7 +111,7 @@ class BroadcastGroup:
         while not work.is_completed():
             if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
-            if self._is_nccl:
+            if self.device.type == "cuda":
                 time.sleep(_POLL_S)
             else:  # Gloo's abort() does not interrupt it
                 with contextlib.suppress(RuntimeError):  # not yet; or it failed, as wait() says below

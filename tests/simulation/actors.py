@@ -108,9 +108,8 @@ class SimEngine:
         """One step of all completions of a group; the version that sampled it."""
         await asyncio.sleep(seconds)
         await self._actor.awake()
-        while (
-            not self._moving.is_set()
-        ):  # a step and a swap never overlap, also if the process was stopped between them
+        # A step and a swap never overlap, also if the process was stopped between them.
+        while not self._moving.is_set():
             await self._moving.wait()
             await self._actor.awake()
         world = self._actor.world
