@@ -54,7 +54,7 @@ class ActorProcess:
             from actor.engine_fake import FakeEngine
 
             return FakeEngine(self.config.fake, self.actor_id)
-        from actor.engine_vllm import VllmEngine  # seconds to import
+        from actor.engine_vllm.engine import VllmEngine  # seconds to import
 
         engine = VllmEngine(check_model(self.config.model), self.config.vllm, self.actor_id)
         engine.load_model()

@@ -1,7 +1,7 @@
 """vLLM's own transfer of weights, parameter by parameter, over Gloo: its NCCL engine with another wire, for CPUs.
 
 `WorkerExtension` brings it into vLLM's worker process. Layers are given back their loadable form, loaded and packed
-anew by vLLM itself; `actor.vllm_cpu_reload` does what it leaves out on CPUs, for both sides alike.
+anew by vLLM itself; `actor.engine_vllm.cpu_reload` does what it leaves out on CPUs, for both sides alike.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from actor.vllm_cpu_reload import CpuReload
+from actor.engine_vllm.cpu_reload import CpuReload
 from common.collective import BroadcastGroup
 from common.types import EpochSpec
 

@@ -34,7 +34,7 @@ def main() -> None:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         # The same distribution as the actor's, so that the tokens can be compared.
-        logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
+        logits_processors=["actor.engine_vllm.worker:SuppressPlaceholders"],
         **settings,
     )
     print(json.dumps({"ready": {}}), file=ANSWERS)

@@ -18,7 +18,7 @@ from torch import Tensor
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineMedia, EngineRequest
 from actor.engine_thread import EngineThread
-from actor.engine_vllm import VllmEngine
+from actor.engine_vllm.engine import VllmEngine
 from actor.weights import PolicyState
 from common.client import RolloutClient, SampledGroup
 from common.media import content_hash, decode_image

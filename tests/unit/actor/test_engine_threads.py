@@ -3,7 +3,7 @@ import os
 import pytest
 
 from actor.config import VllmConfig
-from actor.vllm_arguments import set_up_cpus
+from actor.engine_vllm.arguments import set_up_cpus
 
 
 @pytest.fixture(autouse=True)

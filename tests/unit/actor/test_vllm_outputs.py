@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actor.engine import EngineRequest
-from actor.vllm_outputs import NothingSampled, Sample, spans_of, top_logprobs
+from actor.engine_vllm.outputs import NothingSampled, Sample, spans_of, top_logprobs
 from common.errors import EngineDead, InvalidRequest
 from common.types import FinishReason, SamplingParams, TextPrompt, TopLogprobs, VersionSpan
 

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from actor.vllm_shadow import ShadowModel
+from actor.engine_vllm.shadow import ShadowModel
 
 
 class Model(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from actor.engine import EngineMedia, VideoArray
-from actor.vllm_videos import vllm_item
+from actor.engine_vllm.videos import vllm_item
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, Unimplemented
 from common.tensors import NamedTensor

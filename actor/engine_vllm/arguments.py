@@ -29,7 +29,7 @@ def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    from actor.vllm_plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
+    from actor.engine_vllm.plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
 
     os.environ[ACTOR_VARIABLE] = str(os.getpid())
     register()
@@ -56,8 +56,8 @@ def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
         enable_return_routed_experts=config.return_routed_experts,
         generation_config="vllm",
         stream_interval=_FIRST_AND_LAST_ONLY,
-        logits_processors=["actor.vllm_worker:SuppressPlaceholders"],
-        worker_extension_cls="actor.vllm_worker.WorkerExtension",
+        logits_processors=["actor.engine_vllm.worker:SuppressPlaceholders"],
+        worker_extension_cls="actor.engine_vllm.worker.WorkerExtension",
         weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
         **_lora_arguments(config),
         disable_log_stats=True,
@@ -70,7 +70,7 @@ def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
 
 def set_up_cpus(config: VllmConfig) -> str | None:
     """Cores of the engine; vLLM's name of the executor to use, None for its own choice."""
-    from actor.vllm_plugin import CORES_VARIABLE
+    from actor.engine_vllm.plugin import CORES_VARIABLE
 
     cores = config.cpu_cores
     if config.tensor_parallel_size > 1:

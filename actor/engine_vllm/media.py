@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from actor.engine import EngineMedia
-from actor.vllm_foreign_tensors import foreign_item, stand_in
-from actor.vllm_videos import Pace, vllm_item
+from actor.engine_vllm.foreign_tensors import foreign_item, stand_in
+from actor.engine_vllm.videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
 from common.tensors import NamedTensor, Tensor

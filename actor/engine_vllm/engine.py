@@ -4,28 +4,24 @@ import asyncio
 import contextlib
 import functools
 import gc
-import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from actor.adapters import Adapters
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
-from actor.vllm_arguments import engine_arguments
-from actor.vllm_beams import search_beams
-from actor.vllm_media import VllmMedia
-from actor.vllm_outputs import NothingSampled, Sample, top_logprobs
-from actor.vllm_sampling import refusal, sampling_params, scoring_params
-from actor.vllm_updates import VllmUpdates
-from common.chat import template_messages
+from actor.engine_vllm.arguments import engine_arguments
+from actor.engine_vllm.beams import search_beams
+from actor.engine_vllm.outputs import NothingSampled, Sample, top_logprobs
+from actor.engine_vllm.prompts import VllmPrompts
+from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
+from actor.engine_vllm.updates import VllmUpdates
 from common.errors import EngineDead, InvalidRequest, Unimplemented
-from common.placeholders import placeholder_ids
 from common.types import (
     ChatMessage,
     ChatPrompt,
@@ -37,8 +33,6 @@ from common.types import (
     PromptInfo,
     SamplingParams,
     TextPart,
-    TextPrompt,
-    TokenPrompt,
     TopLogprobs,
 )
 
@@ -63,12 +57,10 @@ class VllmEngine:
         self._config = config
         self._actor_id = actor_id
         self._engine: AsyncLLM | None = None
-        self._placeholder_ids: tuple[int, ...] = ()
-        self._media: VllmMedia
+        self._prompts: VllmPrompts
         self._eos_ids: frozenset[int] = frozenset()
         self._adapters = Adapters(model.resolve().name, config.max_lora_rank, config.max_loras)
         self._updates = VllmUpdates(self._require, self._adapters)
-        self._tokenizing = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -84,18 +76,14 @@ class VllmEngine:
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
-        import transformers
         import vllm
 
         assert self._engine is not None
         await self._engine.update_weight_version("0")
         if self._config.max_lora_rank:
             await self._updates.take_adapters()
-        self._processor = transformers.AutoProcessor.from_pretrained(self._model)
-        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         model_config = self._engine.model_config
-        self._placeholder_ids = placeholder_ids(model_config.hf_config)
-        self._media = VllmMedia(self._engine.renderer, model_config.max_model_len)
+        self._prompts = VllmPrompts(self._model, self._engine.renderer, model_config, self._actor_id)
         self._eos_ids = _eos_ids(self._engine.renderer.get_eos_token_id(), model_config.try_get_generation_config())
         info = EngineInfo(
             name="vllm",
@@ -104,8 +92,8 @@ class VllmEngine:
             max_context_tokens=model_config.max_model_len,
             vocab_size=model_config.get_vocab_size(),
             num_workers=self._engine.vllm_config.parallel_config.world_size,
-            suppressed_token_ids=self._placeholder_ids,
-            takes_videos=self._media.takes_videos,
+            suppressed_token_ids=self._prompts.placeholder_ids,
+            takes_videos=self._prompts.takes_videos,
             max_lora_rank=self._config.max_lora_rank,
         )
         await self._warm_up()
@@ -117,7 +105,7 @@ class VllmEngine:
 
     async def _warm_up(self) -> None:
         """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""
-        has_images = bool(self._placeholder_ids) and self._config.max_images > 0
+        has_images = bool(self._prompts.placeholder_ids) and self._config.max_images > 0
         parts = ((MediaPart(0),) if has_images else ()) + (TextPart("Hello."),)
         request = EngineRequest(
             group_id="warm-up",
@@ -172,8 +160,7 @@ class VllmEngine:
         try:
             # Several requests will carry the same items: a worker might have dropped them between two.
             with_tensors = request.return_processed or scores_prompt or wanted.num_beams > 0
-            unexpanded, engine_input = await self._understand(request, with_tensors=with_tensors)
-            info = self._prompt_info(request, unexpanded, engine_input)
+            info, engine_input = await self._prompts.understand(request, with_tensors=with_tensors)
             yield await self._score_prompt(request, info, engine_input) if scores_prompt else info
             answers = self._search if wanted.num_beams else self._sample_twice
             async with contextlib.aclosing(answers(request, engine_input, accepted_at)) as events:
@@ -188,7 +175,7 @@ class VllmEngine:
             raise EngineDead("the vLLM engine has died; its log says why") from error
         finally:
             if not is_answered:
-                self._media.forget(request.media)
+                self._prompts.forget(request.media)
 
     async def _sample_twice(
         self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
@@ -207,7 +194,7 @@ class VllmEngine:
         except NothingSampled:
             if is_answered or not request.media:
                 raise
-        _, engine_input = await self._understand(request, with_tensors=True)
+        _, engine_input = await self._prompts.understand(request, with_tensors=True)
         async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
             async for event in events:
                 yield event
@@ -251,7 +238,7 @@ class VllmEngine:
             accepted_at=accepted_at,
         )
         yield [
-            replace(beam, trajectory_id=self._trajectory_id(request, beam.index), text=self._text(request, beam))
+            replace(beam, trajectory_id=self._trajectory_id(request, beam.index), text=await self._text(request, beam))
             for beam in beams
         ]
 
@@ -291,64 +278,6 @@ class VllmEngine:
         # The path is only a name: vLLM keeps cached prefixes apart by it.
         return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
 
-    async def _understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[list[int], EngineInput]":
-        """Unexpanded ids and what vLLM makes of the prompt. Raises InvalidRequest."""
-        from jinja2 import TemplateError
-        from vllm.exceptions import VLLMClientError
-
-        placeholders = request.prompt.placeholders if isinstance(request.prompt, TokenPrompt) else ()
-        try:
-            token_ids = await asyncio.to_thread(self._tokenize, request)
-            engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
-        except (TemplateError, ValueError, VLLMClientError) as error:
-            raise InvalidRequest("prompt", _one_line(error)) from error
-        return [] if placeholders else token_ids, engine_input
-
-    def _tokenize(self, request: EngineRequest) -> list[int]:
-        """Ids with one placeholder for each media item, before vLLM expands them; in a thread, one at a time."""
-        with self._tokenizing:  # fast tokenizers are not safe to call from two threads at once
-            return self._token_ids(request)
-
-    def _token_ids(self, request: EngineRequest) -> list[int]:
-        prompt = request.prompt
-        if isinstance(prompt, TokenPrompt):
-            return list(prompt.ids)
-        if isinstance(prompt, TextPrompt):
-            return list(self._tokenizer(prompt.text).input_ids)
-        text = self._processor.apply_chat_template(
-            template_messages(prompt.messages, [item.modality for item in request.media]),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _text(self, request: EngineRequest, beam: Completion) -> str:
-        """Of a beam, without the end-of-sequence id, as vLLM gives that of a sample."""
-        if not request.return_text:
-            return ""
-        token_ids = beam.token_ids.tolist()
-        token_ids = token_ids[:-1] if beam.finish_reason is FinishReason.STOP else token_ids
-        with self._tokenizing:
-            return str(self._tokenizer.decode(token_ids, skip_special_tokens=request.sampling.skip_special_tokens))
-
-    def _prompt_info(self, request: EngineRequest, unexpanded: list[int], engine_input: "EngineInput") -> PromptInfo:
-        media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
-        expanded_ids = np.asarray(engine_input["prompt_token_ids"], np.int32)
-        is_filled = np.zeros(len(expanded_ids), bool)
-        for use in media:
-            is_filled[use.placeholder.offset : use.placeholder.offset + use.placeholder.length] = True
-        stray = np.flatnonzero(np.isin(expanded_ids, self._placeholder_ids) & ~is_filled)
-        if len(stray):
-            raise InvalidRequest("prompt", f"{len(stray)} placeholder tokens, for which there are no media")
-        return PromptInfo(
-            group_id=request.group_id,
-            actor_id=self._actor_id,
-            unexpanded_ids=np.asarray(unexpanded, np.int32),
-            expanded_ids=expanded_ids,
-            media=media,
-            suppressed_token_ids=self._placeholder_ids,
-        )
-
     async def _score_prompt(self, request: EngineRequest, info: PromptInfo, engine_input: "EngineInput") -> PromptInfo:
         """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can."""
         wanted = request.sampling
@@ -372,6 +301,14 @@ class VllmEngine:
             raise Unimplemented("returns.routed_experts", "this server was started without vllm.return_routed_experts")
         if wanted.num_beams:
             raise InvalidRequest("returns.routed_experts", "is not for beams; leave one of them out")
+
+    async def _text(self, request: EngineRequest, beam: Completion) -> str:
+        """Of a beam, without the end-of-sequence id, as vLLM gives that of a sample."""
+        if not request.return_text:
+            return ""
+        token_ids = beam.token_ids.tolist()
+        token_ids = token_ids[:-1] if beam.finish_reason is FinishReason.STOP else token_ids
+        return await self._prompts.text(token_ids, skip_special_tokens=request.sampling.skip_special_tokens)
 
     def _trajectory_id(self, request: EngineRequest, index: int) -> str:
         return f"{request.group_id}/{index}/{self._actor_id}"
@@ -412,7 +349,3 @@ def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> fro
     """Every id that ends a sampled completion."""
     ids = generation_config.get("eos_token_id") or []
     return frozenset([*([ids] if isinstance(ids, int) else ids), *([] if of_tokenizer is None else [of_tokenizer])])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -28,7 +28,7 @@ def register() -> None:
 
     if WEIGHT_TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:  # noqa: SLF001 - it has no public look-up
         WeightTransferEngineFactory.register_engine(
-            WEIGHT_TRANSFER_BACKEND, "actor.vllm_worker", "StagedWeightTransfer"
+            WEIGHT_TRANSFER_BACKEND, "actor.engine_vllm.worker", "StagedWeightTransfer"
         )
 
 

@@ -19,9 +19,9 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
+from actor.engine_vllm.adapters import WorkerAdapters
+from actor.engine_vllm.shadow import ReloadedModel, ShadowModel, can_shadow
 from actor.transfer import NamedTensors, WeightReceiver
-from actor.vllm_adapters import WorkerAdapters
-from actor.vllm_shadow import ReloadedModel, ShadowModel, can_shadow
 from common.errors import InvalidRequest
 from common.placeholders import placeholder_ids
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora

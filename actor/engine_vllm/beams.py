@@ -10,8 +10,8 @@ import numpy as np
 
 from actor.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine import EngineRequest
-from actor.vllm_outputs import spans_of, top_logprobs
-from actor.vllm_sampling import extending_params
+from actor.engine_vllm.outputs import spans_of, top_logprobs
+from actor.engine_vllm.sampling import extending_params
 from common.errors import EngineDead
 from common.types import BeamScore, Completion, FinishReason
 

@@ -1,0 +1,105 @@
+"""From a request to what vLLM's engine takes, and to what the caller is told of it; and from ids back to text."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actor.engine import EngineMedia, EngineRequest
+from actor.engine_vllm.media import VllmMedia
+from common.chat import template_messages
+from common.errors import InvalidRequest
+from common.placeholders import placeholder_ids
+from common.types import PromptInfo, TextPrompt, TokenPrompt
+
+if TYPE_CHECKING:
+    from vllm.inputs import EngineInput
+
+
+class VllmPrompts:
+    """The tokenizer, the chat template and the media of one engine.
+
+    `placeholder_ids`: those that stand for media in an expanded prompt, and that no completion has.
+    """
+
+    def __init__(self, model: Path, renderer: Any, model_config: Any, actor_id: str) -> None:
+        import transformers
+
+        self._processor = transformers.AutoProcessor.from_pretrained(model)
+        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        self._tokenizing = threading.Lock()
+        self._media = VllmMedia(renderer, model_config.max_model_len)
+        self._actor_id = actor_id
+        self.placeholder_ids = placeholder_ids(model_config.hf_config)
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the model has a place for them."""
+        return self._media.takes_videos
+
+    async def understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[PromptInfo, EngineInput]":
+        """What the caller is told of the prompt, and what the engine takes for it.
+
+        `with_tensors`: see `VllmMedia.render`. Raises InvalidRequest.
+        """
+        from jinja2 import TemplateError
+        from vllm.exceptions import VLLMClientError
+
+        placeholders = request.prompt.placeholders if isinstance(request.prompt, TokenPrompt) else ()
+        try:
+            token_ids = await asyncio.to_thread(self._tokenize, request)
+            engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
+        except (TemplateError, ValueError, VLLMClientError) as error:
+            raise InvalidRequest("prompt", " ".join(str(error).split())) from error
+        return self._info(request, [] if placeholders else token_ids, engine_input), engine_input
+
+    def forget(self, media: Sequence[EngineMedia]) -> None:
+        """See `VllmMedia.forget`."""
+        self._media.forget(media)
+
+    async def text(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Of these ids."""
+        return await asyncio.to_thread(self._detokenize, token_ids, skip_special_tokens)
+
+    def _info(self, request: EngineRequest, unexpanded: list[int], engine_input: Any) -> PromptInfo:
+        media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
+        expanded_ids = np.asarray(engine_input["prompt_token_ids"], np.int32)
+        is_filled = np.zeros(len(expanded_ids), bool)
+        for use in media:
+            is_filled[use.placeholder.offset : use.placeholder.offset + use.placeholder.length] = True
+        stray = np.flatnonzero(np.isin(expanded_ids, self.placeholder_ids) & ~is_filled)
+        if len(stray):
+            raise InvalidRequest("prompt", f"{len(stray)} placeholder tokens, for which there are no media")
+        return PromptInfo(
+            group_id=request.group_id,
+            actor_id=self._actor_id,
+            unexpanded_ids=np.asarray(unexpanded, np.int32),
+            expanded_ids=expanded_ids,
+            media=media,
+            suppressed_token_ids=self.placeholder_ids,
+        )
+
+    def _tokenize(self, request: EngineRequest) -> list[int]:
+        """Ids with one placeholder for each media item, before vLLM expands them; in a thread, one at a time."""
+        with self._tokenizing:  # fast tokenizers are not safe to call from two threads at once
+            return self._token_ids(request)
+
+    def _detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        with self._tokenizing:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def _token_ids(self, request: EngineRequest) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.ids)
+        if isinstance(prompt, TextPrompt):
+            return list(self._tokenizer(prompt.text).input_ids)
+        text = self._processor.apply_chat_template(
+            template_messages(prompt.messages, [item.modality for item in request.media]),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
