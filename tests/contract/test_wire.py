@@ -1,34 +1,23 @@
-"""The codec: golden bytes that must never change, round trips, and what it refuses."""
+"""The codec of rollouts: golden bytes that must never change, and round trips."""
 
 import dataclasses
 import hashlib
-import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common import wire
-from common.errors import InvalidRequest, MalformedResponse, OutriderError
 from common.media import frames_hash, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
-from common.pb.weights.v1 import weights_pb2
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensors_hash
 from common.types import (
-    ActorState,
-    ActorStatus,
     BeamScore,
     ChatMessage,
     ChatPrompt,
     Completion,
     Constraint,
-    EpochSpec,
     FinishReason,
     Frames,
-    Manifest,
-    ManifestBucket,
-    ManifestParameter,
     MediaItem,
     MediaPart,
     MediaUse,
@@ -75,6 +64,7 @@ REQUEST = RolloutRequest(
     return_text=True,
     model="critic",
 )
+
 INFO = PromptInfo(
     group_id="g1",
     actor_id="a1",
@@ -83,6 +73,7 @@ INFO = PromptInfo(
     media=(MediaUse(HASH, PlaceholderRange(1, 2), 2, (1, 4, 2)),),
     suppressed_token_ids=(2,),
 )
+
 COMPLETION = Completion(
     trajectory_id="g1/0/a1",
     index=0,
@@ -94,17 +85,6 @@ COMPLETION = Completion(
     finished_s=0.5,
     text="7",
 )
-MANIFEST = Manifest(
-    policy_version=9,
-    parameters=(
-        ManifestParameter("visual.w", "F32", (2, 3), bucket=0, offset=0),
-        ManifestParameter("model.b", "BF16", (4,), bucket=0, offset=32),
-        ManifestParameter("model.s", "F16", (), bucket=1, offset=16),
-    ),
-    buckets=(ManifestBucket(40, 0xDEADBEEF), ManifestBucket(18, 1)),
-    updates_vision=True,
-)
-EPOCH = EpochSpec("run", 2, "host", 1234, 3, 1, "gloo", 1.5)
 
 
 def test_golden_request() -> None:
@@ -251,30 +231,11 @@ def test_golden_completion() -> None:
     assert wire.response_to_proto([COMPLETION]).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
 
 
-def test_golden_manifest() -> None:
-    expected = (
-        "08 09"  # 1: policy_version
-        "12 13 0a08" + b"visual.w".hex() + "1203 463332 1a02 0203"  # 2: { name, dtype, shape }; bucket 0, offset 0
-        "12 14 0a07" + b"model.b".hex() + "1204 42463136 1a01 04 2820"
-        "12 12 0a07" + b"model.s".hex() + "1203 463136 2001 2810"
-        "1a 0b 0828 19 efbeadde00000000 1a 0b 0812 19 0100000000000000"  # 3: buckets; xxh3 is fixed64, little-endian
-        "20 01 2a 04" + b"lora".hex()  # 4, 5
-    )  # fmt: skip
-    message = wire.manifest_to_proto(dataclasses.replace(MANIFEST, adapter="lora"))
-    assert message.SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
-
-
 def test_round_trips() -> None:
     assert wire.request_from_proto(wire.request_to_proto(REQUEST)) == REQUEST
     for prompt in (TextPrompt("hi <image>"), TokenPrompt((1, 2)), TokenPrompt((1, 2, 2), (PlaceholderRange(1, 2),))):
         request = dataclasses.replace(REQUEST, prompt=prompt)
         assert wire.request_from_proto(wire.request_to_proto(request)) == request
-    assert wire.manifest_from_proto(wire.manifest_to_proto(MANIFEST)) == MANIFEST
-    for epoch in (EPOCH, dataclasses.replace(EPOCH, backend="nccl")):
-        assert wire.epoch_from_proto(wire.epoch_to_proto(epoch)) == epoch
-    for state in ActorState:
-        status = ActorStatus("a", state, 3, "run", 4, -1, 5, 6, 7)
-        assert wire.status_from_proto(wire.status_to_proto(status)) == status
     info = ServerInfo("a", "m", "arch", "vllm", "0.32", "0.1", 5, ServerLimits(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (8, 9))
     assert wire.server_info_from_proto(wire.server_info_to_proto(info)) == info
 
@@ -337,270 +298,3 @@ def test_an_empty_request_means_the_documented_defaults() -> None:
     # Greedy is not "unset".
     message.sampling.temperature = 0.0
     assert wire.request_from_proto(message).sampling.temperature == 0.0
-
-
-def _item(**values: object) -> pb.GenerateRequest:
-    media = [pb.MediaItem(modality=pb.MODALITY_IMAGE, sha256=HASH), pb.MediaItem(**values)]  # type: ignore[arg-type]
-    return pb.GenerateRequest(text="hi", media=media)
-
-
-IMAGE = pb.MODALITY_IMAGE
-
-
-def _tensor(**values: object) -> pb.Tensor:
-    return pb.Tensor(**({"dtype": pb.DTYPE_UINT8, "shape": [1, 2, 3], "data": bytes(6)} | values))  # type: ignore[arg-type]
-
-
-def _processed(*names: str) -> pb.GenerateRequest:
-    tensors = [pb.NamedTensor(name=name, tensor=_tensor()) for name in names]
-    return _item(modality=IMAGE, processed=pb.ProcessedMedia(tensors=tensors))
-
-
-@pytest.mark.parametrize(
-    ("message", "code", "field"),
-    [
-        (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt"),
-        (
-            pb.GenerateRequest(chat=pb.ChatPrompt(messages=[pb.ChatMessage(), pb.ChatMessage(parts=[pb.ChatPart()])])),
-            "INVALID_ARGUMENT",
-            "chat.messages[1].parts[0]",
-        ),
-        (_item(encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
-        (_item(modality=7, encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
-        (_item(modality=IMAGE), "INVALID_ARGUMENT", "media[1].content"),
-        (_item(modality=IMAGE, sha256=b"short"), "INVALID_ARGUMENT", "media[1].sha256"),
-        (_item(modality=pb.MODALITY_VIDEO, encoded=b"x"), "INVALID_ARGUMENT", "media[1].encoded"),
-        (_item(modality=IMAGE, frames=pb.EncodedFrames(files=[b"x"])), "INVALID_ARGUMENT", "media[1].frames"),
-        (_item(modality=IMAGE, sha256=HASH, frames_per_second=2), "INVALID_ARGUMENT", "media[1].frames_per_second"),
-        (_item(modality=pb.MODALITY_VIDEO), "INVALID_ARGUMENT", "media[1].content"),
-        (_item(modality=IMAGE, pixels=pb.Tensor()), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
-        (_item(modality=IMAGE, pixels=_tensor(dtype=99)), "INVALID_ARGUMENT", "media[1].pixels.dtype"),
-        (_item(modality=IMAGE, pixels=_tensor(shape=[2, -1, 3])), "INVALID_ARGUMENT", "media[1].pixels.shape"),
-        (_item(modality=IMAGE, pixels=_tensor(shape=[1] * 9)), "INVALID_ARGUMENT", "media[1].pixels.shape"),
-        (_item(modality=IMAGE, pixels=_tensor(data=bytes(5))), "INVALID_ARGUMENT", "media[1].pixels.data"),
-        (_item(modality=IMAGE, pixels=_tensor(data=b"")), "INVALID_ARGUMENT", "media[1].pixels.data"),
-        # A product that does not fit into 64 bits is not 0.
-        (
-            _item(modality=IMAGE, pixels=_tensor(shape=[2**32, 2**32], data=b"")),
-            "INVALID_ARGUMENT",
-            "media[1].pixels.data",
-        ),
-        (
-            _item(modality=IMAGE, pixels=_tensor(dtype=pb.DTYPE_BOOL, data=b"\0\1\0\1\0\2")),
-            "INVALID_ARGUMENT",
-            "media[1].pixels.data",
-        ),
-        (_item(modality=IMAGE, processed=pb.ProcessedMedia()), "INVALID_ARGUMENT", "media[1].processed.tensors"),
-        (_processed("pixel values"), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
-        (_processed(""), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
-        (_processed("a", "a"), "INVALID_ARGUMENT", "media[1].processed.tensors[1].name"),
-        (_processed(*(f"t{i}" for i in range(65))), "INVALID_ARGUMENT", "media[1].processed.tensors"),
-        (
-            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(structured_output=pb.StructuredOutput())),
-            "INVALID_ARGUMENT",
-            "sampling.structured_output",
-        ),
-        (
-            pb.GenerateRequest(
-                text="x", sampling=pb.SamplingParams(structured_output=pb.StructuredOutput(json_object=False))
-            ),
-            "INVALID_ARGUMENT",
-            "sampling.structured_output.json_object",
-        ),
-    ],
-)
-def test_a_refused_request_names_the_field(message: pb.GenerateRequest, code: str, field: str) -> None:
-    with pytest.raises(OutriderError) as raised:
-        wire.request_from_proto(message)
-    assert (raised.value.code.name, raised.value.field) == (code, field)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("index", "field", "value", "path"),
-    [
-        (0, "name", "", "manifest.parameters[0].name"),
-        (1, "dtype", "F8", "manifest.parameters[1].dtype"),
-        (0, "shape", [-2, 3], "manifest.parameters[0].shape"),
-        (2, "bucket", 2, "manifest.parameters[2].bucket"),
-        (1, "offset", 8, "manifest.parameters[1].offset"),  # not aligned
-        (1, "offset", 16, "manifest.parameters[1].offset"),  # on top of the one before: 2 * 3 * 4 = 24 bytes
-        (1, "shape", [5], "manifest.parameters[1].offset"),  # 32 + 5 * 2 > 40
-        (0, "shape", [2**40, 2**40], "manifest.parameters[0].offset"),
-        (2, "bucket", 0, "manifest.parameters[2].offset"),  # buckets in order
-    ],
-)
-def test_a_manifest_that_does_not_add_up(index: int, field: str, value: object, path: str) -> None:
-    message = wire.manifest_to_proto(MANIFEST)
-    parameter = message.parameters[index]
-    parameter.ClearField(field)  # type: ignore[arg-type]
-    parameter.MergeFrom(weights_pb2.Parameter(**{field: value}))  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest) as raised:
-        wire.manifest_from_proto(message)
-    assert raised.value.field == path
-
-
-def test_a_bucket_that_nobody_fills() -> None:
-    """Memory is allocated for what the parameters need, whatever the manifest says."""
-    buckets = (MANIFEST.buckets[0], ManifestBucket(2**40, 1))
-    with pytest.raises(InvalidRequest, match="1099511627776; 18 are filled") as raised:
-        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(MANIFEST, buckets=buckets)))
-    assert raised.value.field == "manifest.buckets[1].num_bytes"
-
-
-def _adapter(*shapes: tuple[str, tuple[int, ...]]) -> Manifest:
-    """A manifest of float32 matrices of one byte count, and so of one bucket each."""
-    parameters = tuple(ManifestParameter(name, "F32", shape, i, 0) for i, (name, shape) in enumerate(shapes))
-    buckets = tuple(ManifestBucket(4 * math.prod(shape), 1) for _, shape in shapes)
-    return Manifest(3, parameters, buckets, updates_vision=False, adapter="lora")
-
-
-def test_an_adapter_and_the_model_below_it() -> None:
-    alone = _adapter(("x.q.lora_A.weight", (2, 8)), ("x.q.lora_B.weight", (4, 2)))
-    both = _adapter(("x.q.weight", (4, 8)), *((p.name, p.shape) for p in alone.parameters))
-    for manifest in (alone, both):
-        assert wire.manifest_from_proto(wire.manifest_to_proto(manifest)) == manifest
-        assert manifest.adapter_rank == 2
-    assert [manifest.updates_base for manifest in (alone, both, MANIFEST)] == [False, True, True]
-    assert MANIFEST.adapter_rank == 0
-
-
-@pytest.mark.parametrize(
-    ("shapes", "field", "message"),
-    [
-        ([("w", (2, 2))], "manifest.adapter", "no parameter ends in .lora_A.weight"),
-        ([("q.lora_A.weight", (2, 8))], "manifest.parameters", r"q: .lora_A.weight has shape \[2, 8\], .* \[\]"),
-        (
-            [("q.lora_A.weight", (2, 8)), ("q.lora_B.weight", (4, 3))],
-            "manifest.parameters",
-            r"must be \[rank, inputs\] and \[outputs, rank\]",
-        ),
-        ([("q.lora_A.weight", (0, 8)), ("q.lora_B.weight", (4, 0))], "manifest.parameters", "must be"),
-        ([("q.lora_A.weight", (8,)), ("q.lora_B.weight", (8,))], "manifest.parameters", "must be"),
-    ],
-)
-def test_matrices_that_are_no_adapter(shapes: list[tuple[str, tuple[int, ...]]], field: str, message: str) -> None:
-    with pytest.raises(InvalidRequest, match=message) as raised:
-        wire.manifest_from_proto(wire.manifest_to_proto(_adapter(*shapes)))
-    assert raised.value.field == field
-
-
-@pytest.mark.parametrize("field", ["run_id", "epoch", "master_host", "master_port", "rank", "backend", "timeout_ms"])
-def test_an_epoch_with_a_missing_field(field: str) -> None:
-    message = wire.epoch_to_proto(EPOCH)
-    message.ClearField(field)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest) as raised:
-        wire.epoch_from_proto(message)
-    assert raised.value.field == field
-
-
-def test_an_epoch_with_a_rank_outside_the_world() -> None:
-    message = wire.epoch_to_proto(dataclasses.replace(EPOCH, rank=3))
-    with pytest.raises(InvalidRequest, match="rank: must be 1 to world_size - 1 = 2"):
-        wire.epoch_from_proto(message)
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        pb.GenerateResponse(),
-        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(token_ids=[1], finish_reason=1)])),
-        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(finish_reason=0)])),
-        pb.GenerateResponse(completions=pb.Completions(items=[pb.Completion(finish_reason=9)])),
-        pb.GenerateResponse(
-            prompt=pb.PromptInfo(
-                expanded_ids=[1, 2],
-                media=[pb.MediaUse(sha256=HASH, modality=1, placeholder=pb.PlaceholderRange(offset=1, length=2))],
-            )
-        ),
-        pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=b"short", modality=1)])),
-        pb.GenerateResponse(prompt=pb.PromptInfo(expanded_ids=[1, 2], prompt_logprobs=[0.0])),
-        pb.GenerateResponse(
-            prompt=pb.PromptInfo(expanded_ids=[1], prompt_top_logprobs=[pb.TopLogprobs(token_ids=[1])])
-        ),
-        pb.GenerateResponse(
-            prompt=pb.PromptInfo(
-                media=[
-                    pb.MediaUse(sha256=HASH, modality=1, processed=[pb.NamedTensor(name="x", tensor=_tensor(data=b""))])
-                ]
-            )
-        ),
-        pb.GenerateResponse(
-            completions=pb.Completions(
-                items=[
-                    pb.Completion(
-                        token_ids=[1, 2],
-                        logprobs=[0, 0],
-                        finish_reason=1,
-                        version_spans=[pb.VersionSpan(end=2)],
-                        top_logprobs=[pb.TopLogprobs()],
-                    )
-                ]
-            )
-        ),
-        pb.GenerateResponse(prompt=pb.PromptInfo(media=[pb.MediaUse(sha256=HASH)])),
-        *(
-            pb.GenerateResponse(
-                completions=pb.Completions(
-                    items=[
-                        pb.Completion(
-                            token_ids=[1, 2, 3],
-                            logprobs=[0, 0, 0],
-                            finish_reason=1,
-                            version_spans=[pb.VersionSpan(end=3)],
-                            routed_experts=experts,
-                        )
-                    ]
-                )
-            )
-            for experts in (
-                pb.Tensor(),
-                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[1, 1, 1], data=bytes(2)),  # of fewer tokens
-                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[2, 1, 1], data=bytes(2)),
-                pb.Tensor(dtype=pb.DTYPE_INT16, shape=[2, 1], data=bytes(4)),
-                pb.Tensor(dtype=pb.DTYPE_INT64, shape=[2, 1, 1], data=bytes(16)),
-            )
-        ),
-    ],
-)
-def test_a_malformed_response(broken: pb.GenerateResponse) -> None:
-    with pytest.raises(MalformedResponse):
-        wire.response_from_proto(broken)
-
-
-@pytest.mark.parametrize("spans", [[], [(0, 1)], [(0, 1), (0, 2)], [(1, 2)], [(0, 2), (2, 2)], [(0, 3)]])
-def test_spans_must_cover_the_tokens(spans: list[tuple[int, int]]) -> None:
-    message = wire.completion_to_proto(COMPLETION)
-    del message.version_spans[:]
-    message.version_spans.extend(pb.VersionSpan(start=start, end=end) for start, end in spans)
-    with pytest.raises(MalformedResponse, match="version_spans"):
-        wire.completion_from_proto(message)
-
-
-@given(
-    st.integers(-1, 11),
-    st.lists(st.one_of(st.integers(-1, 4), st.integers(-(2**63), 2**63 - 1)), max_size=9),
-    st.binary(max_size=64),
-)
-def test_a_tensor_is_taken_only_if_it_adds_up(dtype: int, shape: list[int], data: bytes) -> None:
-    message = pb.Tensor(dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
-    try:
-        tensor = wire.tensor_from_proto(message, "x")
-    except InvalidRequest:
-        return
-    assert wire.tensor_to_proto(tensor) == message
-    assert tensor.widened().shape == tuple(shape)
-    assert tensor.dtype == "BF16" or tensor.array().nbytes == len(data)
-
-
-@given(st.binary(max_size=200))
-def test_no_bytes_crash_the_request_decoder(data: bytes) -> None:
-    message = pb.GenerateRequest()
-    try:
-        message.ParseFromString(data)
-    except Exception:  # noqa: BLE001 - protobuf's DecodeError: the bytes are no message at all
-        return
-    try:
-        request = wire.request_from_proto(message)
-    except OutriderError:
-        return
-    assert isinstance(request.group_id, str)
