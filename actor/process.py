@@ -51,7 +51,7 @@ class ActorProcess:
 
     def _loaded_engine(self) -> Engine:
         if self.config.engine == "fake":
-            from actor.engine_fake import FakeEngine
+            from actor.engine_fake.engine import FakeEngine
 
             return FakeEngine(self.config.fake, self.actor_id)
         from actor.engine_vllm.engine import VllmEngine  # seconds to import

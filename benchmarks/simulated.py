@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import nn
 
-from actor.engine_fake import PLACEHOLDER_ID
+from actor.engine_fake.prompts import PLACEHOLDER_ID
 from benchmarks.serving import serving
 from common import log as logging
 from common.config import parse_config

@@ -12,7 +12,8 @@ import numpy as np
 
 from actor.config import FakeConfig
 from actor.engine import EngineInfo, EngineRequest
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
+from actor.engine_fake.prompts import FakePrompts
 from common.types import MediaUse, PlaceholderRange, PromptInfo
 
 
@@ -40,13 +41,20 @@ class DigitsEngine(FakeEngine):
     def __init__(self, config: FakeConfig, actor_id: str, prompt: DigitsPrompt) -> None:
         super().__init__(config, actor_id)
         self._prompt = prompt
+        self._prompts = _DigitsPrompts(prompt, actor_id)
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
         info = await super().start()
         return dataclasses.replace(info, suppressed_token_ids=self._prompt.placeholders)
 
-    def _prompt_info(self, request: EngineRequest) -> PromptInfo:
+
+class _DigitsPrompts(FakePrompts):
+    def __init__(self, prompt: DigitsPrompt, actor_id: str) -> None:
+        self._prompt = prompt
+        self._actor_id = actor_id
+
+    def understand(self, request: EngineRequest) -> PromptInfo:
         ids, image_id = np.array(self._prompt.ids, np.int32), self._prompt.placeholders[0]
         image = PlaceholderRange(self._prompt.ids.index(image_id), self._prompt.ids.count(image_id))
         return PromptInfo(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from actor.config import ActorConfig
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer
 from common.pb.admin.v1.admin_pb2_grpc import AdminServiceStub
 from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub

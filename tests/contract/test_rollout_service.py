@@ -199,7 +199,7 @@ async def test_a_bug_is_an_id_and_no_traceback(start_actor: StartActor, monkeypa
     def broken(request: Any) -> Any:
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(actor.engine, "_prompt_info", broken)
+    monkeypatch.setattr(actor.engine._prompts, "understand", broken)
     error = await _error(_events(actor.rollouts.Generate(_request())))
     assert type(error) is errors.Internal
     assert "secret" not in str(error)

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actor.config import ActorConfig
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer
 from common.client import GrpcClient
 from common.config import ConfigError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actor.config import ActorConfig
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer
 from actor.transfer import Staging, WeightReceiver
 from common.errors import StageTimeout
@@ -205,7 +205,7 @@ async def test_an_actor_too_slow_for_an_update_delays_the_others_once(monkeypatc
         receive = WeightReceiver.receive
 
         def late(self: WeightReceiver, manifest: Manifest, staging: Staging) -> "Future[tuple[int, ...]]":
-            return Future() if self in slow.engine._receivers else receive(self, manifest, staging)
+            return Future() if self in slow.engine._updates._receivers else receive(self, manifest, staging)
 
         monkeypatch.setattr(WeightReceiver, "receive", late)
         learner.notes.clear()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from actor.config import FakeConfig
 from actor.engine import EngineMedia, EngineRequest
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from benchmarks.simulated import Run
 from common.types import ChatPrompt, Completion, SamplingParams
 from learner.data import PromptDataset

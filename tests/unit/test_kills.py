@@ -10,7 +10,7 @@ import pytest
 
 from actor.config import FakeConfig
 from actor.engine import EngineRequest
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from benchmarks.simulated import FakeModelProcessor, Run, make_prompts
 from common.types import ChatPrompt, Completion, PromptInfo, SamplingParams, VersionSpan
 from learner.ledger import Ledger

@@ -6,7 +6,8 @@ from PIL import Image
 
 from actor.config import FakeConfig
 from actor.engine import EngineMedia, EngineRequest
-from actor.engine_fake import EOS_ID, PLACEHOLDER_ID, FakeEngine
+from actor.engine_fake.engine import EOS_ID, FakeEngine
+from actor.engine_fake.prompts import PLACEHOLDER_ID
 from common.errors import EngineDead, InvalidRequest
 from common.types import (
     ChatMessage,
@@ -90,7 +91,7 @@ async def test_spans_follow_commits() -> None:
     engine = FakeEngine(FakeConfig(token_s=0.01), "x")
     task = asyncio.create_task(_run(engine, _request(n=1, max_tokens=40, ignore_eos=True)))
     await asyncio.sleep(0.15)
-    engine._staged = Manifest(5, (), (), updates_vision=False)
+    engine._updates._staged = Manifest(5, (), (), updates_vision=False)
     await engine.commit(5)
     _, [completion] = await task
     old, new = completion.version_spans

@@ -8,7 +8,7 @@ import pytest
 
 from actor.config import FakeConfig
 from actor.engine import EngineRequest
-from actor.engine_fake import FakeEngine
+from actor.engine_fake.engine import FakeEngine
 from actor.engine_thread import EngineThread
 from common.errors import EngineDead, InvalidRequest
 from common.types import ChatMessage, ChatPrompt, Completion, PromptInfo, SamplingParams, TextPart

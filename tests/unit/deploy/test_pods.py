@@ -108,7 +108,7 @@ def test_overrides_on_the_command_line_count() -> None:
 def metric_names() -> set[str]:
     """Names that the endpoints of actor and learner show."""
     from actor.config import FakeConfig
-    from actor.engine_fake import FakeEngine
+    from actor.engine_fake.engine import FakeEngine
     from actor.weights import PolicyState
 
     engine = FakeEngine(FakeConfig(), "actor")
