@@ -106,8 +106,9 @@ class WeightReceiver:
             by_bucket[parameter.bucket].append(parameter)
 
         def work(buffer: torch.Tensor, index: int) -> int:
-            whole, received = kept.take(buffer, index)
-            staging.add([(parameter.name, _view(whole, parameter)) for parameter in by_bucket[index]])
+            with group.stream():
+                whole, received = kept.take(buffer, index)
+                staging.add([(parameter.name, _view(whole, parameter)) for parameter in by_bucket[index]])
             return received
 
         def job() -> tuple[int, ...]:
@@ -116,8 +117,9 @@ class WeightReceiver:
                 for i, bucket in enumerate(manifest.buckets):
                     if i >= _NUM_BUFFERS:
                         results[i - _NUM_BUFFERS].result()  # its buffer is free
-                    buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
-                    group.broadcast(buffer)
+                    with group.stream():
+                        buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
+                        group.broadcast(buffer)
                     results.append(self._worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)
                 self._worker.submit(staging.finish).result()

@@ -77,8 +77,9 @@ class TorchSender:
         await asyncio.to_thread(self._send, buffers)
 
     def _send(self, buffers: Sequence[torch.Tensor]) -> None:
-        for buffer in buffers:
-            self._group.broadcast(buffer.to(self._group.device))
+        with self._group.stream():
+            for buffer in buffers:
+                self._group.broadcast(buffer.to(self._group.device))
 
     def abort(self) -> None:
         """See `Sender.abort`."""

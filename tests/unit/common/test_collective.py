@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import collective
-from common.collective import BroadcastGroup
+from common.collective import BroadcastGroup, gloo
 from common.types import EpochSpec
 
 TIMEOUT_S = 20.0
@@ -34,7 +33,7 @@ def broadcast_all(groups: list[BroadcastGroup], buffers: list[torch.Tensor]) -> 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_everybody_gets_every_byte(store: dist.TCPStore, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(gloo, "_CHUNK_BYTES", 1000)
     groups = join_all(store, world_size)
     for num_bytes in (0, 1, 999, 1000, 1001, 54_321):
         sent = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)

@@ -1,0 +1,96 @@
+"""One epoch's broadcast group, as both ends use it: the learner as rank 0, each engine worker as a higher rank.
+
+It is built straight from a TCPStore, beside the default group of `torch.distributed`, so that it can be made, aborted
+and made again while training and generation go on. Gloo carries CPU tensors, NCCL carries CUDA tensors; the calls are
+the same.
+"""
+
+import threading
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from common.collective.gloo import GlooChain
+from common.collective.nccl import NcclCommunicator
+from common.types import EpochSpec
+
+
+class _Wire(Protocol):
+    """What carries the bytes of one epoch."""
+
+    device: torch.device
+    is_blocked: bool
+
+    def broadcast(self, buffer: torch.Tensor) -> None: ...
+
+    def stream(self) -> AbstractContextManager[Any]: ...
+
+    def abort(self) -> None: ...
+
+
+class BroadcastGroup:
+    """One epoch's communicator. Not thread-safe, except for `abort`, which any thread may call at any time."""
+
+    def __init__(self, spec: EpochSpec, rank: int, device: torch.device | None = None) -> None:
+        """Join the epoch as `rank`; blocks until all members are in. `device`: where NCCL's buffers lie.
+
+        Raises:
+            RuntimeError: a member did not come within `spec.timeout_s`, or the store is unreachable.
+        """
+        timeout = timedelta(seconds=spec.timeout_s)
+        store = dist.TCPStore(
+            spec.master_host, spec.master_port, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+        # Keys of one epoch are invisible to every other, so that a straggler of an old one can disturb nobody.
+        scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
+        self._aborted = threading.Event()
+        self._wire: _Wire
+        if spec.backend == "nccl":
+            self._wire = NcclCommunicator(spec, rank, scoped, self._aborted, device or torch.device("cuda", 0))
+        else:
+            self._wire = GlooChain(spec, rank, scoped, self._aborted)
+        try:
+            # Everybody is here before anybody returns: a missing member fails the epoch now, not in its first update.
+            with self.stream():
+                self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def device(self) -> torch.device:
+        """Where buffers lie."""
+        return self._wire.device
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether all of a buffer has come, and the next member does not take it, or did not when it failed.
+
+        Never with NCCL, which does not say who waits for whom.
+        """
+        return self._wire.is_blocked
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Where buffers are made and worked on: on a GPU a stream of their own, beside what else it computes."""
+        return self._wire.stream()
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        """Send `buffer` from rank 0 to all others, or receive it in place; blocks until the bytes are there.
+
+        Raises:
+            RuntimeError: a member is gone, the group was aborted, or the epoch's timeout has passed.
+        """
+        if self._aborted.is_set():
+            raise RuntimeError("the weight epoch was aborted")
+        self._wire.broadcast(buffer)
+
+    def abort(self) -> None:
+        """Fail what is under way, here and soon at the peers. Does not block; idempotent.
+
+        The group is unusable afterwards.
+        """
+        self._aborted.set()
+        self._wire.abort()
