@@ -43,6 +43,7 @@ class VllmConfig(Config):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     tensor_parallel_size: int = Field(1, ge=1)
+    # Share of a GPU's memory, for the model, its cache, and a second set of its weights while an update is staged.
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     # CPU only: memory for keys and values, and the cores to run on, as "0-1,3" (with tensor parallelism in the form of
     # VLLM_CPU_OMP_THREADS_BIND).

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actor.config import VllmConfig, parse_cores
+from actor.engine_vllm.update_room import utilization_beside_updates
 from common.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
     """Set up this process for the engine, and say what it is to be.
 
-    Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word.
+    Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word, and for a GPU that is too small.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Its processes speak msgpack to each other; what that does not know would go as a pickle.
@@ -63,8 +64,17 @@ def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
         disable_log_stats=True,
         enable_log_requests=False,
     )
+    model_config = arguments.create_model_config()
     if current_platform.is_cpu():
-        _check_cpu(arguments.create_model_config(), config)
+        _check_cpu(model_config, config)
+    else:
+        arguments.gpu_memory_utilization = utilization_beside_updates(
+            model,
+            config.gpu_memory_utilization,
+            total_bytes=current_platform.get_device_total_memory(),
+            element_bytes=model_config.dtype.itemsize,
+            num_gpus=config.tensor_parallel_size,
+        )
     return arguments
 
 

@@ -61,8 +61,8 @@ class ReloadedModel:
         self._tensors: list[tuple[str, torch.Tensor]] = []
 
     def add(self, tensors: NamedTensors) -> None:
-        """Keep them."""
-        self._tensors += [(name, tensor.clone()) for name, tensor in tensors]
+        """Keep them, beside the accelerator: each worker gets the whole model, of which it holds a part."""
+        self._tensors += [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -85,12 +85,12 @@ class ReloadedModel:
 class ShadowModel:
     """The layers of a model for which weights come, once more."""
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, stream: torch.cuda.Stream | None = None) -> None:
+        """`stream`: on which it is loaded, on a GPU. torch's allocator keeps the memory of each one apart."""
         self._config = vllm_config
+        self._stream = stream
         self._layers: dict[int, _ShadowLayer] = {}  # by the id of the live one
         self._root: Any = self._shadow(model)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._swaps: list[Callable[[], object]] = []
 
     def add(self, tensors: NamedTensors) -> None:
@@ -141,8 +141,8 @@ class ShadowModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(set_current_vllm_config(self._config))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.cuda.stream(self._stream))
             if self._stream is not None:
-                stack.enter_context(torch.cuda.stream(self._stream))
                 stack.callback(self._stream.synchronize)
             yield
 

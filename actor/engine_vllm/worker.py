@@ -51,15 +51,21 @@ class StagedWeightTransfer(WeightTransferEngine[NoInitInfo, CommitInfo]):
         super().__init__(config, vllm_config, device, model)
         self.receiver = WeightReceiver(device)
         self.adapters: WorkerAdapters | None = None
-        self._new_model = ShadowModel if can_shadow(model) else ReloadedModel
+        self._can_shadow = can_shadow(model)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """Nothing to do: see `WorkerExtension.join_epoch`."""
 
     def stage(self, manifest: Manifest) -> "Future[tuple[int, ...]]":
         """Start receiving an update."""
-        model = self._new_model(self.model, self.vllm_config) if manifest.updates_base else None
+        model = self._next_model() if manifest.updates_base else None
         return self.receiver.receive(manifest, StagedUpdate(manifest, model, self.adapters))
+
+    def _next_model(self) -> ShadowModel | ReloadedModel:
+        if self._can_shadow:
+            return ShadowModel(self.model, self.vllm_config, self._stream)
+        return ReloadedModel(self.model, self.vllm_config)
 
     def start_weight_update(self) -> None:
         """Nothing to do: all has been prepared."""
