@@ -36,6 +36,10 @@ class Pause:
                 await self._engine.resume()
                 self._set(active=False)
 
+    def stay(self) -> None:
+        """A pause that there is has no end by itself any more."""
+        self._forget_limit()
+
     def _time_is_up(self) -> None:
         log.warning("nobody has resumed generation in time: the pause ends")
         self._ending = asyncio.create_task(self.end())

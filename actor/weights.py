@@ -72,7 +72,8 @@ class PolicyState:
             self._become(ActorState.DRAINING)
 
     def fail(self) -> None:
-        """The engine is dead, or what it serves is no known policy."""
+        """The engine is dead, or what it serves is no known policy. What stands still does so for good."""
+        self._pause.stay()
         self._become(ActorState.FAILED)
 
     def _become(self, state: ActorState) -> None:
@@ -91,6 +92,7 @@ class PolicyState:
 
     async def resume(self) -> None:
         """Let it go on. Raises EngineDead."""
+        self._refuse_if_failed()
         await self._pause.end()
 
     # ------------------------------------------------------------------------------------------------ operations
@@ -247,6 +249,9 @@ class PolicyState:
     def _refuse_if_leaving(self) -> None:
         if self.state is ActorState.DRAINING:
             raise Draining("this actor is draining")
+        self._refuse_if_failed()
+
+    def _refuse_if_failed(self) -> None:
         if self.state is ActorState.FAILED:
             raise EngineDead("the engine of this actor has failed")
 

@@ -60,7 +60,7 @@ class FakeUpdates:
         return results[0]
 
     def _stage_error(self) -> type[StageTimeout]:
-        return StageBlocked if any(receiver.is_blocked for receiver in self._receivers) else StageTimeout
+        return StageBlocked if self._receivers and self._receivers[-1].is_blocked else StageTimeout
 
     async def commit(self, policy_version: int) -> float:
         """See `Engine.commit`."""

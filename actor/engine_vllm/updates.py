@@ -13,7 +13,8 @@ from common.types import EpochSpec, Manifest
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_POLL_S = 0.01
+# Each look at the workers is a call between two steps of theirs: they come after a fiftieth of the time so far.
+_MIN_POLL_S, _MAX_POLL_S = 0.01, 0.1
 
 
 class VllmUpdates:
@@ -93,36 +94,30 @@ class VllmUpdates:
 
     async def _finish_job(self, timeout_s: float) -> list[Any]:
         """Wait for the workers' background job; its result on each worker."""
-        deadline = time.monotonic() + timeout_s
+        started_at = time.monotonic()
         while True:
             reports = await self._on_workers("job_result")
+            # Workers are neighbours in the chain: the last one passes on to another actor.
+            late = StageBlocked if reports[-1].get("blocked") else StageTimeout
             for report in reports:
                 if report["done"] and report["error"] is not None:
-                    raise _job_error(**report)
+                    raise _job_error(report["kind"], report["error"], report["field"], late)
             if all(report["done"] for report in reports):
                 return [report["result"] for report in reports]
-            if time.monotonic() > deadline:
-                late = StageBlocked if any(report.get("blocked") for report in reports) else StageTimeout
+            elapsed_s = time.monotonic() - started_at
+            if elapsed_s > timeout_s:
                 raise late(f"the workers were not done within {timeout_s:.1f} s")
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(min(max(_MIN_POLL_S, elapsed_s / 50), _MAX_POLL_S))
 
     async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
         result: list[Any] = await self._engine().collective_rpc(method, args=arguments)
         return result
 
 
-def _job_error(
-    *,
-    kind: str,
-    error: str,
-    field: str | None,
-    blocked: bool,
-    done: bool,  # noqa: ARG001 - its report
-) -> OutriderError:
+def _job_error(kind: str, error: str, field: str | None, late: type[StageTimeout]) -> OutriderError:
     """What the error of a worker's background job is here."""
     if field is not None:
         return InvalidRequest(field, error)
     if kind == StageCorrupt.__name__:
         return StageCorrupt(error)
-    late = StageBlocked if blocked else StageTimeout
     return late(f"a worker could not finish its part: {kind}: {error}")

@@ -48,6 +48,12 @@ class ScriptedEngine:
     async def abort_epoch(self) -> None:
         self.calls.append("leave")
 
+    async def pause(self) -> None:
+        self.calls.append("pause")
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+
 
 def spec(run_id: str = "a", epoch: int = 1, timeout_s: float = 5.0) -> EpochSpec:
     return EpochSpec(run_id, epoch, "127.0.0.1", 1, 2, 1, "gloo", timeout_s)
@@ -299,3 +305,18 @@ async def test_a_draining_actor_takes_no_weights(policy: PolicyState) -> None:
     with pytest.raises(Draining):
         await policy.open_epoch(spec("a", 2))
     await policy.abort("a", 1)
+
+
+async def test_half_a_policy_is_never_let_go_on(policy: PolicyState, engine: ScriptedEngine) -> None:
+    """Not by the end of a pause, not by an operator, not by SIGTERM."""
+    await _serve(policy, 1)
+    await policy.pause(timeout_s=0.05)
+    engine.error["commit"] = RuntimeError("a worker died in the middle")
+    await policy.stage("a", 1, manifest(2), 5)
+    with pytest.raises(RuntimeError):
+        await policy.commit("a", 1, 2, 5)
+    assert policy.state is ActorState.FAILED
+    with pytest.raises(EngineDead):
+        await policy.resume()
+    await asyncio.sleep(0.1)
+    assert "resume" not in engine.calls
