@@ -90,6 +90,20 @@ class VllmMedia:
                     with contextlib.suppress(RuntimeError):  # the engine is being stopped, and its thread has ended
                         self._renderer._mm_executor.submit(cache.invalidate, item.name)
 
+    def is_known(self, engine_input: Any) -> bool:
+        """Whether each item has come with its tensors, now or before.
+
+        If not, the request that should have brought them was cancelled or failed on its way. The worker lacks the item
+        then, and `uses` cannot say what was done with it: `render` it `with_tensors`.
+        """
+        if engine_input["type"] != "multimodal":
+            return True
+        return all(
+            item is not None or digest in self._grids
+            for modality, items in engine_input["mm_kwargs"].items()
+            for item, digest in zip(items, engine_input["mm_hashes"][modality], strict=True)
+        )
+
     def uses(self, engine_input: Any, media: Sequence[EngineMedia], *, with_tensors: bool) -> tuple[MediaUse, ...]:
         """What vLLM did with each item, in vLLM's own words: its hashes, placeholders and grids.
 
@@ -111,8 +125,8 @@ class VllmMedia:
         for given in media:
             digest, place, item = next(left[given.modality])
             name = _GRIDS[given.modality]
-            if item is not None and name in item:  # None: the worker has it in its cache
-                self._grids[digest] = tuple(item[name].data.flatten().tolist())
+            if item is not None:  # None: the worker has it in its cache
+                self._grids[digest] = tuple(item[name].data.flatten().tolist()) if name in item else ()
                 if len(self._grids) > _MAX_GRIDS:
                     del self._grids[next(iter(self._grids))]
             uses.append(
@@ -121,7 +135,7 @@ class VllmMedia:
                     sha256=bytes.fromhex(digest[:64]) if given.is_plain else given.sha256,
                     placeholder=PlaceholderRange(place.offset, place.length),
                     num_tokens=place.get_num_embeds(),
-                    grid_thw=self._grids.get(digest, ()),
+                    grid_thw=self._grids[digest],
                     modality=given.modality,
                     processed=_named_tensors(item) if with_tensors and item is not None else (),
                 )

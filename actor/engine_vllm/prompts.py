@@ -52,6 +52,8 @@ class VllmPrompts:
         try:
             token_ids = await asyncio.to_thread(self._tokenize, request)
             engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
+            if not self._media.is_known(engine_input):
+                engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=True)
         except (TemplateError, ValueError, VLLMClientError) as error:
             raise InvalidRequest("prompt", " ".join(str(error).split())) from error
         return self._info(request, [] if placeholders else token_ids, engine_input), engine_input
