@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -45,7 +46,7 @@ class MediaIntake:
             yield ()
             return
         contents = self._contents(media)
-        num_bytes = await asyncio.to_thread(_bytes_to_hold, contents, self._limits)
+        num_bytes = await asyncio.to_thread(_bytes_to_hold, media, contents, self._limits)
         if num_bytes > self._max_held_bytes:
             raise TooLarge("media", f"{num_bytes} bytes with what they decode to; the limit is {self._max_held_bytes}")
         if self._held_bytes + num_bytes > self._max_held_bytes:
@@ -77,16 +78,25 @@ class MediaIntake:
         return contents
 
 
-def _bytes_to_hold(contents: list[MediaContent], limits: ServerLimits) -> int:
-    """As they came, and three bytes for each pixel of files; from the headers alone."""
-    num_bytes = sum(map(content_bytes, contents))
-    for i, content in enumerate(contents):
+def _bytes_to_hold(media: tuple[MediaItem, ...], contents: list[MediaContent], limits: ServerLimits) -> int:
+    """As they came, and what they decode to; from the headers alone.
+
+    What comes with the request itself is there twice: gRPC keeps the message. Pillow has four bytes for a pixel, and
+    the processor may make more pixels of an image than it has.
+    """
+    num_bytes = 0
+    for i, (item, content) in enumerate(zip(media, contents, strict=True)):
+        num_bytes += content_bytes(content) * (1 if item.content is None else 2)
+        num_pixels = 0
         if isinstance(content, bytes):
             header = check_image(content, f"media[{i}].encoded", limits.max_media_pixels)
-            num_bytes += 3 * header.width * header.height
+            num_pixels = header.width * header.height
         elif isinstance(content, Frames):
             header = check_frames(content, f"media[{i}].frames", limits.max_video_frames, limits.max_media_pixels)
-            num_bytes += 3 * header.width * header.height * len(content.files)
+            num_pixels = header.width * header.height * len(content.files)
+        elif isinstance(content, Tensor):
+            num_pixels = math.prod(content.shape) // 3
+        num_bytes += 4 * max(num_pixels, item.min_pixels or 0)
     return num_bytes
 
 

@@ -83,17 +83,21 @@ class ActorServer:
         """
         self.policy.drain()
         await self._report_health()
-        with contextlib.suppress(EngineDead):
-            await self.policy.resume()
+        resuming = asyncio.create_task(self._resume())
         finished = asyncio.create_task(self._rollouts.idle.wait())
         insisted = asyncio.create_task((forced or asyncio.Event()).wait())
         limit_s = 0.0 if self.failed.is_set() else grace_s
         await asyncio.wait([finished, insisted], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        for task in (finished, insisted, *self._watches):
+        for task in (finished, insisted, resuming, *self._watches):
             task.cancel()
         # A moment for the last message of a group that has just finished.
         await self.rpc.stop(0.1 if self._rollouts.idle.is_set() else 0.0)
         await asyncio.to_thread(self._stop_metrics)
+
+    async def _resume(self) -> None:
+        """An operator's pause, if there is one, is over."""
+        with contextlib.suppress(EngineDead):
+            await self.policy.resume()
 
     async def _report_health(self) -> None:
         state = self.policy.state

@@ -75,6 +75,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             self._refuse_unless_serving(request.min_policy_version)
             rollout = request_from_proto(request)
+            del request  # it has the media once more
             check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
                 async with self._intake.taken(rollout.media) as media:

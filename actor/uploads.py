@@ -6,13 +6,15 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 
 from actor.media_store import MediaStore
-from common.errors import RETRY_AFTER_S, InvalidRequest, QueueFull, TooLarge
+from common.errors import RETRY_AFTER_S, DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Frames, ServerLimits
 
 _MAX_CHUNK_BYTES = 2**20
 _MAX_ITEMS_PER_CALL = 4096
+# How long a caller that is there may take for its next chunk.
+_CHUNK_S = 60.0
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -60,7 +62,7 @@ class Uploads:
         upload: _Upload | None = None
         checking: asyncio.Task[None] | None = None
         try:
-            async for request in requests:
+            async for request in _in_time(requests):
                 if request.sha256:
                     checking = await self._ended(upload, checking)
                     upload = self._begin(request)
@@ -69,6 +71,7 @@ class Uploads:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_CALL} items in one call")
                 elif upload is None:
                     raise InvalidRequest("sha256", "is missing in the first chunk")
+                self._check_room(len(request.chunk))
                 upload.append(request.chunk)
             checking = await self._ended(upload, checking)
             if checking is not None:
@@ -101,7 +104,7 @@ class Uploads:
             self._under_way.pop(upload, None)
 
     def _begin(self, request: pb.PutMediaRequest) -> _Upload:
-        """Room for one item."""
+        """One item."""
         upload = _Upload(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
         if len(upload.sha256) != 32:
             raise InvalidRequest("sha256", f"must be 32 bytes, not {len(upload.sha256)}")
@@ -109,10 +112,27 @@ class Uploads:
         if upload.num_bytes > limit:
             raise TooLarge("num_bytes", f"is {upload.num_bytes}; the limit is {limit}")
         _check_frame_sizes(upload.frame_num_bytes, upload.num_bytes, self._limits.max_video_frames)
-        if sum(other.num_bytes for other in self._under_way) + upload.num_bytes > self._store.max_bytes:
-            raise QueueFull(RETRY_AFTER_S, f"{len(self._under_way)} uploads are under way")
         self._under_way[upload] = None
         return upload
+
+    def _check_room(self, num_bytes: int) -> None:
+        """By what has come, not by what was announced: who sends nothing keeps nobody out."""
+        num_held = sum(upload.num_received for upload in self._under_way)
+        if num_held + num_bytes > self._store.max_bytes:
+            raise QueueFull(RETRY_AFTER_S, f"{len(self._under_way)} uploads of {num_held} bytes are under way")
+
+
+async def _in_time(requests: AsyncIterator[pb.PutMediaRequest]) -> AsyncIterator[pb.PutMediaRequest]:
+    """The requests. Raises DeadlineExceeded if the next one takes too long: calls need not have a deadline."""
+    while True:
+        try:
+            async with asyncio.timeout(_CHUNK_S):
+                request = await anext(requests)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise DeadlineExceeded(f"no chunk has come for {_CHUNK_S:g} s") from None
+        yield request
 
 
 def _check_frame_sizes(sizes: Sequence[int], num_bytes: int, max_frames: int) -> None:

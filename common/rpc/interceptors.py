@@ -1,6 +1,7 @@
 """What happens around every call of a server: roles, parsing, exceptions that become statuses, and a count of calls."""
 # ruff: noqa: BLE001 - this is the boundary that maps every exception
 
+import asyncio
 import inspect
 import secrets
 import time
@@ -19,6 +20,9 @@ from common.rpc.tls import authorize
 from common.wire import check_bounds
 
 log = get_logger(__name__)
+
+# How long a response may wait for a caller that is there and does not take it. Calls need not have a deadline.
+_TAKE_S = 120.0
 
 Handler = Any  # grpc.RpcMethodHandler: generic in the stubs only
 
@@ -112,7 +116,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     with self._admitted(method, context, is_stream=is_stream):
                         async with aclosing(behavior(parse(request), context)) as responses:
                             async for response in responses:
-                                yield response
+                                with _taken_in_time():
+                                    yield response
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -130,6 +135,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             tracing.call_received(method, context.invocation_metadata() or (), is_stream=is_stream),
         ):
             yield
+
+
+@contextmanager
+def _taken_in_time() -> Iterator[None]:
+    """Around the sending of one response: a caller that does not take it must not hold a slot for ever."""
+    task = asyncio.current_task()
+    assert task is not None
+    limit = asyncio.get_running_loop().call_later(_TAKE_S, task.cancel)
+    try:
+        yield
+    finally:
+        limit.cancel()
 
 
 def _parsing(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

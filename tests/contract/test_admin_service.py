@@ -111,3 +111,18 @@ async def test_a_draining_actor_is_not_paused(start_actor: StartActor) -> None:
     actor = await start_actor()
     actor.server.policy.drain()
     assert isinstance(await _error(actor.admin.Pause(pb.PauseRequest())), errors.Draining)
+
+
+async def test_an_engine_that_does_not_answer_holds_up_no_end(start_actor: StartActor) -> None:
+    """SIGTERM ends an operator's pause, but waits for that no longer than for groups."""
+    actor = await start_actor()
+    await actor.admin.Pause(pb.PauseRequest())
+    answers = asyncio.Event()
+    resume, actor.engine.resume = actor.engine.resume, answers.wait  # type: ignore[method-assign, assignment]
+    try:
+        forced = asyncio.Event()
+        forced.set()
+        async with asyncio.timeout(10):
+            await actor.server.stop(60.0, forced)
+    finally:
+        actor.engine.resume = resume  # type: ignore[method-assign]

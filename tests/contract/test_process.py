@@ -200,6 +200,6 @@ async def test_fleet_shows_what_actors_say_of_themselves(launch: Launch) -> None
     stdout, _ = await shown.communicate()
     header, silent, row = stdout.decode().splitlines()
     assert header.split() == ["address", "actor", "state", "version", "staged", "run", "epoch", "running", "waiting"]
-    assert silent.split(maxsplit=2) == ["127.0.0.1:1", "-", "no answer: UNREACHABLE"]
+    assert silent.split(maxsplit=2) == ["127.0.0.1:1", "-", "no answer: UNREACHABLE: Connection refused"]
     assert row.split()[::2] == [actor.address, "serving", "-", "-", "0"]
     assert shown.returncode == 1

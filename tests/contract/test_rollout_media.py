@@ -180,23 +180,34 @@ async def test_expanded_prompts(start_actor: StartActor) -> None:
     assert str(refused.value) == "tokens.placeholders[1].offset: is 3, before the end of the range before it, 4"
 
 
+async def test_what_an_image_is_made_larger_to_is_held_too(start_actor: StartActor) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "PNG")
+    item = MediaItem(content_hash(buffer.getvalue()), buffer.getvalue())
+    actor = await start_actor(limits={"max_held_media_bytes": 5 * 2**20})
+    larger = dataclasses.replace(item, min_pixels=2**20, max_pixels=2**20)
+    await _ask(actor.address, _request(item, larger))
+    with pytest.raises(TooLarge, match=r"media: 838\d{4} bytes with what they decode to; the limit is 5242880"):
+        await _ask(actor.address, _request(larger, larger))
+
+
 async def test_media_of_requests_under_way_have_a_bound(start_actor: StartActor) -> None:
     """Small files can be large images: what there is no room for is not decoded, and its client may come again."""
     buffer = io.BytesIO()
-    Image.new("1", (1024, 1024)).save(buffer, "PNG")  # 3 MiB once it is decoded
+    Image.new("1", (1024, 1024)).save(buffer, "PNG")  # 4 MiB once it is decoded
     item = MediaItem(content_hash(buffer.getvalue()), buffer.getvalue())
-    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_held_media_bytes": 7 * 2**20})
+    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_held_media_bytes": 9 * 2**20})
     client = GrpcClient(actor.address)
     under_way = [asyncio.create_task(client.generate(_request(item), timeout_s=60)) for _ in range(2)]
     await until(lambda: actor.engine.load().num_running == 2)
-    with pytest.raises(QueueFull, match=r"media of 629\d{4} bytes are held for the requests under way") as full:
+    with pytest.raises(QueueFull, match=r"media of 8389\d{3} bytes are held for the requests under way") as full:
         await _ask(actor.address, _request(item))
     assert full.value.retry_after_s == 0.5
     under_way[0].cancel()
     await until(lambda: actor.engine.load().num_running == 1)
     under_way[0] = asyncio.create_task(client.generate(_request(item), timeout_s=60))
     await until(lambda: actor.engine.load().num_running == 2)
-    with pytest.raises(TooLarge, match=r"media: 943\d{4} bytes with what they decode to; the limit is 7340032"):
+    with pytest.raises(TooLarge, match=r"media: 1258\d{4} bytes with what they decode to; the limit is 9437184"):
         await _ask(actor.address, _request(item, item, item))
     for task in under_way:
         task.cancel()

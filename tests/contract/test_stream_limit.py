@@ -2,10 +2,13 @@
 
 import asyncio
 
+import grpc
 import pytest
 
+from common import wire
 from common.client import GrpcClient
 from common.errors import QueueFull, TooManyStreams
+from common.rpc import interceptors
 from common.rpc.peers import StreamLimit
 from common.types import ActorState, RolloutRequest, SamplingParams, TextPrompt
 from tests.contract.conftest import StartActor
@@ -65,3 +68,22 @@ def test_callers_do_not_share_a_limit() -> None:
     with limit.stream(learner):
         pass
     assert not limit._open  # nobody is remembered who has left
+
+
+async def test_a_caller_that_does_not_take_its_answer_gives_its_place_back(
+    start_actor: StartActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a deadline of its own it would hold it for ever: it is alive, and the connection is."""
+    monkeypatch.setattr(interceptors, "_TAKE_S", 0.5)
+    fake = {"token_s": 0, "max_context_tokens": 4096}
+    actor = await start_actor(fake=fake, limits={"max_queued_completions": 64})
+    large = SamplingParams(n=64, ignore_eos=True, max_tokens=4000, top_logprobs=16)
+    stalled = actor.rollouts.Generate(wire.request_to_proto(RolloutRequest("g", TextPrompt("x"), (), large)))
+    await stalled.read()  # of some hundred KiB, of many: the others do not fit into what a connection holds
+    async with asyncio.timeout(20):
+        await actor.server._rollouts.idle.wait()
+    client = GrpcClient(actor.address)
+    group = await client.generate(RolloutRequest("h", TextPrompt("x"), (), SamplingParams(n=64)), timeout_s=10)
+    assert len(group.completions) == 64
+    assert await stalled.code() is not grpc.StatusCode.OK
+    await client.close()

@@ -1,5 +1,6 @@
 """Items that come in chunks, one checked while the next comes."""
 
+import asyncio
 import hashlib
 import io
 from collections.abc import AsyncIterator, Sequence
@@ -7,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from PIL import Image
 
+from actor import uploads as uploads_module
 from actor.config import ActorConfig
 from actor.media_store import MediaStore
 from actor.uploads import Uploads
-from common.errors import InvalidRequest, QueueFull
+from common.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from common.pb.rollout.v1 import rollout_pb2 as pb
 
 _IMAGES = []
@@ -62,11 +64,10 @@ async def test_one_that_is_not_its_hash_ends_the_call(uploads: Uploads, store: M
 
 async def test_a_call_that_ends_early_gives_its_room_back(uploads: Uploads, store: MediaStore) -> None:
     big = bytes(store.max_bytes)
-    request = pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(big), chunk=big[:10])
 
     async def unfinished() -> AsyncIterator[pb.PutMediaRequest]:
-        yield request
-        with pytest.raises(QueueFull):  # the first call has all the room
+        yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(big), chunk=big[:-10])
+        with pytest.raises(QueueFull, match=f"2 uploads of {len(big) - 10} bytes are under way"):
             await uploads.receive(_stream([(_HASHES[1], _IMAGES[1])]))
         raise ConnectionError("the caller is gone")
 
@@ -75,3 +76,22 @@ async def test_a_call_that_ends_early_gives_its_room_back(uploads: Uploads, stor
     with pytest.raises(ConnectionError):  # while its last item is looked at
         await uploads.receive(_broken_off([(_HASHES[0], _IMAGES[0])]))
     assert await uploads.receive(_stream([(_HASHES[2], _IMAGES[2])])) == [_HASHES[2]]
+
+
+async def test_who_announces_much_and_sends_nothing_keeps_nobody_out(
+    uploads: Uploads, store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads_module, "_CHUNK_S", 0.3)
+
+    async def stalled(sha256: bytes) -> AsyncIterator[pb.PutMediaRequest]:
+        yield pb.PutMediaRequest(sha256=sha256, num_bytes=store.max_bytes, chunk=b"x")
+        await asyncio.Event().wait()
+
+    calls = [asyncio.create_task(uploads.receive(stalled(sha256))) for sha256 in _HASHES]
+    await asyncio.sleep(0)
+    assert await uploads.receive(_stream([(_HASHES[0], _IMAGES[0])])) == [_HASHES[0]]
+    assert not any(call.done() for call in calls)
+    for call in calls:
+        with pytest.raises(DeadlineExceeded, match=r"no chunk has come for 0.3 s"):
+            await call
+    assert not uploads._under_way
