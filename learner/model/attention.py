@@ -9,7 +9,7 @@ causal attention.
 
 A query sees a key of its row that comes no later and is of the prompt or of the query's own branch. Two things that
 some models add: layers with a sliding window see only the last so many tokens (counted along prompt and branch), and
-the tokens of one image see each other in both directions, inside of the window or not.
+the tokens of one image see each other in both directions, as far as the window reaches.
 
 Imports transformers only when used: its models import torchvision, which may have to be repaired first
 (`common.torchvision_ops`).

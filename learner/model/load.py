@@ -27,6 +27,8 @@ _MODULES: Mapping[Part, tuple[str, ...]] = {
 
 # What `learner.model.attention` computes.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Families whose prompt sees itself in both directions, without a setting that says so.
+_PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ def prepare_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    _remove_dropout(model)
     num_adapted = 0
     if adapter is not None:
         num_adapted = add_adapter(
@@ -99,13 +102,29 @@ def prepare_policy(
 
 
 def _require_attention(model: Any) -> None:
-    """Other layers carry a state from token to token, over the ends of the sequences of a pack."""
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    """Other layers carry a state from token to token, over the ends of the sequences of a pack, or look ahead."""
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "use_bidirectional_attention", None) or model.config.model_type in _PREFIX_FAMILIES:
+        raise ValueError(
+            f"{type(model).__name__} lets tokens of the prompt see those that come later, which the attention over a "
+            "packed batch does not"
+        )
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
     if unknown := sorted(layer_types - _LAYER_TYPES):
         raise ValueError(
             f"{type(model).__name__} has layers of type {', '.join(unknown)}, which would mix the sequences of a "
             f"packed batch; there are {', '.join(sorted(_LAYER_TYPES))}"
         )
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Actors have none: with it, what is trained would not be what was sampled."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def find_modules(model: nn.Module, part: Part) -> list[str]:

@@ -1,6 +1,7 @@
 """Log-probabilities of the trained completion tokens of a pack under the current policy."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -55,10 +56,10 @@ def completion_logprobs(
     inputs = {**forward_inputs(pack, model.config), "logits_to_keep": predict_from}
     if fused:
         with _without_output_layer(model) as output_layer:
-            hidden = _kept(model(**inputs).logits[0], predict_from)
+            hidden = _kept(model, model(**inputs).logits[0], predict_from)
         result = fused_logprobs(output_layer, hidden, targets, temperature or 1.0, suppressed_token_ids)
     else:
-        logits = _kept(model(**inputs).logits[0], predict_from)
+        logits = _kept(model, model(**inputs).logits[0], predict_from)
         result = token_logprobs(logits, targets, temperature or 1.0, suppressed_token_ids)
     if sequence_group is not None:
         logprobs, entropy = sequence_group.gather(torch.stack(result, dim=1), len(pack.targets)).unbind(1)
@@ -66,9 +67,16 @@ def completion_logprobs(
     return result
 
 
-def _kept(rows: Tensor, indices: Tensor) -> Tensor:
-    """Those of `logits_to_keep`, also from a model that does not know the argument and gives them all."""
-    return rows if len(rows) == len(indices) else rows[indices]
+def _kept(model: Any, rows: Tensor, indices: Tensor) -> Tensor:
+    """Those of `logits_to_keep`, also from a model that does not know the argument and gives them all.
+
+    By its name: there may be as many tokens as targets.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return rows[indices]
+    if len(rows) != len(indices):
+        raise RuntimeError(f"{type(model).__name__} gave {len(rows)} rows of logits for {len(indices)} logits_to_keep")
+    return rows
 
 
 def check_fused(model: nn.Module) -> None:

@@ -50,7 +50,9 @@ def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> 
     excluded += [rf"{re.escape(name)}(?:\..*)?" for name in frozen]
     if adapter.path is not None:
         config: Any = LoraConfig.from_pretrained(str(adapter.path))
+        _require_plain(config, adapter.path)
         config.inference_mode = False  # it would not train
+        config.lora_dropout = 0.0  # actors have none: what is trained would not be what was sampled
     else:
         targets: Any = adapter.target_modules
         config = LoraConfig(
@@ -147,6 +149,19 @@ def save_adapter(model: Any, state: Mapping[str, Tensor], base: Path, directory:
         if ".lora_" in name
     }
     save_file(weights, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _require_plain(config: Any, path: Path) -> None:
+    """Refuse what is more than W + scaling * B A, or changes W itself."""
+    init = config.init_lora_weights
+    more = {
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        f"bias: {config.bias}": config.bias != "none",
+        f"init_lora_weights: {init}": isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"),
+    }
+    if odd := [name for name, is_set in more.items() if is_set]:
+        raise ValueError(f"{path} is not a plain LoRA adapter: it has {odd[0]}")
 
 
 def _load(model: nn.Module, file: Path) -> None:

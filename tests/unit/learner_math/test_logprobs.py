@@ -1,19 +1,23 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from common.types import Completion, FinishReason, VersionSpan
 from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, policy_loss
-from learner.batch.packing import PackedBatch, pack_batch
+from learner.batch.packing import PackedBatch, Row, pack, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model import fused_logprobs as fused_module
 from learner.model import logprobs as logprobs_module
 from learner.model.attention import NAME
+from learner.model.load import load_policy
 from learner.model.logprobs import check_fused, completion_logprobs, token_logprobs
-from learner.types import Group
+from learner.types import Group, ProcessedPrompt
+from tests.families import build
 from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits, reference_logprobs
 
 LOSS = LossConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean")
@@ -166,6 +170,36 @@ def test_a_model_that_does_more_with_its_logits_is_not_fused(make_policy: Callab
     policy.lm_head = torch.nn.Identity()
     with pytest.raises(ValueError, match="it has no linear lm_head"):
         check_fused(policy)
+
+
+def test_as_many_tokens_as_targets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of a model that gives the logits of all tokens, whatever it is asked for."""
+    model, _ = load_policy(build("minicpm_v", tmp_path_factory.mktemp("model")))
+    prompt_ids = np.arange(10, 22, dtype=np.int32)
+    prompt = ProcessedPrompt(prompt_ids, np.arange(12)[None], 12, {}, (), ())
+
+    def packed(num_completions: int) -> PackedBatch:
+        spans = (VersionSpan(0, 0, 5),)
+        completions = tuple(
+            Completion(
+                f"t{i}",
+                i,
+                np.arange(30 + i, 35 + i, dtype=np.int32),
+                np.zeros(5, np.float32),
+                FinishReason.STOP,
+                spans,
+            )
+            for i in range(num_completions)
+        )
+        return pack([Row(prompt, completions, (1.0,) * num_completions)])
+
+    few, many = packed(11), packed(12)
+    assert (len(few.input_ids), len(few.targets)) == (56, 55)
+    assert (len(many.input_ids), len(many.targets)) == (60, 60)
+    with torch.no_grad():
+        expected, _ = completion_logprobs(model, few)
+        found, _ = completion_logprobs(model, many)
+    torch.testing.assert_close(found[:55], expected, atol=1e-5, rtol=0)
 
 
 def test_filler_image_gives_the_vision_tower_a_gradient_of_exactly_zero(

@@ -1,6 +1,7 @@
 """LoRA: what trains, what the actors get, and that PEFT and transformers read what is written."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,34 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path,
     file.write_text(file.read_text().replace('"r": 2', '"r": 4'))
     with pytest.raises(ValueError, match=r"has shape \[2, .*the model wants \[4, "):
         Policy(make_config(model_dir, lora_adapter_path=file.parent), ranks)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}]
+)
+def test_what_is_more_than_lora_is_refused(model_dir: Path, tmp_path: Path, odd: dict[str, Any], ranks: Ranks) -> None:
+    Policy(make_config(model_dir, lora_rank=2), ranks).export(tmp_path / "export")
+    file = tmp_path / "export" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(ValueError, match=f"is not a plain LoRA adapter: it has {next(iter(odd))}"):
+        Policy(make_config(model_dir, lora_adapter_path=file.parent), ranks)
+
+
+def test_a_policy_has_no_dropout(model_dir: Path, tmp_path: Path, pack: PackedBatch, ranks: Ranks) -> None:
+    """Actors have none, whatever a checkpoint or an adapter was trained with."""
+    Policy(make_config(model_dir, lora_rank=2), ranks).export(tmp_path / "export")
+    for file, name in (("adapter/adapter_config.json", "lora_dropout"), ("config.json", "attention_dropout")):
+        path = tmp_path / "export" / file
+        values = json.loads(path.read_text())
+        (values if name in values else values["text_config"])[name] = 0.5
+        path.write_text(json.dumps(values))
+    export = tmp_path / "export"
+    policy = Policy(make_config(export, lora_adapter_path=export / "adapter"), ranks)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(0.1)
+    torch.testing.assert_close(logprobs(policy.model, pack), logprobs(policy.model, pack), atol=0, rtol=0)
 
 
 def test_a_snapshot_without_adapter_is_the_plain_one(model_dir: Path) -> None:
