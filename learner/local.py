@@ -80,11 +80,13 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
 def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
     from learner import run_folder
     from learner.local_actors import LocalActors
+    from learner.local_gpus import share_gpus
     from learner.run import check
 
     if prepare is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
-    actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config))
+    shares = share_gpus(config)
+    actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=shares.actors)
     config = config.model_copy(
         update={
             "run_dir": run_dir,
@@ -96,7 +98,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
     was_killed = False
     try:
         actors.start()
-        learner = _start_learner(config, run_dir)
+        learner = _start_learner(config, run_dir, shares.learner)
         words = None
         while learner.poll() is None and words is None:
             actors.restart_dead()
@@ -133,7 +135,7 @@ def _lora_rank(config: "LearnerConfig") -> int:
     return adapter.rank  # of one from a directory nothing is known here: `local.actor` can say it
 
 
-def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[bytes]:
+def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...] | None") -> subprocess.Popen[bytes]:
     """torchrun with the resolved configuration. Its own chatter goes to a log; rank 0 has our standard output."""
     import yaml
 
@@ -147,7 +149,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path) -> subprocess.Popen[b
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(
             command,
-            env=learner_environment(config),
+            env=learner_environment(config) | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,

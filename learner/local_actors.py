@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from learner.config import LocalConfig
 _HOST = "127.0.0.1"
 # A learner that is killed has this long to come back before its actors give up.
 _IDLE_EXIT_S = 600.0
+# In a row: of one that has lived for so long, the count begins anew.
 _MAX_RESTARTS = 20
+_SETTLED_S = 300.0
 _POLL_S = 0.05
 _USER_ERROR = 2
 
@@ -35,15 +38,25 @@ class _Actor:
     pid: int = 0
     process: subprocess.Popen[bytes] | None = None  # None: started by an earlier command
     num_restarts: int = 0
+    started_at: float = 0.0
 
 
 class LocalActors:
     """`config.num_actors` actors on ascending ports of the loopback interface."""
 
-    def __init__(self, config: LocalConfig, model: Path, run_dir: Path, *, lora_rank: int = 0) -> None:
-        """`lora_rank`: of the adapters that they should take."""
+    def __init__(
+        self,
+        config: LocalConfig,
+        model: Path,
+        run_dir: Path,
+        *,
+        lora_rank: int = 0,
+        gpus: Sequence[tuple[str, ...]] = (),
+    ) -> None:
+        """`lora_rank`: of the adapters that they should take. `gpus`: of each actor; none on CPUs."""
         self._config = config
         self._lora_rank = lora_rank
+        self._gpus = gpus
         self._model = model
         self._run_dir = run_dir
         self._actors = [_Actor(i, f"{_HOST}:{config.base_port + i}") for i in range(config.num_actors)]
@@ -75,6 +88,8 @@ class LocalActors:
             if code is None:
                 continue
             _kill_group(actor.pid)  # what it has left of vLLM's processes
+            if time.monotonic() - actor.started_at > _SETTLED_S:
+                actor.num_restarts = 0
             if code == _USER_ERROR or actor.num_restarts >= _MAX_RESTARTS:
                 raise ConfigError(f"actor {actor.address} does not start: {self._last_line(actor)}")
             actor.num_restarts += 1
@@ -110,7 +125,10 @@ class LocalActors:
         settings = dict(self._config.actor)
         settings.setdefault("idle_exit_s", _IDLE_EXIT_S)
         settings.setdefault("grace_s", 1.0)
-        if settings.get("engine", "vllm") == "vllm" and len(self._actors) > 1:
+        environment = dict(os.environ)
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[actor.index])
+        elif settings.get("engine", "vllm") == "vllm" and len(self._actors) > 1:
             # Two engines on one core would wait for each other at every step.
             cores = sorted(os.sched_getaffinity(0))
             settings["vllm"] = {"cpu_cores": str(cores[actor.index % len(cores)]), **settings.get("vllm", {})}
@@ -122,9 +140,9 @@ class LocalActors:
         command += ["--model", str(self._model), "--listen", actor.address]
         with self._log_path(actor).open("ab") as log:
             actor.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        actor.pid = actor.process.pid
+        actor.pid, actor.started_at = actor.process.pid, time.monotonic()
 
     def _exit_code(self, actor: _Actor) -> int | None:
         """None while it runs; -1 if nobody can know."""
