@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,34 @@ from learner.config import LearnerConfig
 # Who may be at work in a folder: one of each.
 Role = Literal["launcher", "learner"]
 
-# Settings that say where and with whom a run runs, not what it computes.
-_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen"}
-_PLACE_IN = {"rollout": {"actors", "tls"}, "trainer": {"rank_timeout_s"}}
+# Settings that say where, with whom, how fast and how patiently a run runs, not what it computes.
+_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "tracing"}
+_PLACE_IN = {
+    "model": {"enable_gradient_checkpointing", "use_fused_kernels", "cpu_offload", "use_torch_compile"},
+    "reward": {"timeout_s", "num_processes"},
+    "rollout": {
+        "actors",
+        "tls",
+        "group_timeout_s",
+        "hung_s",
+        "slots_per_actor",
+        "startup_timeout_s",
+        "min_actors",
+    },
+    "trainer": {
+        "max_tokens_per_micro_batch",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_parity_diff",
+        "fsdp_size",
+        "sequence_parallel_size",
+        "rank_timeout_s",
+        "device",
+    },
+}
+# Of the keys in which an unfinished run differs.
+_MAX_TOLD_KEYS = 3
 
 
 @contextlib.contextmanager
@@ -32,13 +57,16 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     """The folder of this run: the one that the configuration names, one to continue, or a new one.
 
     It is this process's own in its role until the block or the process ends, however that happens.
-    Raises ConfigError if another process has the role there.
+    Raises ConfigError if another process has the role there, or `resume` is off and there is something to resume.
     """
-    run_dir = config.run_dir or (_unfinished(config) if config.resume else None) or _new(config)
+    if config.run_dir and not config.resume and any(config.run_dir.glob("checkpoints/step-*")):
+        raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
+    unfinished = _unfinished(config) if config.resume and config.run_dir is None else None
+    run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _lock(run_dir, role):
         path = run_dir / "config.yaml"
-        if not path.exists():
+        if run_dir == unfinished or not path.exists():
             path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 
@@ -99,19 +127,48 @@ def _new(config: LearnerConfig) -> Path:
 
 def _unfinished(config: LearnerConfig) -> Path | None:
     """The newest folder that was begun with this configuration, has no summary, and nobody works in."""
-    wanted = _identity(config.model_dump(mode="json"))
+    wanted = _identity(config)
+    hint = ""
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
-        path = run_dir / "config.yaml"
-        if (run_dir / "summary.json").exists() or not path.is_file():
+        begun = None if (run_dir / "summary.json").exists() else _read(run_dir / "config.yaml")
+        if begun is None or not _is_free(run_dir):
             continue
-        if _identity(yaml.safe_load(path.read_text()) or {}) == wanted and _is_free(run_dir):
+        odd = _differences(_identity(begun), wanted)
+        if not odd:
             return run_dir
+        hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}; run_dir={run_dir} continues it"
+    if hint:
+        print(f"a new run: {hint}", flush=True)
     return None
 
 
-def _identity(values: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path) -> LearnerConfig | None:
+    """None for what is no configuration of this version. One of an earlier version has the defaults for what is new."""
+    try:
+        return LearnerConfig.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _identity(config: LearnerConfig) -> dict[str, Any]:
     """What must be equal for two configurations to be of the same run."""
-    kept = {key: value for key, value in values.items() if key not in _PLACE}
+    kept = {key: value for key, value in config.model_dump(mode="json").items() if key not in _PLACE}
     for section, place in _PLACE_IN.items():
-        kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in place}
+        kept[section] = {key: value for key, value in kept[section].items() if key not in place}
     return kept
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Paths of the keys with different values."""
+    paths: list[str] = []
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other[key], dict):
+            paths += [f"{key}.{path}" for path in _differences(value, other[key])]
+        elif value != other[key]:
+            paths.append(key)
+    return paths
+
+
+def _enumerate(paths: Sequence[str]) -> str:
+    more = len(paths) - _MAX_TOLD_KEYS
+    return ", ".join(paths[:_MAX_TOLD_KEYS]) + (f" and {more} more" if more > 0 else "")

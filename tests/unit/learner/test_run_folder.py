@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common.config import ConfigError
 from learner import run_folder
@@ -30,9 +31,35 @@ def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path
     assert _chosen(_config(tmp_path)) == first
     # Where the actors are is no part of what is computed.
     assert _chosen(_config(tmp_path, rollout={"actors": ["127.0.0.1:1"]})) == first
-    # Nor is how long the ranks are patient with each other.
-    patient = {"total_steps": 3, "batch_prompts": 2, "rank_timeout_s": 300.0}
+    # Nor is how long the ranks are patient with each other, or what makes the step fit into memory.
+    patient = {"total_steps": 3, "batch_prompts": 2, "rank_timeout_s": 300.0, "max_tokens_per_micro_batch": 64}
     assert _chosen(_config(tmp_path, trainer=patient)) == first
+    assert yaml.safe_load((first / "config.yaml").read_text())["trainer"]["rank_timeout_s"] == 300.0
+
+
+def test_a_run_that_an_earlier_version_has_begun_is_continued(tmp_path: Path) -> None:
+    first = _chosen(_config(tmp_path))
+    values = yaml.safe_load((first / "config.yaml").read_text())
+    del values["rollout"]["min_actors"], values["algorithm"]["clip_dual"], values["evaluation"]
+    (first / "config.yaml").write_text(yaml.safe_dump(values))
+    assert _chosen(_config(tmp_path)) == first
+
+
+def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = _chosen(_config(tmp_path))
+    assert capsys.readouterr().out == ""
+    _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
+    hint = f"{first} is unfinished and has another seed, trainer.total_steps; run_dir={first} continues it"
+    assert capsys.readouterr().out == f"a new run: {hint}\n"
+
+
+def test_without_resume_no_checkpoint_is_resumed(tmp_path: Path) -> None:
+    config = _config(tmp_path, run_dir=tmp_path / "here", resume=False)
+    assert _chosen(config) == tmp_path / "here"
+    (tmp_path / "here" / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"resume: is false, but .*here has checkpoints"):
+        _chosen(config)
+    assert _chosen(config.model_copy(update={"resume": True})) == tmp_path / "here"
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"resume": False}, {"optimizer": {"lr": 0.1}}])
