@@ -102,7 +102,7 @@ class RolloutConfig(Config):
     # Sample another group in place of one whose rewards are all equal (dynamic sampling).
     drop_uniform_groups: bool = False
     # Seed of the sampling; None leaves it to the actors.
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**30)
     # A group that takes longer on one actor is sent to another.
     group_timeout_s: float = Field(300.0, gt=0)
     # An actor that works on groups of which nothing comes for so long, while another actor gets on, is taken for hung:
@@ -181,8 +181,9 @@ class EvaluationConfig(Config):
     def _enough_samples(self) -> Self:
         if self.samples and max(self.k) > self.samples:
             raise ValueError(f"k goes up to {max(self.k)}, but there are {self.samples} samples")
-        if not self.samples and self.k != (1,):
-            raise ValueError("k needs samples")
+        for name in ("k", "temperature", "pass_reward"):
+            if not self.samples and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} needs samples")
         return self
 
 
@@ -221,7 +222,7 @@ class LearnerConfig(Config):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     # Of the data order.
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
@@ -249,4 +250,12 @@ class LearnerConfig(Config):
             raise ValueError("weights.merge_adapter needs model.lora_rank or model.lora_adapter_path")
         if self.algorithm.overlong_buffer > self.rollout.max_tokens:
             raise ValueError("algorithm.overlong_buffer is longer than rollout.max_tokens")
+        evaluates = {
+            "trainer.eval_every": self.trainer.eval_every,
+            "evaluation.samples": self.evaluation.samples,
+            "data.max_held_out": self.data.max_held_out,
+        }
+        for name, value in evaluates.items():
+            if value and not self.data.held_out and not self.data.held_out_fraction:
+                raise ValueError(f"{name} needs rows to evaluate on: data.held_out or data.held_out_fraction")
         return self

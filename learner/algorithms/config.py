@@ -25,9 +25,9 @@ class LossConfig(Config):
     clip_high: float = pydantic.Field(default=0.2, ge=0)
     clip_dual: float | None = pydantic.Field(default=None, gt=1)
     """Bounds the loss of tokens with a negative advantage at this many advantages. Only with `ppo`."""
-    entropy_coef: float = 0.0
+    entropy_coef: pydantic.FiniteFloat = 0.0
     """Weight of the entropy bonus."""
-    kl_coef: float = pydantic.Field(default=0.0, ge=0)
+    kl_coef: pydantic.FiniteFloat = pydantic.Field(default=0.0, ge=0)
     """Weight of the KL to the reference policy, which is `model.path` as it was: a frozen copy, which takes as much
     memory again, or with LoRA the model without its adapter, which takes none."""
     kl_penalty: Literal["loss", "reward"] = "loss"
@@ -56,6 +56,8 @@ class LossConfig(Config):
             )
         if self.kl_penalty == "reward" and not self.kl_coef:
             raise ValueError("kl_penalty: reward needs a kl_coef")
+        if self.overlong_penalty != 1.0 and not self.overlong_buffer:
+            raise ValueError("overlong_penalty needs an overlong_buffer")
         if self.clip_dual is not None and self.policy_loss != "ppo":
             raise ValueError("clip_dual belongs to policy_loss: ppo")
         if self.policy_loss == "gspo" and self.aggregation != "seq-mean-token-mean":

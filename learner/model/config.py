@@ -3,21 +3,23 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 
 from common.config import Config
 
+_Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Config):
     """AdamW and its learning rate."""
 
-    lr: float = pydantic.Field(default=1e-6, gt=0)
+    lr: pydantic.FiniteFloat = pydantic.Field(default=1e-6, gt=0)
     """After warm-up."""
-    weight_decay: float = pydantic.Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = pydantic.Field(default=1e-8, gt=0)
+    weight_decay: pydantic.FiniteFloat = pydantic.Field(default=0.0, ge=0)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    eps: pydantic.FiniteFloat = pydantic.Field(default=1e-8, gt=0)
     max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -25,6 +27,12 @@ class OptimizerConfig(Config):
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps of linear rise; the first has lr / (warmup_steps + 1)."""
     min_lr_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
+
+    @pydantic.model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        if self.min_lr_ratio and self.schedule == "constant":
+            raise ValueError("min_lr_ratio needs schedule: linear or cosine")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
