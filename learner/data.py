@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 
 from common.config import Config, ConfigError
@@ -33,7 +34,7 @@ class DataConfig(Config):
     train: str = pydantic.Field(description="file, glob, folder, or package.module:function")
     held_out: str = pydantic.Field("", description="as train; or leave it empty and set held_out_fraction")
     held_out_fraction: float = pydantic.Field(0.0, ge=0, lt=1, description="share of train's rows kept for evaluation")
-    split_seed: int = pydantic.Field(0, description="chooses those rows; apart from the run's seed")
+    split_seed: int = pydantic.Field(0, ge=0, description="chooses those rows; apart from the run's seed")
     max_held_out: int = pydantic.Field(0, ge=0, description="evaluate on at most this many rows; 0 is all")
     format: Format = "auto"
     prompt_column: str = "prompt"
@@ -84,7 +85,7 @@ def load_datasets(config: DataConfig, *, base_dir: Path | None = None) -> tuple[
     if config.held_out:
         held_out = _load(config, config.held_out, base_dir or Path())
     elif config.held_out_fraction:
-        order = np.random.default_rng(config.split_seed).permutation(len(train))
+        order = _shuffled(config, train)
         num_held_out = max(1, round(len(train) * config.held_out_fraction))
         if num_held_out >= len(train):
             raise ConfigError(
@@ -92,9 +93,13 @@ def load_datasets(config: DataConfig, *, base_dir: Path | None = None) -> tuple[
             )
         held_out = train.subset(np.sort(order[:num_held_out]).tolist())
         train = train.subset(np.sort(order[num_held_out:]).tolist())
-    if held_out is not None and config.max_held_out:
-        held_out = held_out.subset(range(min(config.max_held_out, len(held_out))))
+    if held_out is not None and config.max_held_out:  # some of all: files may be sorted by what they hold
+        held_out = held_out.subset(np.sort(_shuffled(config, held_out)[: config.max_held_out]).tolist())
     return train, held_out
+
+
+def _shuffled(config: DataConfig, dataset: PromptDataset) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(config.split_seed).permutation(len(dataset))
 
 
 def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:

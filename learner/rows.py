@@ -84,7 +84,7 @@ class RowReader:
         messages = []
         for message in prompt:
             parts: list[TextPart | MediaPart] = []
-            for part in _parts(message["content"]):
+            for part in self._parts(number, message["content"]):
                 if part is None:
                     parts.append(MediaPart(next_image))
                     next_image += 1
@@ -93,6 +93,25 @@ class RowReader:
             messages.append(ChatMessage(str(message["role"]), tuple(parts)))
         self._check_parts(number, messages, num_images)
         return tuple(messages)
+
+    def _parts(self, number: int, content: str | Sequence[Any]) -> list[str | None]:
+        """Text, and None for each image. Nothing is left out: it would be missing from the prompt without a word."""
+        if isinstance(content, str):
+            pieces = re.split(f"({MARKER})", content)
+            return [None if piece == MARKER else piece for piece in pieces if piece]
+        parts: list[str | None] = []
+        for part in content:
+            values = part if isinstance(part, Mapping) else {"type": type(part).__name__}
+            kind, text = values.get("type"), values.get("text")
+            if kind == "image":
+                parts.append(None)
+            elif kind == "text" and isinstance(text, str):
+                parts += [text] if text else []
+            else:
+                raise self._error(
+                    number, f"has a content part of type {kind!r}; there are 'text', with its text, and 'image'"
+                )
+        return parts
 
     def _check_parts(self, number: int, messages: Sequence[ChatMessage], num_images: int) -> None:
         indices = [part.index for message in messages for part in message.parts if isinstance(part, MediaPart)]
@@ -146,20 +165,6 @@ class RowReader:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str | list | tuple)
-
-
-def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """Text, and None for each image."""
-    if isinstance(content, str):
-        pieces = re.split(f"({MARKER})", content)
-        return [None if piece == MARKER else piece for piece in pieces if piece]
-    parts: list[str | None] = []
-    for part in content:
-        if part.get("type") == "image":
-            parts.append(None)
-        elif part.get("text"):
-            parts.append(str(part["text"]))
-    return parts
 
 
 def _as_png(image: Image.Image) -> bytes:

@@ -159,11 +159,30 @@ def test_held_out_by_fraction_is_disjoint_and_repeatable(tmp_path: Path) -> None
 def test_held_out_from_its_own_file(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", [verl_row(i) for i in range(2)])
     write_parquet(tmp_path / "h.parquet", [verl_row(i) for i in range(5, 9)])
-    config = DataConfig(train="t.parquet", held_out="h.parquet", max_held_out=3)
+    config = DataConfig(train="t.parquet", held_out="h.parquet", max_held_out=9)
     train, held_out = load_datasets(config, base_dir=tmp_path)
     assert held_out is not None
     assert len(train) == 2
-    assert [held_out[row].ground_truth for row in range(len(held_out))] == ["5", "6", "7"]
+    assert [held_out[row].ground_truth for row in range(len(held_out))] == ["5", "6", "7", "8"]
+
+
+@pytest.mark.parametrize("options", [{"held_out": "h.parquet"}, {"held_out_fraction": 0.5}])
+def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Files may be sorted by what they hold."""
+    for name in "th":
+        write_parquet(tmp_path / f"{name}.parquet", [verl_row(i) for i in range(100)])
+    config = DataConfig(train="t.parquet", max_held_out=20, **options)
+    train, held_out = load_datasets(config, base_dir=tmp_path)
+    assert held_out is not None
+    rows = [int(held_out[row].ground_truth) for row in range(len(held_out))]
+    assert len(rows) == 20
+    assert rows == sorted(rows)
+    assert sum(row < 50 for row in rows) in range(5, 16)
+    again = load_datasets(config, base_dir=tmp_path)[1]
+    assert again is not None
+    assert [int(again[row].ground_truth) for row in range(len(again))] == rows
+    whole = load_datasets(config.model_copy(update={"max_held_out": 0}), base_dir=tmp_path)
+    assert len(whole[0]) == len(train)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +197,21 @@ def test_held_out_from_its_own_file(tmp_path: Path) -> None:
         ([{"prompt": "<image>", "images": "a.png", "answer": 1}], {}, "row 0 names the image .*No such file"),
         ([{"prompt": 3, "images": None, "answer": 1}], {}, "neither text nor a list of role and content"),
         ([{"prompt": "x", "images": None, "videos": [b"v"], "answer": 1}], {}, "row 0 has videos"),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "answer": 1}],
+            {"image_column": ""},
+            "row 0 has a content part of type 'video'; there are 'text', with its text, and 'image'",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text"}]}], "answer": 1}],
+            {"image_column": ""},
+            "row 0 has a content part of type 'image_url'",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": ["hello"]}], "answer": 1}],
+            {"image_column": ""},
+            "part of type 'str'",
+        ),
         ([], {}, "has no rows"),
         ([verl_row(0)], {"held_out_fraction": 0.5}, "leaves nothing of 1 rows"),
     ],
