@@ -209,7 +209,10 @@ class Control:
         self._stop_metrics()
         if self._main is not None:
             self._loop.call_soon_threadsafe(self._main.cancel)
-        self._thread.join(timeout=_CLOSE_S)
+        if self._thread.ident is None:  # `start` has failed before
+            self._rewards.close()
+        else:
+            self._thread.join(timeout=_CLOSE_S)
         if not self._thread.is_alive():
             self._loop.close()
 

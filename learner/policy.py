@@ -72,7 +72,7 @@ class Policy:
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(
             self.model,
-            [f"model.{name}" for name, _ in self.model.model.named_children() if name not in _TEXT_MODELS],
+            vision_parts(self.model),
             is_sender=ranks.is_main,
             bucket_bytes=config.weights.bucket_mib * 2**20,
             dtype=torch.bfloat16 if config.weights.dtype is not None else None,
@@ -166,6 +166,13 @@ class Policy:
     def export(self, target: Path) -> Path:
         """Write a Hugging Face checkpoint directory; returns it."""
         return export_model(self.model, self._config.model.path, target)
+
+
+def vision_parts(model: Any) -> list[str]:
+    """What an image passes before the text model: modules, and parameters of the model's own (a LLaVA's newline)."""
+    inner = model.model
+    names = [name for name, _ in (*inner.named_children(), *inner.named_parameters(recurse=False))]
+    return [f"model.{name}" for name in names if name not in _TEXT_MODELS]
 
 
 def suppressed_token_ids(placeholders: Sequence[int], allowed: Sequence[int], vocab_size: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ It never waits for the wire of a weight update: `publish` hands over a copy and 
 next batch cannot start before its actors have the new version, so the same loop is then synchronous.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,17 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the last step; the directory of the final export."""
+        try:
+            self._train()
+        except BaseException:
+            with contextlib.suppress(Exception):  # this error is the one to tell
+                self._policy.finish()  # the end of the process would not wait for a checkpoint that is being written
+            raise
+        export = self._policy.export(self._run_dir / "export")
+        self._policy.finish()
+        return export
+
+    def _train(self) -> None:
         settings = self._config.trainer
         first = self._policy.snapshot()
         if self._zero is not None and first is not None:
@@ -89,9 +101,6 @@ class Trainer:
             finally:  # an evaluation that fails ends the run, and must not cost its steps
                 if is_last or _is_due(self._policy.version, settings.checkpoint_every):
                     self._checkpoint()
-        export = self._policy.export(self._run_dir / "export")
-        self._policy.finish()
-        return export
 
     def _step(self) -> None:
         started_at = time.monotonic()

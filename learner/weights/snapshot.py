@@ -88,7 +88,7 @@ class Snapshotter:
     def __init__(
         self,
         model: nn.Module,
-        vision_modules: Sequence[str],
+        vision_parts: Sequence[str],
         *,
         is_sender: bool,
         bucket_bytes: int,
@@ -98,7 +98,7 @@ class Snapshotter:
 
         Args:
             model: whose parameters are copied.
-            vision_modules: what an image passes before the text model, projectors included.
+            vision_parts: modules and parameters that an image passes before the text model, projectors included.
             is_sender: whether this is rank 0.
             bucket_bytes: size at which a buffer is closed.
             dtype: of floating-point parameters in the copy; None: as they are.
@@ -111,8 +111,8 @@ class Snapshotter:
         in_vision = [
             source.name
             for source in trained
-            for module in vision_modules
-            if source.name.removeprefix(FILE_PREFIX).startswith(f"{module}.")
+            for part in vision_parts
+            if f"{source.name.removeprefix(FILE_PREFIX)}.".startswith(f"{part}.")
         ]
         self._trains_vision = bool(in_vision)
         form = CheckpointForm(model, [source.name for source in own])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,14 +17,18 @@ from learner.algorithms.losses import k3
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
+from learner.checkpoint import CheckpointWriter, latest_checkpoint
 from learner.config import LearnerConfig
 from learner.distributed import join_ranks
 from learner.ledger import Ledger
+from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
-from learner.policy import Policy
+from learner.policy import Policy, vision_parts
 from learner.step import merge_stats
 from learner.trainer import RankZero, Trainer
 from learner.types import Group
+from learner.weights.snapshot import Snapshotter
+from tests.families import FAMILIES, build
 from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits
 
 
@@ -179,3 +184,52 @@ def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
     (call,) = control.finish_step.call_args_list
     assert call.args[0] == groups
     assert call.kwargs["skipped"] == [groups[2]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_image_passes_is_all_but_the_text_model(family: str, tmp_path: Path) -> None:
+    """Also a parameter that belongs to no module: a LLaVA's newline, which ends each row of patches."""
+    model, _ = load_policy(build(family, tmp_path))
+    parts = tuple(f"{part}." for part in vision_parts(model))
+    rest = {name for name, _ in model.named_parameters() if not f"{name}.".startswith(parts)}
+    assert rest
+    assert all(name.startswith(("model.language_model.", "model.text_model.", "lm_head.")) for name in rest)
+    newline = dict(model.named_parameters()).get("model.image_newline")
+    assert (newline is not None) == (family in {"llava_next", "llava_onevision"})
+    if newline is not None:
+        model.requires_grad_(False)
+        newline.requires_grad_(True)
+        taken = Snapshotter(model, vision_parts(model), is_sender=True, bucket_bytes=2**20).take(1)
+        assert taken is not None
+        assert taken.update(full=False)[0].updates_vision
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 1, "batch_prompts": 4},
+        }
+    )
+    control = MagicMock(processor=processor)
+    control.take_batch.return_value = [
+        dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, suppressed_token_ids=(262, 263)))
+        for group in mixed_groups(processor)
+    ]
+    control.evaluate.side_effect = [None, RuntimeError("no actor answers")]
+    written = threading.Event()
+    finish = CheckpointWriter._finish
+
+    def slow_finish(*arguments: Any) -> None:
+        assert not written.wait(0.5)  # a slow disk
+        finish(*arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "_finish", slow_finish)
+    with join_ranks("cpu") as ranks:
+        zero = RankZero(control, Ledger(0, 4), MagicMock(**{"state.return_value": {}}))
+        with pytest.raises(RuntimeError, match="no actor answers"):
+            Trainer(config, ranks, Policy(config, ranks), tmp_path, zero).run()
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000001"
