@@ -18,10 +18,16 @@ COPY pyproject.toml README.md LICENSE deploy/images/constraints.txt ./
 COPY common ./common
 COPY learner ./learner
 COPY actor ./actor
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}" ".[math,examples]"
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}" ".[math,examples,otel]"
 
 FROM python:${PYTHON}
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin outrider
+# torch.compile (model.use_torch_compile) calls a C compiler, on CPUs one of C++. The release of Debian that the tag above
+# names fixes their versions.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin outrider
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
 COPY examples ./examples

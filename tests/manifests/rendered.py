@@ -27,6 +27,7 @@ VARIANTS = (
     ("gpu", "hpa", "monitoring"),
     ("gpu", "keda", "monitoring"),
     ("gpu", "spot-actors"),
+    ("gpu", "tracing"),
     ("cpu-demo", "monitoring"),
     ("cpu-demo", "mtls"),
     ("gpu-multinode", "mtls"),

@@ -13,6 +13,7 @@ from tests.manifests.rendered import ROOT, VARIANTS, containers, pod_templates, 
 
 IMAGES = sorted((ROOT / "deploy" / "images").glob("*.Dockerfile"))
 CONSTRAINTS = ROOT / "deploy" / "images" / "constraints.txt"
+_LEARNER_EXTRAS = ("math", "examples", "otel")
 
 
 def _ignored() -> tuple[list[str], list[str]]:
@@ -98,7 +99,8 @@ def test_constraints_are_what_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = [
-        Requirement(text) for text in [*project["dependencies"], *extras["math"], *extras["examples"], *extras["cpu"]]
+        Requirement(text)
+        for text in [*project["dependencies"], *(text for name in (*_LEARNER_EXTRAS, "cpu") for text in extras[name])]
     ]
     pinned = [requirement for requirement in asked if requirement.name in pins]
     assert {requirement.name for requirement in asked} - {requirement.name for requirement in pinned} == {
@@ -112,5 +114,12 @@ def test_constraints_are_what_the_project_asks_for() -> None:
 
 def test_the_learner_comes_without_vllm() -> None:
     [learner] = [path for path in IMAGES if path.stem == "learner"]
-    assert re.findall(r'"\.\[(.+)\]"', learner.read_text()) == ["math,examples"]
+    assert re.findall(r'"\.\[(.+)\]"', learner.read_text()) == [",".join(_LEARNER_EXTRAS)]
     assert [name for name in CONSTRAINTS.read_text().split() if name.startswith("vllm")] == []
+
+
+def test_the_learner_has_what_torch_compile_calls() -> None:
+    """In the image that is left, not in the stage that builds its environment."""
+    final = (ROOT / "deploy" / "images" / "learner.Dockerfile").read_text().rpartition("\nFROM ")[2]
+    [installed] = re.findall(r"apt-get install --yes --no-install-recommends (.+?) \\", final)
+    assert {"gcc", "g++", "libc6-dev"} <= set(installed.split())

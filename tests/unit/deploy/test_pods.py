@@ -23,17 +23,23 @@ READERS = {
     "HOME": "posixpath",
     "HF_HUB_OFFLINE": "huggingface_hub.constants",
     "OMP_NUM_THREADS": "torch.distributed.run",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "opentelemetry.sdk.environment_variables",
+    "OTEL_TRACES_SAMPLER": "opentelemetry.sdk.environment_variables",
+    "OTEL_TRACES_SAMPLER_ARG": "opentelemetry.sdk.environment_variables",
     "VLLM_NO_USAGE_STATS": "vllm.envs",
 }
 
 
 def _source(module: str) -> str:
     """The source of a module, without importing it."""
-    package, *inner = module.split(".")
-    spec = PathFinder.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return (Path(spec.origin).parent.joinpath(*inner).with_suffix(".py") if inner else Path(spec.origin)).read_text()
+    path: list[str] | None = None
+    origin: str | None = None
+    for name in module.split("."):
+        spec = PathFinder.find_spec(name, path)
+        assert spec is not None, module
+        path, origin = spec.submodule_search_locations, spec.origin
+    assert origin is not None
+    return Path(origin).read_text()
 
 
 def _all_containers() -> list[Manifest]:
@@ -89,7 +95,15 @@ def test_actors_of_the_demo_are_configured_as_local_ones() -> None:
 
 def test_the_learner_is_told_only_where_it_runs() -> None:
     """Overrides on its command line name places; what the run computes is in the file."""
-    places = {"rollout.actors", "rollout.tls", "runs_dir", "model.path", "trainer.fsdp_size", "metrics_listen"}
+    places = {
+        "rollout.actors",
+        "rollout.tls",
+        "runs_dir",
+        "model.path",
+        "trainer.fsdp_size",
+        "metrics_listen",
+        "tracing",
+    }
     for variant in VARIANTS:
         [container] = containers(pod_templates(render(*variant))["outrider-learner"], init=False)
         overrides = [argument for argument in container["args"] if re.match(r"[a-z_.]+=", argument)]

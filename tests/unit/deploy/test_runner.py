@@ -27,7 +27,8 @@ DNS = Peer("10.0.0.5", {"k8s-app": "kube-dns"}, "kube-system")
 FALSE_DNS = Peer("10.0.0.6", {"k8s-app": "kube-dns"}, "outrider")
 PROMETHEUS = Peer("10.0.0.7", {}, "monitoring")
 FOREIGN_ACTOR = Peer("10.0.0.8", ACTOR.labels, "elsewhere")
-ALL = (ACTOR, LEARNER, CLIENT, STRANGER, DNS, FALSE_DNS, PROMETHEUS, FOREIGN_ACTOR)
+COLLECTOR = Peer("10.0.0.9", {}, "tracing")
+ALL = (ACTOR, LEARNER, CLIENT, STRANGER, DNS, FALSE_DNS, PROMETHEUS, FOREIGN_ACTOR, COLLECTOR)
 
 ASK_NAMES = [Opening(DNS.address, TCP, 53, 53), Opening(DNS.address, UDP, 53, 53)]
 
@@ -50,6 +51,15 @@ def test_clients_come_in_at_one_port_and_prometheus_only_with_the_component() ->
     assert _rules(ACTOR, "cpu-demo")[0] == [learner, client]
     assert _rules(ACTOR, "cpu-demo", "monitoring")[0] == [learner, client, Opening(PROMETHEUS.address, TCP, 9090, 9090)]
     assert _rules(CLIENT, "cpu-demo") == ([], sorted([Opening(ACTOR.address, TCP, 50051, 50051), *ASK_NAMES]))
+
+
+@pytest.mark.parametrize("pod", [ACTOR, LEARNER])
+def test_spans_leave_to_collectors_only_with_the_component(pod: Peer) -> None:
+    without = _rules(pod, "gpu")[1]
+    spans = [Opening(COLLECTOR.address, TCP, port, port) for port in (4317, 4318)]
+    assert without is not None
+    assert _rules(pod, "gpu", "tracing")[1] == sorted([*without, *spans])
+    assert _rules(pod, "gpu", "tracing")[0] == _rules(pod, "gpu")[0]
 
 
 def test_strangers_are_shut_in_and_other_namespaces_are_left_alone() -> None:
