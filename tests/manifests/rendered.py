@@ -81,6 +81,12 @@ def render_text(overlay: str, *components: str) -> str:
     return _render_text(overlay, *components)
 
 
+def loader() -> Manifest:
+    """The pod that fills the claim of models, which is in no overlay."""
+    pod: Manifest = yaml.safe_load((K8S / "loader.yaml").read_text())
+    return pod
+
+
 def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
     """The one of this kind, and of this name if one is given."""
     [found] = [
@@ -90,7 +96,7 @@ def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
 
 
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Pod templates by the name of what makes the pods; those of a JobSet too."""
+    """Pod templates by the name of what makes the pods; those of a JobSet too, and pods themselves."""
     templates = {}
     for manifest in manifests:
         if manifest["kind"] in ("Deployment", "Job"):
@@ -98,6 +104,8 @@ def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
         elif manifest["kind"] == "JobSet":
             [job] = manifest["spec"]["replicatedJobs"]
             templates[manifest["metadata"]["name"]] = job["template"]["spec"]["template"]
+        elif manifest["kind"] == "Pod":
+            templates[manifest["metadata"]["name"]] = manifest
     return templates
 
 
