@@ -1,4 +1,4 @@
-"""Some of the fault matrix; `python -m tests.injection` runs all of it, and docs/reliability.md has the table."""
+"""Some of the fault matrix; `python -m tests.injection` runs all of it, and docs/fault-matrix.md has the table."""
 
 import json
 import subprocess
