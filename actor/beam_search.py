@@ -10,8 +10,9 @@ by
 no live beam can still come among the best: logprobs are never positive, so a beam's best possible score is known.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,22 @@ class FoundBeam:
             self.cumulative_logprob + logprob,
             is_finished,
         )
+
+
+class _Candidate(NamedTuple):
+    """A beam and what may follow it. Most are only weighed: a copy of the beam is made of those that are taken."""
+
+    beam: FoundBeam
+    token_id: int
+    logprob: float
+    version: int
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return self.beam.cumulative_logprob + self.logprob
+
+    def taken(self, *, is_finished: bool) -> FoundBeam:
+        return self.beam.extended(self.token_id, self.logprob, self.version, is_finished=is_finished)
 
 
 # The most likely continuations of each beam, in the order of the beams.
@@ -77,17 +94,19 @@ class BeamSearch:
         live = [FoundBeam()]
         finished: list[FoundBeam] = []
         for _ in range(self._max_tokens):
-            candidates: list[FoundBeam] = []
-            for beam, following in zip(live, await extend(live), strict=True):
-                for token_id, logprob in zip(following.token_ids, following.logprobs, strict=True):
-                    ends = token_id in self._eos_ids
-                    extended = beam.extended(token_id, logprob, following.policy_version, is_finished=ends)
-                    (finished if ends else candidates).append(extended)
-            live = sorted(candidates, key=lambda beam: beam.cumulative_logprob, reverse=True)[: self._num_beams]
+            candidates = _candidates(live, await extend(live))
+            ended = [candidate for candidate in candidates if candidate.token_id in self._eos_ids]
+            going = [candidate for candidate in candidates if candidate.token_id not in self._eos_ids]
+            live = [candidate.taken(is_finished=False) for candidate in self._likeliest(going)]
+            finished += [candidate.taken(is_finished=True) for candidate in self._likeliest(ended)]
             finished = sorted(finished, key=self.score, reverse=True)[: self._num_beams]
             if not self._can_improve(live, finished):
                 break
         return sorted([*finished, *live], key=self.score, reverse=True)[: self._num_beams]
+
+    def _likeliest(self, candidates: Iterable[_Candidate]) -> list[_Candidate]:
+        """As many as can be among the best. They are of one length, so that the score ranks them alike."""
+        return sorted(candidates, key=lambda candidate: candidate.cumulative_logprob, reverse=True)[: self._num_beams]
 
     def score(self, beam: FoundBeam) -> float:
         """What beams are ranked by."""
@@ -106,3 +125,12 @@ class BeamSearch:
         # What a beam could reach if every further token were certain, at the length that flatters it most.
         length = self._max_tokens if self._length_penalty > 0 else len(live[0].token_ids)
         return self._score(live[0].cumulative_logprob, length) > self.score(finished[-1])
+
+
+def _candidates(live: Sequence[FoundBeam], following: Sequence[NextTokens]) -> list[_Candidate]:
+    """Every continuation of every beam."""
+    return [
+        _Candidate(beam, token_id, logprob, tokens.policy_version)
+        for beam, tokens in zip(live, following, strict=True)
+        for token_id, logprob in zip(tokens.token_ids, tokens.logprobs, strict=True)
+    ]

@@ -87,3 +87,43 @@ async def test_without_ends_it_goes_to_the_last_token() -> None:
     assert [len(beam.token_ids) for beam in found] == [5, 5, 5]
     assert not any(beam.is_finished for beam in found)
     assert found[0].cumulative_logprob >= found[1].cumulative_logprob > -math.inf
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -2.0])
+async def test_a_narrow_search_is_the_one_written_out(penalty: float) -> None:
+    def rank(ids: tuple[int, ...]) -> float:
+        return _score(model, ids, 3, penalty)
+
+    for seed in range(20):
+        model = Model(seed)
+        live: list[tuple[int, ...]] = [()]
+        ended: list[tuple[int, ...]] = []
+        for _ in range(6):
+            longer = [(*ids, token_id) for ids in live for token_id in range(VOCABULARY)]
+            ended += [ids for ids in longer if ids[-1] == EOS]
+            going = [ids for ids in longer if ids[-1] != EOS]
+            live = sorted(going, key=lambda ids: _score(model, ids, 3, 0.0), reverse=True)[:2]
+        expected = sorted([*ended, *live], key=rank, reverse=True)[:2]
+        found = await _search(model, 2, 6, penalty).run(model.extend)
+        assert [beam.token_ids for beam in found] == expected
+
+
+async def test_only_what_lives_on_or_ends_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step weighs twice the square of the beams; each copy is as long as the completion."""
+    num_beams, num_steps, num_copies = 8, 5, 0
+    extended = FoundBeam.extended
+
+    def counted(beam: FoundBeam, token_id: int, logprob: float, version: int, *, is_finished: bool) -> FoundBeam:
+        nonlocal num_copies
+        num_copies += 1
+        return extended(beam, token_id, logprob, version, is_finished=is_finished)
+
+    async def extend(beams: Sequence[FoundBeam]) -> list[NextTokens]:
+        return [NextTokens(0, tuple(range(16)), tuple(-0.1 * rank - 1 for rank in range(16)))] * len(beams)
+
+    monkeypatch.setattr(FoundBeam, "extended", counted)
+    search = BeamSearch(
+        num_beams=num_beams, max_tokens=num_steps, num_prompt_tokens=3, eos_ids=range(12), length_penalty=1.0
+    )
+    assert len(await search.run(extend)) == num_beams
+    assert num_copies <= 2 * num_beams * num_steps
