@@ -94,7 +94,8 @@ class Engine(Protocol):
         """Sample one group: first its `PromptInfo`, then completions as they finish.
 
         Closing the iterator aborts what is left. Raises `common.errors.InvalidRequest` for a prompt that the model
-        cannot take and for a model that is not here, and `common.errors.EngineDead` when the engine has died.
+        cannot take and for a model that is not here, `common.errors.TooLarge` for more logprobs of the prompt than it
+        gives, and `common.errors.EngineDead` when the engine has died.
         """
         ...
 

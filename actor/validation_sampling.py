@@ -17,7 +17,7 @@ _MAX_SPEC_CHARS = 2**14
 _MAX_PATTERN = 256
 # vLLM takes a lower temperature for this one, without a word in its answer. (Less a rounding of float32.)
 _MIN_TEMPERATURE = 0.00999
-# Logprobs of one group: some 70 bytes each while vLLM holds them.
+# Logprobs of one group, and of one prompt: some 70 bytes each while vLLM holds them.
 _MAX_GROUP_LOGPROBS = 2**23
 _DEFAULTS = SamplingParams()
 # What beam search does nothing with, as vLLM's does nothing.
@@ -69,6 +69,16 @@ def check_sampling(
     if params.repetition_detection is not None:
         _check_repetition(params.repetition_detection)
     _check_beams(params, limits)
+
+
+def check_prompt_logprobs(params: SamplingParams, num_prompt_tokens: int) -> None:
+    """Raises TooLarge. For engines: how long a prompt is, is known when it has been expanded."""
+    total = num_prompt_tokens * (1 + params.prompt_top_logprobs)
+    if total > _MAX_GROUP_LOGPROBS:
+        raise TooLarge(
+            "sampling.prompt_top_logprobs",
+            f"prompt tokens * (1 + prompt_top_logprobs) is {total}; the limit is {_MAX_GROUP_LOGPROBS}",
+        )
 
 
 def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from actor.engine import EngineInfo, EngineLoad, EngineRequest
 from actor.engine_fake.answers import best_beams, top_logprobs, with_prompt_logprobs
 from actor.engine_fake.prompts import FIRST_TEXT_ID, PLACEHOLDER_ID, FakePrompts
 from actor.engine_fake.updates import FakeUpdates
+from actor.validation_sampling import check_prompt_logprobs
 from common.errors import EngineDead, InvalidRequest, Unimplemented
 from common.types import (
     Completion,
@@ -77,7 +78,9 @@ class FakeEngine:
         self._adapters.find(request.model)
         if request.sampling.structured_output is not None:
             raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
-        info = with_prompt_logprobs(self._prompts.understand(request), request.sampling, self._config.vocab_size)
+        info = self._prompts.understand(request)
+        check_prompt_logprobs(request.sampling, len(info.expanded_ids))
+        info = with_prompt_logprobs(info, request.sampling, self._config.vocab_size)
         yield info
         max_tokens = self._max_tokens(request, len(info.expanded_ids))
         digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(item.sha256 for item in request.media)).digest()

@@ -21,6 +21,7 @@ from actor.engine_vllm.outputs import NothingSampled, Sample, top_logprobs
 from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
+from actor.validation_sampling import check_prompt_logprobs
 from common.errors import EngineDead, InvalidRequest, Unimplemented
 from common.types import (
     ChatMessage,
@@ -279,16 +280,20 @@ class VllmEngine:
         return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
 
     async def _score_prompt(self, request: EngineRequest, info: PromptInfo, engine_input: "EngineInput") -> PromptInfo:
-        """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can."""
+        """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can.
+
+        Raises TooLarge before anything is computed.
+        """
         wanted = request.sampling
+        check_prompt_logprobs(wanted, len(info.expanded_ids))
         parameters = scoring_params(wanted.prompt_top_logprobs)
         reported = [output async for output in self._outputs(engine_input, parameters, request)]
         flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]
         if len(flats) != 1 or len(flats[0]) != len(info.expanded_ids):
             raise EngineDead("the engine gave no logprobs of the prompt")
         flat, places = flats[0], range(1, len(info.expanded_ids))  # vLLM has nothing for the first
-        own = [flat.logprobs[flat.start_indices[place]] for place in places]
-        top = [top_logprobs(flat, place) for place in places]
+        own = [flat.logprobs[flat.start_indices[place]] for place in places] if wanted.prompt_logprobs else []
+        top = [top_logprobs(flat, place) for place in places] if wanted.prompt_top_logprobs else []
         return replace(
             info,
             prompt_logprobs=(0.0, *own) if wanted.prompt_logprobs else (),

@@ -13,11 +13,11 @@ from tests.contract.conftest import FakeActor, StartActor
 FAST = {"token_s": 0.0}
 
 
-async def _ask(actor: FakeActor, **sampling: Any) -> Any:
+async def _ask(actor: FakeActor, text: str = "hello", **sampling: Any) -> Any:
     client = GrpcClient(actor.address)
     try:
         params = SamplingParams(**({"max_tokens": 16, "seed": 1} | sampling))
-        return await client.generate(RolloutRequest("g", TextPrompt("hello"), sampling=params), timeout_s=10)
+        return await client.generate(RolloutRequest("g", TextPrompt(text), sampling=params), timeout_s=10)
     finally:
         await client.close()
 
@@ -66,6 +66,15 @@ async def test_a_response_that_no_client_would_take(start_actor: StartActor) -> 
     with pytest.raises(TooLarge, match="returns: a response of"):
         await _ask(actor, max_tokens=8000, ignore_eos=True, top_logprobs=64)
     assert len((await _ask(actor)).completions) == 1
+
+
+async def test_logprobs_of_a_long_prompt(start_actor: StartActor) -> None:
+    """Whether there are too many is known when the prompt is understood, and said before they are computed."""
+    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 2**18})
+    with pytest.raises(TooLarge, match="is 8450000; the limit is 8388608") as refused:
+        await _ask(actor, "x" * 130_000, prompt_top_logprobs=64)
+    assert refused.value.field == "sampling.prompt_top_logprobs"
+    assert len((await _ask(actor, "x" * 130_000, prompt_logprobs=True)).prompt.prompt_logprobs) == 130_000
 
 
 async def test_limits_tell_what_may_be_asked_for(start_actor: StartActor) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from actor.validation import check_request
+from actor.validation_sampling import check_prompt_logprobs
 from common.errors import OutriderError, TooLarge
 from common.tensors import NamedTensor, Tensor
 from common.types import (
@@ -123,6 +124,14 @@ def test_logprobs_of_one_group_are_bounded() -> None:
     for change in ({"n": 64, "max_tokens": 2**13 + 1}, {"max_tokens": 0}, {"top_logprobs": 16}):
         with pytest.raises(TooLarge, match=r"sampling\.top_logprobs: n \* max_tokens"):
             check_request(_request(sampling=dataclasses.replace(sampling, **change)), limits, 320)
+
+
+def test_logprobs_of_one_prompt_are_bounded() -> None:
+    sampling = SamplingParams(prompt_top_logprobs=63)
+    check_prompt_logprobs(sampling, 2**17)
+    for top, num_tokens in ((63, 2**17 + 1), (64, 2**17)):
+        with pytest.raises(TooLarge, match=r"sampling\.prompt_top_logprobs: prompt tokens \* "):
+            check_prompt_logprobs(dataclasses.replace(sampling, prompt_top_logprobs=top), num_tokens)
 
 
 @pytest.mark.parametrize(

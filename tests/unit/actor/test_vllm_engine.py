@@ -1,0 +1,66 @@
+"""Parts of the vLLM engine that need no vLLM."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actor.config import VllmConfig
+from actor.engine import EngineRequest
+from actor.engine_vllm import engine as module
+from actor.engine_vllm.engine import VllmEngine
+from common.errors import TooLarge
+from common.types import PromptInfo, SamplingParams, TextPrompt, TopLogprobs
+
+# Of a prompt of two tokens: nothing for the first, and the second one's own logprob before its likeliest.
+FLAT = SimpleNamespace(start_indices=[0, 0], end_indices=[0, 3], token_ids=[7, 9, 7], logprobs=[-2.0, -0.5, -2.0])
+
+
+class Flat(SimpleNamespace):
+    """As vLLM's: one place for each token."""
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
+    """It is asked for no more than the logprobs of a prompt."""
+
+    async def outputs(*_: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(prompt_logprobs=Flat(**vars(FLAT)))
+
+    made = VllmEngine(Path("model"), VllmConfig(), "actor-1")
+    monkeypatch.setattr(made, "_outputs", outputs)
+    monkeypatch.setattr(module, "scoring_params", lambda _num_top: None)
+    return made
+
+
+async def _scored(engine: VllmEngine, num_tokens: int = 2, **sampling: Any) -> PromptInfo:
+    ids = np.full(num_tokens, 7, np.int32)
+    request = EngineRequest("g", TextPrompt("x"), (), SamplingParams(**sampling))
+    engine_input: Any = {}
+    return await engine._score_prompt(request, PromptInfo("g", "actor-1", ids, ids), engine_input)
+
+
+async def test_only_the_logprobs_that_were_asked_for(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = await _scored(engine, prompt_logprobs=True, prompt_top_logprobs=2)
+    assert both.prompt_logprobs == (0.0, -2.0)
+    assert both.prompt_top_logprobs == (TopLogprobs(), TopLogprobs((9, 7), (-0.5, -2.0)))
+    top = await _scored(engine, prompt_top_logprobs=2)
+    assert (top.prompt_logprobs, top.prompt_top_logprobs) == ((), both.prompt_top_logprobs)
+    monkeypatch.setattr(module, "top_logprobs", None)  # not even looked at
+    own = await _scored(engine, prompt_logprobs=True)
+    assert (own.prompt_logprobs, own.prompt_top_logprobs) == (both.prompt_logprobs, ())
+
+
+async def test_too_many_logprobs_are_refused_before_the_model_runs(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_outputs", None)
+    with pytest.raises(TooLarge) as refused:
+        await _scored(engine, 2**17, prompt_top_logprobs=64)
+    assert refused.value.field == "sampling.prompt_top_logprobs"
