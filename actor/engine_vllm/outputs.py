@@ -10,7 +10,7 @@ import numpy as np
 from actor.engine import EngineRequest
 from common.errors import EngineDead, InvalidRequest
 from common.tensors import Tensor, tensor_of
-from common.types import Completion, FinishReason, TopLogprobs, VersionSpan
+from common.types import Completion, FinishReason, SamplingParams, TopLogprobs, VersionSpan
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -47,12 +47,14 @@ class Sample:
     def completion(
         self, last: "CompletionOutput", request: EngineRequest, trajectory_id: str, *, finished_s: float
     ) -> Completion:
-        """The whole, when `last` was its end. Raises InvalidRequest if no token could be sampled, and EngineDead."""
+        """The whole, when `last` was its end. Raises InvalidRequest if no token was left to sample, and EngineDead."""
         if last.finish_reason == "error" and not self.token_ids:
             raise NothingSampled("the engine could not begin a completion")
         reason = _finish_reason(last.finish_reason)
         if not all(map(math.isfinite, self.logprobs)):
-            raise InvalidRequest("sampling", "its constraints together leave no token to sample")
+            if _can_leave_nothing(request.sampling):
+                raise InvalidRequest("sampling", "its constraints together leave no token to sample")
+            raise EngineDead("the model gave no finite probability")
         return Completion(
             trajectory_id=trajectory_id,
             index=last.index,
@@ -69,6 +71,18 @@ class Sample:
             stop=last.stop_reason if reason is FinishReason.STOP else None,
             routed_experts=_experts(last.routed_experts) if request.return_routed_experts else None,
         )
+
+
+def _can_leave_nothing(wanted: SamplingParams) -> bool:
+    """Whether constraints can meet so that every id is masked; alone, each was checked to leave some.
+
+    Without that, a probability that is no number is the model's.
+    """
+    by_ids = wanted.allowed_token_ids or wanted.bad_token_ids
+    by_moment = wanted.min_tokens or wanted.bad_words
+    if wanted.structured_output is not None or (wanted.min_tokens and wanted.stop_token_ids):
+        return True
+    return bool(by_ids and by_moment)
 
 
 def _experts(found: Any) -> Tensor:

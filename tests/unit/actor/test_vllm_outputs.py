@@ -11,7 +11,15 @@ import pytest
 from actor.engine import EngineRequest
 from actor.engine_vllm.outputs import NothingSampled, Sample, spans_of, top_logprobs
 from common.errors import EngineDead, InvalidRequest
-from common.types import FinishReason, SamplingParams, TextPrompt, TopLogprobs, VersionSpan
+from common.types import (
+    Constraint,
+    FinishReason,
+    SamplingParams,
+    StructuredOutput,
+    TextPrompt,
+    TopLogprobs,
+    VersionSpan,
+)
 
 REQUEST = EngineRequest("g", TextPrompt("x"), (), SamplingParams(), return_text=True)
 
@@ -97,12 +105,38 @@ def test_what_is_no_sample() -> None:
         sample.add(_part([5], _flat([(5, -2.0)])))
         with pytest.raises(EngineDead, match=f"broke a completion off \\({reason}\\)"):
             sample.completion(_part([], None, reason), REQUEST, "name", finished_s=1)
-    for logprob in (math.nan, -math.inf):
-        sample = Sample(0.0)
-        last = _part([5], _flat([(5, logprob)]), "length")
-        sample.add(last)
-        with pytest.raises(InvalidRequest, match="leave no token to sample"):
-            sample.completion(last, REQUEST, "name", finished_s=1)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf])
+@pytest.mark.parametrize(
+    ("sampling", "leaves_nothing"),
+    [
+        ({}, False),
+        ({"temperature": 0.5, "top_k": 1, "top_p": 1e-6, "min_p": 1.0, "repetition_penalty": 1e3}, False),
+        ({"logit_bias": ((5, -100.0),), "stop_token_ids": (5,), "stop": ("x",)}, False),
+        # Each leaves something as it was checked: one id of those, all but some words, all but the end.
+        ({"allowed_token_ids": (5, 6), "bad_token_ids": (5,)}, False),
+        ({"bad_words": ("x",)}, False),
+        ({"min_tokens": 3}, False),
+        ({"allowed_token_ids": (5,), "min_tokens": 3}, True),
+        ({"allowed_token_ids": (5,), "bad_words": ("x",)}, True),
+        ({"bad_token_ids": (5,), "min_tokens": 3}, True),
+        ({"min_tokens": 3, "stop_token_ids": (5,)}, True),
+        ({"structured_output": StructuredOutput(Constraint.REGEX, "a")}, True),
+    ],
+)
+def test_no_probability_is_the_fault_of_the_constraints_only_if_they_can_leave_none(
+    sampling: dict[str, Any], leaves_nothing: bool, logprob: float
+) -> None:
+    """A learner drops a group that is at fault, and asks another actor where the engine is."""
+    sample = Sample(0.0)
+    last = _part([5], _flat([(5, logprob)]), "length")
+    sample.add(last)
+    asked = replace(REQUEST, sampling=SamplingParams(**sampling))
+    with pytest.raises(InvalidRequest if leaves_nothing else EngineDead) as raised:
+        sample.completion(last, asked, "name", finished_s=1)
+    problem = "its constraints together leave no token" if leaves_nothing else "the model gave no finite probability"
+    assert problem in raised.value.message
 
 
 def test_places_and_spans() -> None:
