@@ -12,7 +12,7 @@ from actor.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine import EngineRequest
 from actor.engine_vllm.outputs import spans_of, top_logprobs
 from actor.engine_vllm.sampling import extending_params
-from common.errors import EngineDead
+from common.errors import EngineDead, InvalidRequest
 from common.types import BeamScore, Completion, FinishReason
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ async def search_beams(
     generate: Generate,
     accepted_at: float,
 ) -> list[Completion]:
-    """The best `n` beams, best first, without names and texts. `generate` streams what vLLM reports of one request."""
+    """The best `n` beams, best first, without names and texts. `generate` streams what vLLM reports of one request.
+
+    The prompt leaves room for a token. Raises InvalidRequest if there are fewer beams, and EngineDead.
+    """
     wanted = request.sampling
     prompt_ids: list[int] = engine_input["prompt_token_ids"]
     room = max_context_tokens - len(prompt_ids)
@@ -54,6 +57,8 @@ async def search_beams(
                 if part.finish_reason not in {"stop", "length"} or not part.weight_versions:
                     raise EngineDead(f"the engine broke a beam off ({part.finish_reason})")
                 top = top_logprobs(part.logprobs, 0)
+                if not top.token_ids:  # the constraints that go with beams leave some
+                    raise EngineDead("the model gave no finite probability")
                 return NextTokens(int(part.weight_versions[-1].version), top.token_ids, top.logprobs)
         raise EngineDead("the engine broke a beam off")
 
@@ -68,6 +73,8 @@ async def search_beams(
             await asyncio.gather(*tasks, return_exceptions=True)
 
     beams = await search.run(extend)
+    if len(beams) < wanted.n:
+        raise InvalidRequest("sampling.n", f"is {wanted.n}; there are only {len(beams)} beams")
     return [
         Completion(
             trajectory_id="",

@@ -32,6 +32,7 @@ class VllmPrompts:
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._tokenizing = threading.Lock()
         self._media = VllmMedia(renderer, model_config.max_model_len)
+        self._max_context_tokens: int = model_config.max_model_len
         self._actor_id = actor_id
         self.placeholder_ids = placeholder_ids(model_config.hf_config)
 
@@ -67,8 +68,12 @@ class VllmPrompts:
         return await asyncio.to_thread(self._detokenize, token_ids, skip_special_tokens)
 
     def _info(self, request: EngineRequest, unexpanded: list[int], engine_input: Any) -> PromptInfo:
-        media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
         expanded_ids = np.asarray(engine_input["prompt_token_ids"], np.int32)
+        if len(expanded_ids) >= self._max_context_tokens:
+            raise InvalidRequest(
+                "prompt", f"{len(expanded_ids)} tokens leave no room in a context of {self._max_context_tokens}"
+            )
+        media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
         is_filled = np.zeros(len(expanded_ids), bool)
         for use in media:
             is_filled[use.placeholder.offset : use.placeholder.offset + use.placeholder.length] = True

@@ -79,7 +79,7 @@ def _prompts(renderer: _Renderer, monkeypatch: pytest.MonkeyPatch) -> VllmPrompt
     monkeypatch.setattr(media, "_assemble", lambda *_: renderer.rendered("00" * 32, renderer.tensors()))
     prompts = VllmPrompts.__new__(VllmPrompts)
     prompts._media, prompts._tokenizing, prompts._actor_id = media, threading.Lock(), "a"
-    prompts.placeholder_ids = (_PAD,)
+    prompts.placeholder_ids, prompts._max_context_tokens = (_PAD,), 100
     return prompts
 
 

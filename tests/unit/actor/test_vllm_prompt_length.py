@@ -1,0 +1,48 @@
+"""Prompts of the vLLM engine, with a stub of its renderer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actor.engine import EngineRequest
+from actor.engine_vllm.prompts import VllmPrompts
+from common.errors import InvalidRequest
+from common.types import SamplingParams, TokenPrompt
+
+CONTEXT = 16
+
+
+class Renderer:
+    """Puts `num_added` ids behind a prompt, as the images of one do."""
+
+    mm_processor = None
+
+    def __init__(self, num_added: int) -> None:
+        self._num_added = num_added
+
+    async def render_cmpl_async(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        added = [7] * self._num_added
+        return [{"type": "token", "prompt_token_ids": prompt["prompt_token_ids"] + added} for prompt in prompts]
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], VllmPrompts]:
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda _model: SimpleNamespace())
+    config = SimpleNamespace(max_model_len=CONTEXT, hf_config=SimpleNamespace())
+    return lambda num_added: VllmPrompts(Path("model"), Renderer(num_added), config, "actor-1")
+
+
+@pytest.mark.parametrize("num_added", [0, 6])
+async def test_a_prompt_leaves_room_for_a_token(prompts: Callable[[int], VllmPrompts], num_added: int) -> None:
+    for num_tokens in (CONTEXT - 1, CONTEXT, CONTEXT + 1):
+        request = EngineRequest("g", TokenPrompt((5,) * (num_tokens - num_added)), (), SamplingParams(num_beams=2))
+        if num_tokens < CONTEXT:
+            info, _ = await prompts(num_added).understand(request, with_tensors=True)
+            assert len(info.expanded_ids) == num_tokens
+            continue
+        with pytest.raises(InvalidRequest) as refused:
+            await prompts(num_added).understand(request, with_tensors=True)
+        assert str(refused.value) == f"prompt: {num_tokens} tokens leave no room in a context of 16"
