@@ -19,6 +19,8 @@ _MAX_PATTERN = 256
 _MIN_TEMPERATURE = 0.00999
 # Logprobs of one group, and of one prompt: some 70 bytes each while vLLM holds them.
 _MAX_GROUP_LOGPROBS = 2**23
+# A beam's score is divided by its length to this power: within a double for two million tokens, either way.
+_MAX_LENGTH_PENALTY = 32
 _DEFAULTS = SamplingParams()
 # What beam search does nothing with, as vLLM's does nothing.
 _NOT_WITH_BEAMS = (
@@ -169,7 +171,7 @@ def _check_beams(params: SamplingParams, limits: ServerLimits) -> None:
     _check_range("num_beams", params.num_beams, 1, limits.max_logprobs // 2)
     _check_range("n", params.n, 1, params.num_beams)
     if params.length_penalty is not None:
-        _check_range("length_penalty", params.length_penalty, -100, 100)
+        _check_range("length_penalty", params.length_penalty, -_MAX_LENGTH_PENALTY, _MAX_LENGTH_PENALTY)
     for name in _NOT_WITH_BEAMS:
         if getattr(params, name) != getattr(_DEFAULTS, name):
             raise Unimplemented(f"sampling.{name}", "does not go with num_beams")

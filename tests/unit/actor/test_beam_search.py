@@ -127,3 +127,13 @@ async def test_only_what_lives_on_or_ends_is_copied(monkeypatch: pytest.MonkeyPa
     )
     assert len(await search.run(extend)) == num_beams
     assert num_copies <= 2 * num_beams * num_steps
+
+
+@pytest.mark.parametrize("penalty", [32.0, -32.0])
+def test_scores_under_the_largest_penalty_are_numbers(penalty: float) -> None:
+    """Of the longest prompts and completions, and of the least and the most likely beams; better beams score higher."""
+    search = BeamSearch(num_beams=2, max_tokens=2**20, num_prompt_tokens=2**20, eos_ids=(), length_penalty=penalty)
+    worst, bad, good, best = (
+        search.score(FoundBeam((5,) * 2**20, cumulative_logprob=total)) for total in (-1e9, -1.0, -1e-40, 0.0)
+    )
+    assert -math.inf < worst < bad < good < best

@@ -533,7 +533,7 @@ class SamplingParams(_message.Message):
     """
     length_penalty: _builtins.float
     """A beam's score is its summed logprob / (prompt and completion tokens without the last end-of-sequence id) ^
-    length_penalty, as in vLLM. Unset: 1.0. Only with num_beams.
+    length_penalty, as in vLLM. -32 to 32; unset: 1.0. Only with num_beams.
     """
     include_stop_str_in_output: _builtins.bool
     """Completion.text ends with the stop string or the text of the stop id, instead of before it."""
