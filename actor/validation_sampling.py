@@ -17,6 +17,8 @@ _MAX_SPEC_CHARS = 2**14
 _MAX_PATTERN = 256
 # vLLM takes a lower temperature for this one, without a word in its answer. (Less a rounding of float32.)
 _MIN_TEMPERATURE = 0.00999
+# vLLM refuses a higher one.
+_MAX_TEMPERATURE = 2
 # Logprobs of one group, and of one prompt: some 70 bytes each while vLLM holds them.
 _MAX_GROUP_LOGPROBS = 2**23
 # A beam's score is divided by its length to this power: within a double for two million tokens, either way.
@@ -49,9 +51,7 @@ def check_sampling(
 ) -> None:
     """Raises InvalidRequest, TooLarge or Unimplemented, naming the field."""
     _check_range("n", params.n, 1, limits.max_group_size)
-    _check_range("temperature", params.temperature, 0, 100)
-    if 0 < params.temperature < _MIN_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"is {params.temperature:g}; must be 0, or 0.01 or more")
+    _check_temperature(params)
     _check_range("top_p", params.top_p, 1e-6, 1)
     _check_range("top_k", params.top_k, 0, vocab_size)
     _check_range("min_p", params.min_p, 0, 1)
@@ -95,6 +95,14 @@ def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise InvalidRequest(f"sampling.{name}", f"is {value:g}; must be {low:g} to {high:g}")
+
+
+def _check_temperature(params: SamplingParams) -> None:
+    _check_range("temperature", params.temperature, 0, _MAX_TEMPERATURE)
+    if 0 < params.temperature < _MIN_TEMPERATURE:
+        raise InvalidRequest("sampling.temperature", f"is {params.temperature:g}; must be 0, or 0.01 or more")
+    if params.temperature == 0 and params.n > 1 and not params.num_beams:
+        raise InvalidRequest("sampling.n", f"is {params.n}; greedy completions would all be the same")
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_ids: tuple[int, ...]) -> None:

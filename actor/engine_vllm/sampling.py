@@ -14,12 +14,10 @@ _FIELDS = {"logprobs": "top_logprobs", "prompt_logprobs": "prompt_top_logprobs"}
 
 
 def sampling_params(wanted: SamplingParams, *, return_text: bool) -> "VllmSamplingParams":
-    """How to sample one group. Raises InvalidRequest, and what vLLM raises."""
+    """How to sample one group. Raises what vLLM raises."""
     from vllm import SamplingParams
     from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
-    if wanted.n > 1 and wanted.temperature == 0:
-        raise InvalidRequest("sampling.n", f"is {wanted.n}; greedy completions would all be the same")
     detection = wanted.repetition_detection
     return SamplingParams(
         n=wanted.n,

@@ -435,7 +435,7 @@ _FLOATS = (
     "length_penalty",
 )
 _OUT_OF_RANGE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("temperature", (-1.0, 1e-30, 101.0)),
+    ("temperature", (-1.0, 1e-30, 2.5, 101.0)),
     ("top_p", (0.0, -1.0, 1.5)),
     ("top_k", (_UINT32,)),
     ("min_p", (-0.5, 2.0)),

@@ -198,9 +198,6 @@ async def test_constraints_that_leave_nothing(actor: LiveActor) -> None:
     with pytest.raises(InvalidRequest) as refused:
         await _ask(actor, temperature=3.0)
     assert refused.value.field == "sampling.temperature"
-    with pytest.raises(InvalidRequest) as refused:
-        await _ask(actor, temperature=0.0, n=2)
-    assert refused.value.field == "sampling.n"
 
 
 # --------------------------------------------------------------------------------------------------------- the prompt

@@ -49,8 +49,10 @@ def test_good_requests_pass() -> None:
     check_request(_request(), LIMITS, 320)
     media = (MediaItem(HASH), MediaItem(HASH, b"0123456789"))
     chat = _chat(MediaPart(0), TextPart("and"), MediaPart(1))
-    sampling = SamplingParams(n=8, temperature=0.0, max_tokens=100, seed=2**62, stop=("x",), allowed_token_ids=(319,))
+    sampling = SamplingParams(n=8, temperature=2.0, max_tokens=100, seed=2**62, stop=("x",), allowed_token_ids=(319,))
     check_request(_request(prompt=chat, media=media, sampling=sampling), LIMITS, 320)
+    for greedy in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, n=2, num_beams=2)):
+        check_request(_request(sampling=greedy), LIMITS, 320)
     check_request(_request(prompt=TokenPrompt(tuple(range(100)))), LIMITS, 320)
 
 
@@ -138,8 +140,10 @@ def test_logprobs_of_one_prompt_are_bounded() -> None:
     ("values", "problem"),
     [
         ({"n": 9}, "sampling.n: is 9; must be 1 to 8"),
-        ({"temperature": -0.5}, "sampling.temperature: is -0.5; must be 0 to 100"),
-        ({"temperature": float("nan")}, "sampling.temperature: is nan; must be 0 to 100"),
+        ({"temperature": -0.5}, "sampling.temperature: is -0.5; must be 0 to 2"),
+        ({"temperature": float("nan")}, "sampling.temperature: is nan; must be 0 to 2"),
+        ({"temperature": 2.5}, "sampling.temperature: is 2.5; must be 0 to 2"),
+        ({"temperature": 0.0, "n": 2}, "sampling.n: is 2; greedy completions would all be the same"),
         ({"top_p": 0.0}, "sampling.top_p: is 0; must be 1e-06 to 1"),
         ({"min_p": 1.5}, "sampling.min_p: is 1.5; must be 0 to 1"),
         ({"max_tokens": 101}, "sampling.max_tokens: is 101; must be 0 to 100"),

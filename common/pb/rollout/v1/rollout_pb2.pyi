@@ -503,7 +503,7 @@ class SamplingParams(_message.Message):
     n: _builtins.int
     """Completions of the group, 1 to the server's limit. 0 means 1. With num_beams: the n best beams."""
     temperature: _builtins.float
-    """0 = greedy. Unset: 1.0."""
+    """0 = greedy, of which n is 1. Otherwise 0.01 to 2; unset: 1.0."""
     top_p: _builtins.float
     """Unset: 1.0 (off)."""
     top_k: _builtins.int
