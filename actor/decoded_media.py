@@ -38,11 +38,12 @@ class DecodedMedia:
             content = decode()
         except BaseException as error:
             with self._lock:
-                self._items.pop(sha256, None)
+                if self._items.get(sha256) is mine:
+                    del self._items[sha256]
             mine.set_exception(error)
             raise
-        mine.set_result(content)
         with self._lock:
+            mine.set_result(content)  # here, so that whoever evicts what is done finds it counted
             if self._items.get(sha256) is mine:
                 self._num_bytes += _num_bytes(content)
             while self._num_bytes > self._max_bytes:
@@ -52,4 +53,5 @@ class DecodedMedia:
 
 
 def _num_bytes(content: Image.Image | VideoArray) -> int:
-    return 3 * content.width * content.height if isinstance(content, Image.Image) else content.nbytes
+    """As it is in memory: PIL keeps four bytes of each RGB pixel."""
+    return 4 * content.width * content.height if isinstance(content, Image.Image) else content.nbytes

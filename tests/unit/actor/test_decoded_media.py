@@ -2,18 +2,20 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from actor import decoded_media
 from actor.decoded_media import DecodedMedia
 from common.errors import InvalidRequest
 
 
 def counted(calls: list[str], name: str, size: int = 1) -> Callable[[], Image.Image]:
-    """A decoder of images of 3 * size bytes that says when it ran."""
+    """A decoder of images of 4 * size bytes that says when it ran."""
 
     def decode() -> Image.Image:
         calls.append(name)
@@ -45,20 +47,20 @@ def test_threads_that_ask_at_once_share_one_decoding() -> None:
 
 
 def test_the_least_recently_used_go_first() -> None:
-    cache = DecodedMedia(30)
+    cache = DecodedMedia(26)
     calls: list[str] = []
     for name in ("a", "b", "a", "c", "a", "b"):  # 12 bytes each: two of them fit
-        cache.get(name.encode(), counted(calls, name, 4))
+        cache.get(name.encode(), counted(calls, name, 3))
     assert calls == ["a", "b", "c", "b"]
     video = np.zeros((2, 1, 2, 3), np.uint8)
     assert cache.get(b"v", lambda: video) is video  # 12 bytes too
-    cache.get(b"b", counted(calls, "b", 4))
-    cache.get(b"a", counted(calls, "a", 4))
+    cache.get(b"b", counted(calls, "b", 3))
+    cache.get(b"a", counted(calls, "a", 3))
     assert calls == ["a", "b", "c", "b", "a"]
 
 
 def test_what_is_larger_than_the_cache_is_not_kept() -> None:
-    cache = DecodedMedia(2)
+    cache = DecodedMedia(3)
     calls: list[str] = []
     for _ in range(2):
         cache.get(b"a", counted(calls, "a"))
@@ -82,3 +84,45 @@ def test_an_error_is_kept_for_nobody() -> None:
         assert refused.value.field == field
     cache.get(b"a", counted(calls, "whole"))
     assert calls == ["media[0]", "media[1]", "whole"]
+
+
+def test_what_another_thread_evicts_has_been_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fills the cache just as the first image is done. Bytes that go must have come, or the bound moves."""
+    cache = DecodedMedia(40)
+    calls: list[str] = []
+
+    def fill() -> None:
+        for name in ("b", "c"):
+            cache.get(name.encode(), counted(calls, name, 6))
+
+    filling = threading.Thread(target=fill)
+
+    class Interrupted(Future[Any]):
+        def set_result(self, result: Any) -> None:
+            super().set_result(result)
+            if result.width == 4:
+                filling.start()
+                filling.join(0.2)  # for ever, while this thread has the lock
+
+    monkeypatch.setattr(decoded_media, "Future", Interrupted)
+    cache.get(b"a", counted(calls, "a", 4))
+    filling.join(10)
+    assert calls == ["a", "b", "c"]
+    cache.get(b"b", counted(calls, "b", 6))  # 24 bytes as c: there is no room for both
+    assert calls == ["a", "b", "c", "b"]
+
+
+def test_a_failure_takes_no_other_thread_s_image_along() -> None:
+    """The slow decoding fails after its place went to others, and one of them decoded the same file."""
+    cache = DecodedMedia(40)
+    calls: list[str] = []
+
+    def slow() -> Image.Image:
+        for name in ("b", "c", "a"):
+            cache.get(name.encode(), counted(calls, name, 6))
+        raise InvalidRequest("media[0]", "damaged")
+
+    with pytest.raises(InvalidRequest):
+        cache.get(b"a", slow)
+    cache.get(b"a", counted(calls, "a", 6))
+    assert calls == ["b", "c", "a"]
