@@ -18,7 +18,7 @@ from common.types import (
 )
 
 _MAX_GROUP_ID_CHARS = 128
-_MAX_TEXT_BYTES_PER_TOKEN = 64
+_MAX_CHARS_PER_TOKEN = 64
 _MAX_FRAMES_PER_SECOND = 1000
 
 
@@ -37,7 +37,7 @@ def check_request(
         case TextPrompt(text):
             if not text:
                 raise InvalidRequest("text", "is empty")
-            _check_text_bytes(text, "text", limits)
+            _check_num_chars(len(text), "text", limits)
         case TokenPrompt():
             _check_tokens(request.prompt, len(request.media), limits, vocab_size)
     check_sampling(request.sampling, limits, vocab_size, suppressed_token_ids)
@@ -115,27 +115,24 @@ def _check_chat(prompt: ChatPrompt, num_media: int, limits: ServerLimits) -> Non
         if not message.role:
             raise InvalidRequest(f"chat.messages[{i}].role", "is empty")
         for j, part in enumerate(message.parts):
-            field = f"chat.messages[{i}].parts[{j}]"
             if not isinstance(part, MediaPart):
                 num_chars += len(part.text)
-                _check_text_bytes(part.text, f"{field}.text", limits)
             elif part.index != next_media or part.index >= num_media:
                 raise InvalidRequest(
-                    f"{field}.media_index",
+                    f"chat.messages[{i}].parts[{j}].media_index",
                     f"is {part.index}; each of the {num_media} media items is referred to once, in ascending order",
                 )
             else:
                 next_media += 1
     if next_media != num_media:
         raise InvalidRequest("media", f"{num_media} items came, but the messages refer to {next_media}")
-    if num_chars > _MAX_TEXT_BYTES_PER_TOKEN * limits.max_context_tokens:
-        raise InvalidRequest("chat.messages", f"more text than {limits.max_context_tokens} tokens can be")
+    _check_num_chars(num_chars, "chat.messages", limits)
 
 
-def _check_text_bytes(text: str, field: str, limits: ServerLimits) -> None:
+def _check_num_chars(num_chars: int, field: str, limits: ServerLimits) -> None:
     """Text that cannot fit is not worth tokenizing."""
-    if len(text) > _MAX_TEXT_BYTES_PER_TOKEN * limits.max_context_tokens:
-        raise InvalidRequest(field, f"{len(text)} characters, more than {limits.max_context_tokens} tokens can be")
+    if num_chars > _MAX_CHARS_PER_TOKEN * limits.max_context_tokens:
+        raise InvalidRequest(field, f"{num_chars} characters, more than {limits.max_context_tokens} tokens can be")
 
 
 def _check_tokens(prompt: TokenPrompt, num_media: int, limits: ServerLimits, vocab_size: int) -> None:
