@@ -25,6 +25,7 @@ from common.types import (
     SamplingParams,
     StructuredOutput,
     TextPrompt,
+    TokenPrompt,
 )
 from learner.types import Group
 from tests.integration.live_actor import LiveActor, media_of
@@ -198,6 +199,18 @@ async def test_constraints_that_leave_nothing(actor: LiveActor) -> None:
     with pytest.raises(InvalidRequest) as refused:
         await _ask(actor, temperature=3.0)
     assert refused.value.field == "sampling.temperature"
+
+
+async def test_a_prompt_that_fills_the_context(actor: LiveActor) -> None:
+    full = TokenPrompt((A,) * actor.info.max_context_tokens)
+    for sampling in ({}, {"num_beams": 2}, {"prompt_logprobs": True}):
+        with pytest.raises(InvalidRequest, match="leave no room") as refused:
+            await actor.ask(full, max_tokens=4, **sampling)
+        assert refused.value.field == "prompt"
+    almost = TokenPrompt(full.ids[1:])
+    assert len((await actor.ask(almost, num_beams=2, max_tokens=4)).completions[0].token_ids) == 1
+    with pytest.raises(InvalidRequest, match="there are only 2 beams"):
+        await actor.ask(almost, n=4, num_beams=4, max_tokens=4, allowed_token_ids=(A, B))
 
 
 # --------------------------------------------------------------------------------------------------------- the prompt
