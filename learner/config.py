@@ -91,7 +91,8 @@ class RolloutConfig(Config):
     tls: Path | None = None
     # Completions of one prompt. Advantages compare them with each other, so there are at least two.
     n: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
+    # As far as actors sample.
+    temperature: float = Field(1.0, ge=0.01, le=2)
     max_tokens: int = Field(256, ge=1)
     # What becomes of a group that is under way when its actor gets new weights. "continue": it goes on under them, and
     # its version spans say which token is whose. "restart": it is broken off and sampled again from its prompt, so that
@@ -173,7 +174,7 @@ class EvaluationConfig(Config):
     samples: int = Field(0, ge=0)
     # pass@k: the chance that one of k sampled completions passes.
     k: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=2)
     # The reward at which a completion passes.
     pass_reward: float = 1.0
 

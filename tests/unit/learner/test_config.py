@@ -32,6 +32,7 @@ _RUN: dict[str, Any] = {
         ({"rollout": {"seed": 2**30}}, "rollout.seed: .*less than 1073741824"),
         ({"rollout": {"seed": -1}}, "rollout.seed: .*greater than or equal to 0"),
         ({"data": {"train": "t", "held_out_fraction": 0.1, "split_seed": -1}}, "data.split_seed"),
+        ({"rollout": {"temperature": 2.5}}, "rollout.temperature: .*less than or equal to 2"),
         ({"optimizer": {"betas": [1.5, 0.9]}}, "optimizer.betas.0: .*less than 1"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: .*finite"),
         ({"algorithm": {"entropy_coef": float("nan")}}, "algorithm.entropy_coef: .*finite"),
