@@ -86,7 +86,7 @@ def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: La
     mistakes = {
         (
             f"data.train={tmp_path / 'train.jsonl'}",
-            "data.held_out=''",
+            *("data.held_out=''", "trainer.eval_every=0"),
             *slow,
         ): "no image column 'images' (it has prompt, answer)",
         (
