@@ -109,7 +109,7 @@ class ActorConfig(Config):
     metrics_listen: str | None = None
     # OpenTelemetry spans (common/tracing.py); the variables OTEL_* say where they go.
     tracing: bool = False
-    # Serve the checkpoint as version 0 without a learner.
+    # Serve the checkpoint as version 0 without a learner. On a GPU it keeps no room for updates.
     standalone: bool = False
     # Directory with tls.crt, tls.key and ca.crt: mutual TLS, and roles by certificate (common/rpc/tls.py).
     tls: Path | None = None

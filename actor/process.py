@@ -56,7 +56,12 @@ class ActorProcess:
             return FakeEngine(self.config.fake, self.actor_id)
         from actor.engine_vllm.engine import VllmEngine  # seconds to import
 
-        engine = VllmEngine(check_model(self.config.model), self.config.vllm, self.actor_id)
+        engine = VllmEngine(
+            check_model(self.config.model),
+            self.config.vllm,
+            self.actor_id,
+            takes_updates=not self.config.standalone,
+        )
         engine.load_model()
         return EngineThread(engine)
 

@@ -18,7 +18,7 @@ _FIRST_AND_LAST_ONLY = 2**30
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
+def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = True) -> "AsyncEngineArgs":
     """Set up this process for the engine, and say what it is to be.
 
     Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word, and for a GPU that is too small.
@@ -67,13 +67,15 @@ def engine_arguments(model: Path, config: VllmConfig) -> "AsyncEngineArgs":
     model_config = arguments.create_model_config()
     if current_platform.is_cpu():
         _check_cpu(model_config, config)
-    else:
+    elif takes_updates:
         arguments.gpu_memory_utilization = utilization_beside_updates(
             model,
             config.gpu_memory_utilization,
             total_bytes=current_platform.get_device_total_memory(),
             element_bytes=model_config.dtype.itemsize,
             num_gpus=config.tensor_parallel_size,
+            # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
+            has_second_set=not (model_config.quantization or model_config.use_mla or model_config.get_num_experts()),
         )
     return arguments
 

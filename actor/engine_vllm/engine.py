@@ -53,8 +53,10 @@ _GC_THRESHOLDS = (500, 2, 20_000)
 class VllmEngine:
     """One vLLM engine, its worker processes included."""
 
-    def __init__(self, model: Path, config: VllmConfig, actor_id: str) -> None:
+    def __init__(self, model: Path, config: VllmConfig, actor_id: str, *, takes_updates: bool = True) -> None:
+        """Without `takes_updates` there is no room for them on a GPU."""
         self._model = model
+        self._takes_updates = takes_updates
         self._config = config
         self._actor_id = actor_id
         self._engine: AsyncLLM | None = None
@@ -70,7 +72,7 @@ class VllmEngine:
 
         A signal whose handler raises ends it there. vLLM, on a thread of its own, would go on.
         """
-        arguments = engine_arguments(self._model, self._config)
+        arguments = engine_arguments(self._model, self._config, takes_updates=self._takes_updates)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(arguments)

@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 def utilization_beside_updates(
-    model: Path, wanted: float, *, total_bytes: int, element_bytes: int, num_gpus: int
+    model: Path, wanted: float, *, total_bytes: int, element_bytes: int, num_gpus: int, has_second_set: bool
 ) -> float:
     """The share of a GPU that is left to vLLM: `wanted`, without the room of an update.
 
@@ -27,13 +27,14 @@ def utilization_beside_updates(
         total_bytes: memory of one GPU.
         element_bytes: of one parameter, as the engine has it.
         num_gpus: over which the model is spread.
+        has_second_set: whether an update is processed beside the model, not kept in the host's memory.
 
     Raises:
         ConfigError: not even the model would have room.
     """
     sizes = list(_num_elements(model))
     weights = sum(sizes) * element_bytes / num_gpus
-    room = weights + _NUM_BUFFERS * max(_BUCKET_BYTES, _WIRE_BYTES * max(sizes))
+    room = has_second_set * weights + _NUM_BUFFERS * max(_BUCKET_BYTES, _WIRE_BYTES * max(sizes))
     left = wanted - room / total_bytes
     if left * total_bytes <= weights:
         raise ConfigError(
@@ -49,6 +50,8 @@ def _num_elements(model: Path) -> Iterator[int]:
     from safetensors import safe_open
 
     for path in model.glob("*.safetensors"):
+        if path.name.startswith("consolidated"):  # the same once more, as Mistral names it
+            continue
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dictionary
                 yield math.prod(file.get_slice(name).get_shape())
