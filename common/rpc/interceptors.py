@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from common import tracing
-from common.errors import DETAILS_KEY, Internal, InvalidRequest, OutriderError, to_status
+from common.errors import DETAILS_KEY, DeadlineExceeded, Internal, InvalidRequest, OutriderError, to_status
 from common.log import get_logger
 from common.rpc.peers import Context, StreamLimit, names_of, peer_of
 from common.rpc.tls import authorize
@@ -109,15 +109,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         parse: Callable[[Any], Any],
         *,
         is_stream: bool,
-    ) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+    ) -> Callable[..., Awaitable[None]]:
+        async def call(request: Any, context: Context) -> None:
             with self.activity.call():
                 try:
                     with self._admitted(method, context, is_stream=is_stream):
                         async with aclosing(behavior(parse(request), context)) as responses:
                             async for response in responses:
-                                with _taken_in_time():
-                                    yield response
+                                await _send(response, context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -137,16 +136,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             yield
 
 
-@contextmanager
-def _taken_in_time() -> Iterator[None]:
-    """Around the sending of one response: a caller that does not take it must not hold a slot for ever."""
-    task = asyncio.current_task()
-    assert task is not None
-    limit = asyncio.get_running_loop().call_later(_TAKE_S, task.cancel)
+async def _send(response: Any, context: Context) -> None:
+    """Raises DeadlineExceeded: a caller that does not take a response must not hold a slot for ever."""
     try:
-        yield
-    finally:
-        limit.cancel()
+        async with asyncio.timeout(_TAKE_S):
+            await context.write(response)
+    except TimeoutError:
+        raise DeadlineExceeded(f"a response was not taken for {_TAKE_S:g} s") from None
 
 
 def _parsing(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -1,6 +1,8 @@
 """How many streams one caller may have open."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from common import wire
 from common.client import GrpcClient
 from common.errors import QueueFull, TooManyStreams
+from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.rpc import interceptors
 from common.rpc.peers import StreamLimit
 from common.types import ActorState, RolloutRequest, SamplingParams, TextPrompt
@@ -78,12 +81,26 @@ async def test_a_caller_that_does_not_take_its_answer_gives_its_place_back(
     fake = {"token_s": 0, "max_context_tokens": 4096}
     actor = await start_actor(fake=fake, limits={"max_queued_completions": 64})
     large = SamplingParams(n=64, ignore_eos=True, max_tokens=4000, top_logprobs=16)
-    stalled = actor.rollouts.Generate(wire.request_to_proto(RolloutRequest("g", TextPrompt("x"), (), large)))
+    channel = grpc.aio.insecure_channel(actor.address)  # ours would give the call a deadline
+    stalled: Any = RolloutServiceStub(channel).Generate(  # type: ignore[no-untyped-call]
+        wire.request_to_proto(RolloutRequest("g", TextPrompt("x"), (), large))
+    )
     await stalled.read()  # of some hundred KiB, of many: the others do not fit into what a connection holds
     async with asyncio.timeout(20):
         await actor.server._rollouts.idle.wait()
     client = GrpcClient(actor.address)
     group = await client.generate(RolloutRequest("h", TextPrompt("x"), (), SamplingParams(n=64)), timeout_s=10)
     assert len(group.completions) == 64
-    assert await stalled.code() is not grpc.StatusCode.OK
+    with pytest.raises(grpc.aio.AioRpcError) as late:  # after what was on its way
+        _ = [response async for response in _rest(stalled)]
+    assert (late.value.code(), late.value.details()) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "a response was not taken for 0.5 s",
+    )
+    await channel.close()
     await client.close()
+
+
+async def _rest(call: Any) -> AsyncIterator[Any]:
+    while (response := await call.read()) != grpc.aio.EOF:  # type: ignore[attr-defined]
+        yield response
