@@ -10,13 +10,14 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic_core import to_jsonable_python
 
-from common.config import ConfigError
+from common.config import Config, ConfigError
 from learner.config import LearnerConfig
 
 # Who may be at work in a folder: one of each.
@@ -67,7 +68,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     with _lock(run_dir, role):
         path = run_dir / "config.yaml"
         if run_dir == unfinished or not path.exists():
-            path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            _write(path, config)
         yield run_dir
 
 
@@ -127,11 +128,11 @@ def _new(config: LearnerConfig) -> Path:
 
 def _unfinished(config: LearnerConfig) -> Path | None:
     """The newest folder that was begun with this configuration, has no summary, and nobody works in."""
-    wanted = _identity(config)
+    wanted = _identity(config.model_dump(mode="json"))
     hint = ""
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
         begun = None if (run_dir / "summary.json").exists() else _read(run_dir / "config.yaml")
-        if begun is None or not _is_free(run_dir):
+        if begun is None or begun.get("name") != config.name or not _is_free(run_dir):
             continue
         odd = _differences(_identity(begun), wanted)
         if not odd:
@@ -142,20 +143,45 @@ def _unfinished(config: LearnerConfig) -> Path | None:
     return None
 
 
-def _read(path: Path) -> LearnerConfig | None:
-    """None for what is no configuration of this version. One of an earlier version has the defaults for what is new."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """None for what is no configuration."""
     try:
-        return LearnerConfig.model_validate(yaml.safe_load(path.read_text()))
+        values = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
+    return values if isinstance(values, dict) else None
 
 
-def _identity(config: LearnerConfig) -> dict[str, Any]:
-    """What must be equal for two configurations to be of the same run."""
-    kept = {key: value for key, value in config.model_dump(mode="json").items() if key not in _PLACE}
+def _write(path: Path, config: LearnerConfig) -> None:
+    """Whole or not at all: a run whose configuration is gone could not be continued."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    partial.replace(path)
+
+
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for two configurations to be of the same run.
+
+    What an earlier version has written has the defaults for what is new, and may say what is no longer allowed.
+    """
+    kept = {key: value for key, value in _filled(LearnerConfig, values).items() if key not in _PLACE}
     for section, place in _PLACE_IN.items():
         kept[section] = {key: value for key, value in kept[section].items() if key not in place}
     return kept
+
+
+def _filled(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of a configuration, with the defaults for those that are not there."""
+    filled: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, Config):
+            filled[name] = _filled(part, values.get(name) or {})
+        elif name in values or field.is_required():
+            filled[name] = values.get(name)
+        else:
+            filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return filled
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -75,11 +75,11 @@ class Trainer:
         """Train to the last step; the directory of the final export."""
         try:
             self._train()
+            export = self._policy.export(self._run_dir / "export")
         except BaseException:
             with contextlib.suppress(Exception):  # this error is the one to tell
                 self._policy.finish()  # the end of the process would not wait for a checkpoint that is being written
             raise
-        export = self._policy.export(self._run_dir / "export")
         self._policy.finish()
         return export
 

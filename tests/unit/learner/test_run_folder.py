@@ -1,5 +1,6 @@
 """Which run folder a command works in."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_run_that_an_earlier_version_has_begun_is_continued(tmp_path: Path) ->
     first = _chosen(_config(tmp_path))
     values = yaml.safe_load((first / "config.yaml").read_text())
     del values["rollout"]["min_actors"], values["algorithm"]["clip_dual"], values["evaluation"]
+    values["trainer"]["eval_every"] = 20  # without rows for it, which was allowed
     (first / "config.yaml").write_text(yaml.safe_dump(values))
     assert _chosen(_config(tmp_path)) == first
 
@@ -51,6 +53,27 @@ def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys
     _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
     hint = f"{first} is unfinished and has another seed, trainer.total_steps; run_dir={first} continues it"
     assert capsys.readouterr().out == f"a new run: {hint}\n"
+
+
+def test_a_run_of_another_name_is_not_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _chosen(_config(tmp_path, name="task-big"))
+    _chosen(_config(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_leaves_the_configuration_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _chosen(_config(tmp_path))
+    write_text = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        write_text(path, text[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            _chosen(_config(tmp_path, metrics_listen="127.0.0.1:1"))
+    assert _chosen(_config(tmp_path)) == first
 
 
 def test_without_resume_no_checkpoint_is_resumed(tmp_path: Path) -> None:
