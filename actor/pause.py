@@ -14,6 +14,7 @@ class Pause:
 
     def __init__(self, engine: Engine, changed: Callable[[], None]) -> None:
         self.active = False
+        self._stays = False
         self._engine = engine
         self._changed = changed
         self._lock = asyncio.Lock()
@@ -25,7 +26,8 @@ class Pause:
         async with self._lock:
             self._forget_limit()
             await self._engine.pause()
-            self._limit = asyncio.get_running_loop().call_later(timeout_s, self._time_is_up)
+            if not self._stays:
+                self._limit = asyncio.get_running_loop().call_later(timeout_s, self._time_is_up)
             self._set(active=True)
 
     async def end(self) -> None:
@@ -37,7 +39,8 @@ class Pause:
                 self._set(active=False)
 
     def stay(self) -> None:
-        """A pause that there is has no end by itself any more."""
+        """No pause ends by itself any more."""
+        self._stays = True
         self._forget_limit()
 
     def _time_is_up(self) -> None:

@@ -71,7 +71,9 @@ class NcclCommunicator:
                     self.abort()  # its kernel would wait on the GPU for ever
                     raise RuntimeError(f"the weight epoch timed out after {self._timeout_s:g} s")
                 time.sleep(_POLL_S)
-            work.wait()  # raises what went wrong
+            work.wait()  # raises what went wrong, but for an abort: that completes the work too
+            if self._aborted.is_set() or self._backend is None:
+                raise RuntimeError("the weight epoch was aborted")
 
     def abort(self) -> None:
         """See `BroadcastGroup.abort`. torch waits for NCCL there, so it is left to a thread."""

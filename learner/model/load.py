@@ -123,8 +123,9 @@ def _remove_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "dropout"):  # of attention, which has no module for it
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def find_modules(model: nn.Module, part: Part) -> list[str]:
