@@ -83,9 +83,9 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
     from learner.local_gpus import share_gpus
     from learner.run import check
 
+    shares = share_gpus(config)
     if prepare is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
-    shares = share_gpus(config)
     actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=shares.actors)
     config = config.model_copy(
         update={

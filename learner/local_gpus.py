@@ -11,7 +11,7 @@ from learner.config import LearnerConfig
 
 @dataclass(frozen=True, slots=True)
 class GpuShares:
-    """Values of CUDA_VISIBLE_DEVICES. `learner` is None, and `actors` empty, for those who use no GPUs."""
+    """Values of CUDA_VISIBLE_DEVICES. `learner` is None, and `actors` empty, for those who use none, or share all."""
 
     learner: tuple[str, ...] | None = None
     actors: tuple[tuple[str, ...], ...] = ()
@@ -34,9 +34,12 @@ def shares_of(config: LearnerConfig, gpus: Sequence[str]) -> GpuShares:
     size = 0 if actor.get("engine", "vllm") != "vllm" else actor.get("vllm", {}).get("tensor_parallel_size", 1)
     needed = num_ranks + local.num_actors * size
     if needed > len(gpus):
+        if config.weights.backend == "gloo":  # NCCL takes no two members on one GPU
+            return GpuShares()
         raise ConfigError(
             f"local: {num_ranks} ranks and {local.num_actors} actors of {size} GPUs need {needed} GPUs, and there are "
-            f"{len(gpus)}; set local.num_ranks, local.num_actors or trainer.device=cpu"
+            f"{len(gpus)}; set local.num_ranks, local.num_actors or trainer.device=cpu, or have them share with "
+            "weights.backend=gloo and a small local.actor.vllm.gpu_memory_utilization"
         )
     starts = range(num_ranks, needed, size) if size else ()
     return GpuShares(

@@ -47,6 +47,8 @@ def test_too_few_are_named() -> None:
     config = _config({"num_actors": 2, "num_ranks": 1, "actor": {"vllm": {"tensor_parallel_size": 2}}})
     with pytest.raises(ConfigError, match="1 ranks and 2 actors of 2 GPUs need 5 GPUs, and there are 4"):
         shares_of(config, ("0", "1", "2", "3"))
+    by_gloo = config.model_copy(update={"weights": config.weights.model_copy(update={"backend": "gloo"})})
+    assert shares_of(by_gloo, ("0", "1", "2", "3")) == GpuShares()  # it is up to the user then
 
 
 def test_without_gpus_nobody_is_told_of_any() -> None:
