@@ -164,7 +164,7 @@ async def test_ask_prints_the_answers(launch: Launch, tmp_path: Path) -> None:
     actor = await launch("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0")
     image = tmp_path / "image.png"
     image.write_bytes(png())
-    question = ("--address", actor.address, "--image", str(image), "--n", "3", "What is this?")
+    question = ("--address", actor.address, "--image", str(image), "--n", "3", "--temperature", "1", "What is this?")
     asked = await launch("ask", *question, wait_ready=False)
     stdout, stderr = await asked.process.communicate()
     assert (asked.process.returncode, stderr) == (0, b"")

@@ -39,7 +39,7 @@ def generate(data: bytes) -> None:
         check_request(request, LIMITS, _VOCAB_SIZE, (1,))
         pairs = [(item, item.content) for item in request.media if item.content is not None]
         media, contents = tuple(item for item, _ in pairs), [content for _, content in pairs]
-        media_intake._bytes_to_hold(contents, LIMITS)
+        media_intake._bytes_to_hold(media, contents, LIMITS)
         decoded = media_intake._decode(media, contents, LIMITS, DecodedMedia(max_bytes=2**20))
     except _REFUSED:
         return
