@@ -68,7 +68,8 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     with _lock(run_dir, role):
         path = run_dir / "config.yaml"
         if run_dir == unfinished or not path.exists():
-            _write(path, config)
+            # A run whose configuration is gone could not be continued.
+            write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 
 
@@ -94,6 +95,13 @@ def _is_free(run_dir: Path) -> bool:
             return True
     except ConfigError:
         return False
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of the run anew; there is never half of one, whatever fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def clear_last_words(run_dir: Path) -> None:
@@ -150,13 +158,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def _write(path: Path, config: LearnerConfig) -> None:
-    """Whole or not at all: a run whose configuration is gone could not be continued."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    partial.replace(path)
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.types import MediaPart, TextPart
+from learner.run_folder import write_whole
 from learner.types import PromptSample
 
 SERVE_ADDRESS = "127.0.0.1:50051"
@@ -57,9 +58,7 @@ def write_summary(run_dir: Path, summary: Summary) -> Path:
     if clash := values.keys() & extra.keys():
         raise ValueError(f"extra fields of the summary hide its own: {', '.join(sorted(clash))}")
     path = run_dir / "summary.json"
-    partial = run_dir / "summary.json.partial"
-    partial.write_text(json.dumps(_plain(values | extra), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(_plain(values | extra), indent=2, allow_nan=False) + "\n")
     return path
 
 

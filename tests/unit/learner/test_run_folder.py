@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,8 +66,8 @@ def test_a_full_disk_leaves_the_configuration_of_a_run(tmp_path: Path, monkeypat
     first = _chosen(_config(tmp_path))
     write_text = Path.write_text
 
-    def full(path: Path, text: str) -> int:
-        write_text(path, text[:5])
+    def full(path: Path, text: str, **options: Any) -> int:
+        write_text(path, text[:5], **options)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
