@@ -68,11 +68,12 @@ class NcclCommunicator:
                 if self._aborted.is_set():
                     raise RuntimeError("the weight epoch was aborted")
                 if time.monotonic() > deadline:
+                    self._aborted.set()
                     self.abort()  # its kernel would wait on the GPU for ever
                     raise RuntimeError(f"the weight epoch timed out after {self._timeout_s:g} s")
                 time.sleep(_POLL_S)
             work.wait()  # raises what went wrong, but for an abort: that completes the work too
-            if self._aborted.is_set() or self._backend is None:
+            if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
 
     def abort(self) -> None:
