@@ -124,3 +124,11 @@ def test_a_run_with_certificates_goes_on_when_they_are_renewed(tmp_path: Path) -
     rows = [line.split() for line in text.splitlines()[1:]]
     assert [row[0] for row in sorted(rows)] == [f"{address}:50051" for address in seen["addresses"]]
     assert {row[2] for row in rows} == {"serving"}
+
+
+def test_a_mistake_of_the_user_fails_the_job_at_once(tmp_path: Path) -> None:
+    seen = play("mistake", tmp_path, 120)
+    [pod] = seen["pods"]
+    assert pod["codes"] == [2]
+    assert "batch_promts" in next(line for line in seen["log"].splitlines() if line.startswith("learner: "))
+    assert "Traceback" not in seen["log"]

@@ -138,6 +138,18 @@ async def demo(folder: Path, network: Network) -> dict[str, Any]:
     return seen | {"steps": _lines(folder), "pods": [_summary(pod) for pod in cluster.all_pods]}
 
 
+async def mistake(folder: Path, network: Network) -> dict[str, Any]:
+    """The learner of cpu-demo alone, with a key in run.yaml that does not exist."""
+    manifests = render("cpu-demo")
+    find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 0
+    find(manifests, "ConfigMap")["data"]["run.yaml"] += "batch_promts: 8\n"
+    cluster = Cluster(manifests, folder, network)
+    await cluster.apply()
+    await cluster.until(lambda: cluster.all_pods and not cluster.pods, _LOAD_S, "the Job is over")
+    await cluster.close()
+    return {"pods": [_summary(pod) for pod in cluster.all_pods], "log": cluster.all_pods[0].log("learner")}
+
+
 async def mutual_tls(folder: Path, network: Network) -> dict[str, Any]:
     """cpu-demo with certificates, in small steps: they are renewed, and a second actor comes with the new ones."""
     manifests = render("cpu-demo", "mtls")
@@ -180,6 +192,7 @@ async def whole_demo(folder: Path, network: Network) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path, Network], Coroutine[Any, Any, dict[str, Any]]]] = {
     "confinement": confinement,
     "demo": demo,
+    "mistake": mistake,
     "mutual-tls": mutual_tls,
     "whole-demo": whole_demo,
 }

@@ -159,14 +159,14 @@ class Cluster:
         return self._launch(name, template, {**template["metadata"]["labels"], "pod-template-hash": revision}, {})
 
     async def _complete(self, job: Manifest, index: int) -> None:
-        """One index of an Indexed Job: a pod, and another one while it fails."""
+        """One index of an Indexed Job: a pod, and another one while it fails and may be tried again."""
         spec, name = job["spec"], f"{job['metadata']['name']}-{index}"
         for attempt in range(spec["backoffLimit"] + 1):
             labels = {**spec["template"]["metadata"]["labels"], _INDEX_LABEL: str(index)}
             folder = f"job-{self._num_applied}-{attempt}"
             pod = self._launch(name, spec["template"], labels, {"JOB_COMPLETION_INDEX": str(index)}, folder)
             await pod.ended.wait()
-            if pod.phase == "Succeeded" or pod.terminating:
+            if pod.phase == "Succeeded" or pod.terminating or _fails_job(spec["podFailurePolicy"], pod):
                 return
         raise AssertionError(f"{name} has failed {spec['backoffLimit'] + 1} times")
 
@@ -230,3 +230,14 @@ class Cluster:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o2777)
         return path
+
+
+def _fails_job(policy: Manifest, pod: Pod) -> bool:
+    """Whether the end of this pod is that of its Job."""
+    rules = [rule["onExitCodes"] for rule in policy["rules"] if rule["action"] == "FailJob"]
+    assert all(rule["operator"] == "In" for rule in rules)
+    return any(
+        ending.container == rule["containerName"] and ending.code in rule["values"]
+        for rule in rules
+        for ending in pod.endings
+    )
