@@ -7,7 +7,6 @@ worker goes on generating. What arrives goes into a `Staging`, which nobody serv
 late or corrupt update never touches the model. Two buffers take turns: one is received while the other is worked on.
 """
 
-import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ import torch
 
 from actor.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
-from common.dtypes import TORCH_DTYPES
+from common.dtypes import tensor_in
 from common.threads import run_in_thread
 from common.types import EpochSpec, Manifest, ManifestParameter
 
@@ -108,7 +107,7 @@ class WeightReceiver:
         def work(buffer: torch.Tensor, index: int) -> int:
             with group.stream():
                 whole, received = kept.take(buffer, index)
-                staging.add([(parameter.name, _view(whole, parameter)) for parameter in by_bucket[index]])
+                staging.add([(parameter.name, tensor_in(whole, parameter)) for parameter in by_bucket[index]])
             return received
 
         def job() -> tuple[int, ...]:
@@ -176,9 +175,3 @@ class _Memory:
             if device.type == "cpu":  # torch keeps the memory of a GPU by itself
                 self._buffers[index] = kept
         return kept[:num_bytes]
-
-
-def _view(buffer: torch.Tensor, parameter: ManifestParameter) -> torch.Tensor:
-    dtype = TORCH_DTYPES[parameter.dtype]
-    num_bytes = math.prod(parameter.shape) * dtype.itemsize
-    return buffer[parameter.offset : parameter.offset + num_bytes].view(dtype).view(parameter.shape)

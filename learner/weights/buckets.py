@@ -1,7 +1,6 @@
 """Tensors end to end in a few flat buffers of CPU memory, which is how weights cross the wire."""
 
 import concurrent.futures
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from common.checksum import checksum
-from common.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from common.dtypes import DTYPE_NAMES, tensor_in
 from common.types import ManifestBucket, ManifestParameter
 
 _ALIGNMENT = 16
@@ -31,15 +30,7 @@ class Buckets:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors by name, as views on the buffers."""
         for parameter in self.parameters:
-            yield parameter.name, tensor_of(self.buffers, parameter)
-
-
-def tensor_of(buffers: Sequence[torch.Tensor], parameter: ManifestParameter) -> torch.Tensor:
-    """One tensor, as a view on its buffer."""
-    dtype = TORCH_DTYPES[parameter.dtype]
-    num_bytes = math.prod(parameter.shape) * dtype.itemsize
-    flat = buffers[parameter.bucket][parameter.offset : parameter.offset + num_bytes]
-    return flat.view(dtype).view(parameter.shape)
+            yield parameter.name, tensor_in(self.buffers[parameter.bucket], parameter)
 
 
 def join(
@@ -94,7 +85,7 @@ class BucketWriter:
                 assert name == parameter.name
                 while len(checksums) < parameter.bucket:
                     checksums.append(thread.submit(checksum, buffers[len(checksums)]))
-                tensor_of(buffers, parameter).copy_(tensor)
+                tensor_in(buffers[parameter.bucket], parameter).copy_(tensor)
             checksums += [thread.submit(checksum, buffer) for buffer in buffers[len(checksums) :]]
             buckets = Buckets(self.parameters, buffers, tuple(result.result() for result in checksums))
         self._used.append((weakref.ref(buckets), buffers))
