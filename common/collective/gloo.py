@@ -9,6 +9,7 @@ transfer. Here each member is in a group of two with either neighbour:
 import atexit
 import contextlib
 import ctypes
+import functools
 import threading
 from datetime import timedelta
 from typing import Any
@@ -99,10 +100,14 @@ def _meet(spec: EpochSpec, store: dist.Store, rank: int, timeout: timedelta) -> 
     """One of two neighbours: rank 0 is the one that sends."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public names
     options._timeout = timeout  # noqa: SLF001
-    options._devices = [  # noqa: SLF001
-        dist.ProcessGroupGloo.create_device(hostname=address_towards(spec.master_host, spec.master_port))
-    ]
+    options._devices = [_device(address_towards(spec.master_host, spec.master_port))]  # noqa: SLF001
     return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+@functools.cache
+def _device(address: str) -> Any:
+    """One for all pairs of this process: each is a thread that wakes a hundred times a second, with or without work."""
+    return dist.ProcessGroupGloo.create_device(hostname=address)
 
 
 # Pairs that were aborted and still exist, by their id.

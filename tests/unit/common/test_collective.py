@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_everybody_gets_every_byte(store: dist.TCPStore, world_size: int, monkey
         for future in broadcast_all(groups, buffers):
             future.result(TIMEOUT_S)
         assert all(torch.equal(buffer, sent) for buffer in buffers)
+    for group in groups:
+        group.abort()
+
+
+def test_pairs_share_a_thread_of_gloo(store: dist.TCPStore) -> None:
+    def num_loops() -> int:
+        return [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()].count("gloo_tcp_loop\n")
+
+    gloo._device("127.0.0.1")
+    before = num_loops()
+    groups = join_all(store, 4)
+    assert num_loops() == before
     for group in groups:
         group.abort()
 
