@@ -20,6 +20,7 @@ from actor.server import ActorServer, model_name
 from common import tracing
 from common.lifecycle import Shutdown
 from common.log import get_logger
+from common.memory import keep_freed
 from common.rpc.server import join_address, split_address
 
 log = get_logger(__name__)
@@ -42,6 +43,7 @@ class ActorProcess:
         # Loading blocks for a minute: the loop's own signal handlers would wait for it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop_loading)
+        keep_freed()
         log.info("loading", engine=self.config.engine)
         try:
             return uvloop.run(self._run(self._loaded_engine()))

@@ -5,6 +5,7 @@ import signal
 
 from actor.config import parse_cores
 from common.lifecycle import end_with_parent
+from common.memory import keep_freed
 
 WEIGHT_TRANSFER_BACKEND = "outrider"
 
@@ -21,6 +22,7 @@ def register() -> None:
     if actor_pid not in (None, str(os.getpid())):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
+        keep_freed()
         if CORES_VARIABLE in os.environ:
             os.sched_setaffinity(0, parse_cores(os.environ[CORES_VARIABLE]))
 
