@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.dtypes import tensor_in
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
@@ -21,7 +22,6 @@ from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter
 from learner.policy import Policy
-from learner.weights.buckets import tensor_of
 from learner.weights.snapshot import Snapshotter
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups
 
@@ -99,7 +99,7 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     own = load_file(large_model_dir / "model.safetensors")  # under the names of the checkpoint
     # To actors that take adapters: the adapter alone, as in PEFT's files, the scaling (8 / 4) in B.
     manifest, buffers = snapshot.update(full=False)
-    matrices = {parameter.name: tensor_of(buffers, parameter) for parameter in manifest.parameters}
+    matrices = {parameter.name: tensor_in(buffers[parameter.bucket], parameter) for parameter in manifest.parameters}
     adapted = [name for name, module in began.named_modules() if is_adapted(name, module)]
     assert matrices.keys() == {f"base_model.model.{name}.lora_{x}.weight" for name in adapted for x in "AB"}
     assert (manifest.adapter, manifest.adapter_rank, manifest.updates_base) == ("policy", 4, False)
@@ -123,7 +123,7 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     torch.testing.assert_close(logprobs(merged, pack), now, atol=2e-5, rtol=1e-4)
     exported = load_file(export / "model.safetensors")
     for parameter in manifest.parameters:
-        assert torch.equal(tensor_of(buffers, parameter), exported[parameter.name]), parameter.name
+        assert torch.equal(tensor_in(buffers[parameter.bucket], parameter), exported[parameter.name]), parameter.name
 
     read = AutoModelForImageTextToText.from_pretrained(large_model_dir)
     by_peft = PeftModel.from_pretrained(read, str(export / "adapter")).merge_and_unload()
