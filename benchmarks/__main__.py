@@ -11,6 +11,7 @@ BENCHMARKS = (
     "demo_vs_trl",
     "step_vs_trl",
     "actor_vs_inprocess",
+    "actor_vs_llm",
     "actor_vs_http",
     "actor_vs_vllm_grpc",
     "image_ingress",

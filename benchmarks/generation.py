@@ -7,14 +7,17 @@ each timed turn of sampled groups every side answers the same images greedily, u
 
 import argparse
 import asyncio
+import io
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 from benchmarks import harness
 from benchmarks.harness import say
@@ -63,6 +66,7 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
             with peer(model, folder, runner) as theirs:
                 of_peer = set(psutil.Process().children(recursive=True)) - of_actor
                 side = ActorSide(address, runner)
+                turns = {"ours": itertools.count(), "peer": itertools.count()}
 
                 def ours(*turn: Any) -> tuple[float, list[list[int]]]:
                     with harness.stopped(of_peer):
@@ -70,7 +74,7 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
 
                 comparisons = {
                     case: _measure(
-                        case, int(case.partition("_")[2]), ours, theirs, pairs=options.pairs, goal=goals[case]
+                        case, int(case.partition("_")[2]), ours, theirs, turns, pairs=options.pairs, goal=goals[case]
                     )
                     for case in options.cases
                 }
@@ -79,19 +83,25 @@ def compare_actor(name: str, goals: Mapping[str, float], peer: Peer, about: str 
 
 
 def _measure(
-    case: str, max_tokens: int, ours: Generate, peer: Generate, *, pairs: int, goal: float
+    case: str,
+    max_tokens: int,
+    ours: Generate,
+    peer: Generate,
+    turns: Mapping[str, Iterator[int]],
+    *,
+    pairs: int,
+    goal: float,
 ) -> harness.Comparison:
-    """Of tokens/s."""
+    """Of tokens/s. `turns` number those of each side through all cases, so that no cache knows an image."""
     say(f"{case}: {NUM_PROMPTS} images x {GROUP_SIZE} completions of {max_tokens} tokens a turn, {pairs} pairs")
     greedy = {"n": 1, "temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
     sampled = {"n": GROUP_SIZE, "max_tokens": max_tokens, "ignore_eos": True}
     latest: dict[str, list[list[int]]] = {}
-    turns = {"ours": 0, "peer": 0}
 
     def take(who: str, generate: Generate) -> float:
-        images = images_of(turns[who])
-        name = f"{case}-{turns[who]}"
-        turns[who] += 1
+        turn = next(turns[who])
+        images = images_of(turn)
+        name = f"{case}-{turn}"
         seconds, token_ids = generate(name, images, sampled)
         lengths = [len(ids) for ids in token_ids]
         harness.require_equal("lengths", lengths, [max_tokens] * NUM_PROMPTS * GROUP_SIZE)
@@ -118,11 +128,18 @@ def _require_equal_tokens(ours: list[list[int]], peer: list[list[int]]) -> None:
 
 
 def images_of(turn: int) -> list[bytes]:
-    """PNG files that no other turn has."""
+    """PNG files that no other turn has: the digits again and again, each time with another pixel in the corner."""
     from examples.digits import data
 
     rows, _ = data.split()
-    return [data.png(int(rows[(turn * NUM_PROMPTS + index) % len(rows)])) for index in range(NUM_PROMPTS)]
+    images = []
+    for index in range(turn * NUM_PROMPTS, (turn + 1) * NUM_PROMPTS):
+        image = Image.open(io.BytesIO(data.png(int(rows[index % len(rows)])))).convert("RGB")
+        image.putpixel((0, 0), (index // len(rows), 0, 0))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        images.append(file.getvalue())
+    return images
 
 
 class ActorSide:

@@ -32,22 +32,13 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
-class ImagesRequest(BaseModel):
-    """As the parts of a message."""
-
-    images: list[ImagePart]
-
-
 @app.post("/v1/images")
-async def put(request: ImagesRequest) -> dict[str, list[str]]:
-    """`{"images": [{"image_url": {"url": "data:image/png;base64,..."}}]}` to the sha256 of what is stored."""
-    digests = []
-    for image in request.images:
-        data = base64.b64decode(image.image_url.url.partition(",")[2])
-        digest = await asyncio.to_thread(_check, data)
-        STORE.put(digest, data)
-        digests.append(digest.hex())
-    return {"sha256": digests}
+async def put(part: ImagePart) -> dict[str, str]:
+    """`{"image_url": {"url": "data:image/png;base64,..."}}` to the sha256 of what is stored."""
+    data = base64.b64decode(part.image_url.url.partition(",")[2])
+    digest = await asyncio.to_thread(_check, data)
+    STORE.put(digest, data)
+    return {"sha256": digest.hex()}
 
 
 def _check(data: bytes) -> bytes:

@@ -6,8 +6,9 @@ completions and sampled tokens of all of them. It ends when its standard input d
 """
 
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +35,17 @@ class Process:
     `facts` is what it said when it was ready.
     """
 
-    def __init__(self, command: Sequence[str | Path], log: Path) -> None:
+    def __init__(self, command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: variables beside those of this process."""
         self._log = log
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                list(map(str, command)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **(environment or {})},
             )
         self.facts: dict[str, Any] = self._answer()["ready"]
 
