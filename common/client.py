@@ -17,7 +17,7 @@ import numpy as np
 
 from common import wire
 from common.config import ConfigError
-from common.errors import MalformedResponse, MediaMissing, from_rpc_error
+from common.errors import MalformedResponse, MediaMissing, Unreachable, from_rpc_error
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -158,10 +158,9 @@ class GrpcClient:
         """The events of one group as they come, of a request sent as it is. Closing the iterator cancels the call."""
         call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
         try:
-            async for message in call:
-                yield wire.response_from_proto(message)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            with _errors():
+                async for message in call:
+                    yield wire.response_from_proto(message)
         finally:
             call.cancel()
 
@@ -330,10 +329,23 @@ def _media_chunks(items: Mapping[bytes, bytes | Frames]) -> Iterator[rollout_pb2
 
 
 async def _call(call: Awaitable[T]) -> T:
-    try:
+    with _errors():
         return await call
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What gRPC raises, as an error of ours."""
+    try:
+        yield
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from None
+    except asyncio.CancelledError:
+        # gRPC cancels calls itself when their channel is closed: then nobody has asked this task to end.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unreachable("the connection was closed") from None
 
 
 def _ms(seconds: float) -> int:

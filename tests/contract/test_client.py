@@ -259,3 +259,33 @@ async def test_an_answer_that_is_not_whole_is_no_answer(
             await connect(address).generate(request(n=2), timeout_s=10)
     finally:
         await server.stop(None)
+
+
+class Mute(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Answers nothing."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        self.num_calls += 1
+        await asyncio.Event().wait()
+
+
+async def test_a_connection_that_is_closed_under_its_calls_fails_them(connect: Callable[..., Recorder]) -> None:
+    """Nobody has cancelled them: a TaskGroup says nothing of a task that ends as cancelled, and what it did is lost."""
+    mute = Mute()
+    server = grpc.aio.server(interceptors=[mute])
+    client = connect(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    calls = [
+        asyncio.create_task(client.generate(request(), timeout_s=60)),
+        asyncio.create_task(client.upload({b"sha": b"file"})),
+        asyncio.create_task(client.status(timeout_s=60)),
+    ]
+    await until(lambda: mute.num_calls == len(calls))
+    await client.close()
+    for call in calls:
+        with pytest.raises(Unreachable, match="the connection was closed"):
+            await call
+    await server.stop(None)
