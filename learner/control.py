@@ -270,6 +270,7 @@ class Control:
             )
             self._ready.set_result(None)
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._fleet.watch())
                 tasks.create_task(self._publisher.run())
                 tasks.create_task(self._dispatcher.run())
         except BaseExceptionGroup as group:

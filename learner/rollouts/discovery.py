@@ -35,7 +35,7 @@ class Discovery:
         if len(set(targets)) != len(targets):
             raise ConfigError(f"an actor address is given twice: {', '.join(targets)}")
         self.fixed = tuple(target for target in targets if not target.startswith(SCHEME))
-        names = [split_address(target.removeprefix(SCHEME)) for target in targets if target.startswith(SCHEME)]
+        names = [_split_name(target.removeprefix(SCHEME)) for target in targets if target.startswith(SCHEME)]
         self._resolve = resolve or _ask_resolver
         self._known: dict[tuple[str, int], tuple[str, ...]] = dict.fromkeys(names, ())
 
@@ -64,6 +64,15 @@ class Discovery:
             self._known[host, port] = now
         resolved = (address for addresses in self._known.values() for address in addresses)
         return tuple(dict.fromkeys((*self.fixed, *resolved)))
+
+
+def _split_name(address: str) -> tuple[str, int]:
+    host, port = split_address(address)
+    try:
+        host.encode("idna")  # as the resolver will
+    except UnicodeError as error:
+        raise ConfigError(f"{host!r} is not a name: {error}") from None
+    return host, port
 
 
 async def _ask_resolver(host: str, port: int) -> Sequence[str]:

@@ -18,10 +18,11 @@ another member: what was known of the old one (weights, stored media, running gr
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.client import GrpcClient, RolloutClient
 from common.config import ConfigError
@@ -101,17 +102,19 @@ class Fleet:
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
         self._min_actors = 1
+        self._failure: BaseException | None = None
+        self._failed = asyncio.Event()
 
     async def start(self, *, startup_timeout_s: float, min_actors: int = 1) -> None:
         """Begin to poll; return when `min_actors` answer. The others may come later.
 
-        Raises `ConfigError`, one line that names the silent addresses, if too few answer in time.
+        Raises `ConfigError`, one line that names the silent addresses, if too few answer in time, and as `watch`.
         """
         self._min_actors = min_actors
         for address in self._discovery.fixed:
             self._add(address)
         if self._discovery.changes:
-            self._discovering = asyncio.create_task(self._discover())
+            self._discovering = self._begin(self._discover())
         try:
             async with asyncio.timeout(startup_timeout_s):
                 await self._enough.wait()
@@ -122,6 +125,14 @@ class Fleet:
                 f"no answer within {startup_timeout_s:g} s from {silent}; start `python -m actor --listen ADDRESS "
                 "--model DIR` there, or correct the list of actor addresses"
             ) from None
+        if self._failure is not None:
+            raise self._failure
+
+    async def watch(self) -> None:
+        """Wait until cancelled. Raises what has ended a poll or the discovery: actors would go unseen from then on."""
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
 
     async def close(self) -> None:
         """Stop polling and close every connection."""
@@ -213,14 +224,32 @@ class Fleet:
 
     def _add(self, address: str) -> None:
         place = self._places[address] = _Place(Member(address, self._connect(address), self._slots_per_actor))
-        place.poll = asyncio.create_task(self._poll(place))
+        place.poll = self._begin(self._poll(place))
+
+    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """One of the fleet's own tasks. They end when they are cancelled, or with an error."""
+        task = asyncio.create_task(coroutine)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._failure = task.exception()
+            self._failed.set()
+            self._enough.set()  # `start` need not wait any longer
 
     async def _discover(self) -> None:
         while True:
             addresses = await self._discovery.addresses()
-            for address in addresses:
-                if address not in self._places:
-                    self._add(address)
+            try:
+                for address in addresses:
+                    if address not in self._places:
+                        self._add(address)
+            except ConfigError as error:
+                if not self._enough.is_set():
+                    raise
+                # In the middle of a rotation of certificates, perhaps.
+                log.warning("no new actor can be connected to now", error=str(error))
             for address in [*self._places]:
                 # Who answers is an actor, whatever DNS says of it.
                 if address not in addresses and not self._places[address].member.reachable:

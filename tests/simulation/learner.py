@@ -112,7 +112,9 @@ class SimLearner:
             )
             self._check_commits()
             async with asyncio.TaskGroup() as tasks:
-                loops = [tasks.create_task(publisher.run()), tasks.create_task(self.dispatcher.run())]
+                loops = [
+                    tasks.create_task(loop) for loop in (self.fleet.watch(), publisher.run(), self.dispatcher.run())
+                ]
                 await self._train(publisher)
                 await self._world.quiet.wait()
                 await self._all_serve()

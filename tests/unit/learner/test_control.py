@@ -1,6 +1,8 @@
 """Rank 0's loop thread, from outside."""
 
 import socket
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -9,34 +11,53 @@ from common.config import ConfigError
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.ledger import Ledger
-from tests.fakes import Rows
+from tests.fakes import FakeActor, Rows
+
+
+def make_control(on_actor_event: Callable[[str], None] = print, **values: Any) -> Control:
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "t"},
+            "trainer": {"total_steps": 1, "batch_prompts": 1},
+            "rollout": {"actors": ["127.0.0.1:1"]},
+            **values,
+        }
+    )
+    return Control(
+        config,
+        backend="gloo",
+        train=Rows(3),  # type: ignore[arg-type]
+        held_out=None,
+        processor=MagicMock(),
+        ledger=Ledger(0, 3),
+        version=0,
+        on_actor_event=on_actor_event,
+    )
 
 
 def test_a_start_that_fails_can_be_closed() -> None:
     """The error stays the one line about the port, and no reward process is left."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        config = LearnerConfig.model_validate(
-            {
-                "model": {"path": "m"},
-                "data": {"train": "t"},
-                "trainer": {"total_steps": 1, "batch_prompts": 1},
-                "rollout": {"actors": ["127.0.0.1:1"]},
-                "metrics_listen": listen,
-            }
-        )
-        processor = MagicMock()
-        control = Control(
-            config,
-            backend="gloo",
-            train=Rows(3),  # type: ignore[arg-type]
-            held_out=None,
-            processor=processor,
-            ledger=Ledger(0, 3),
-            version=0,
-            on_actor_event=print,
-        )
+        control = make_control(metrics_listen=f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(ConfigError, match="metrics_listen"):
             control.start()
         control.close()
         assert control._loop.is_closed()
+
+
+def test_the_fleet_fails_the_trainers_next_call() -> None:
+    """Its tasks are nobody's child: an actor that is polled no more would only never be heard of again."""
+
+    def full_disk(line: str) -> None:
+        if "left" in line:
+            raise OSError("no space left on device")
+
+    actor = FakeActor("127.0.0.1:1")
+    control = make_control(full_disk)
+    control._fleet._connect = lambda _: actor.connect()
+    control.start()
+    actor.kill()
+    with pytest.raises(OSError, match="no space left"):
+        control.take_batch(0, lambda _: True)
+    control.close()

@@ -285,6 +285,36 @@ async def test_one_silent_address_is_reported_once_and_waited_for() -> None:
         assert len(fleet.live()) == 2
 
 
+def full_disk(kind: str) -> Callable[[FleetEvent], None]:
+    def write(event: FleetEvent) -> None:
+        if event.kind == kind:
+            raise OSError("no space left on device")
+
+    return write
+
+
+async def test_what_ends_a_poll_is_raised_where_the_fleet_is_watched() -> None:
+    """The address would never be polled again, and nobody would know."""
+    actor = FakeActor("one")
+    async with running(actor) as (fleet, _):
+        fleet.subscribe(full_disk("left"))
+        watching = asyncio.create_task(fleet.watch())
+        await asyncio.sleep(0.01)
+        assert not watching.done()
+        actor.kill()
+        with pytest.raises(OSError, match="no space left"):
+            await watching
+
+
+async def test_what_ends_a_poll_ends_the_start() -> None:
+    actor = FakeActor("one")
+    fleet = Fleet([actor.address], run_id=None, connect=lambda _: actor.connect(), poll_s=0.001)
+    fleet.subscribe(full_disk("joined"))
+    with pytest.raises(OSError, match="no space left"):
+        await fleet.start(startup_timeout_s=10)
+    await fleet.close()
+
+
 def test_bad_address_lists() -> None:
     with pytest.raises(ConfigError, match="at least one"):
         Fleet([], run_id=None)
@@ -379,8 +409,36 @@ async def test_a_resolver_that_fails_forgets_nobody(error: OSError) -> None:
         await until(fleet.live)
 
 
+async def test_an_address_that_cannot_be_connected_to_now_is_tried_again() -> None:
+    """As in the middle of a rotation of certificates; at the start it is a mistake of the user."""
+    actors = {f"10.0.0.{i}:7": FakeActor(f"10.0.0.{i}:7") for i in (1, 2)}
+    tries = dict.fromkeys(actors, 0)
+
+    def connect(address: str) -> FakeClient:
+        tries[address] += 1
+        if address == "10.0.0.2:7" and tries[address] < 3:
+            raise ConfigError("tls: /certificates has no tls.key")
+        return actors[address].connect()
+
+    names = Names("10.0.0.1")
+    fleet = Fleet(["dns:///actors:7"], run_id=None, connect=connect, discover_s=0.001, resolve=names)
+    await fleet.start(startup_timeout_s=10)
+    names.answer = ["10.0.0.1", "10.0.0.2"]
+    await until(lambda: len(fleet.live()) == 2)
+    assert tries == {"10.0.0.1:7": 1, "10.0.0.2:7": 3}
+    await fleet.close()
+
+    tries["10.0.0.2:7"] = 0
+    at_once = Fleet(["dns:///actors:7"], run_id=None, connect=connect, resolve=Names("10.0.0.2"))
+    with pytest.raises(ConfigError, match=r"has no tls\.key"):
+        await at_once.start(startup_timeout_s=10)
+    await at_once.close()
+
+
 async def test_the_systems_own_resolver() -> None:
     assert "127.0.0.1:80" in await Discovery(["dns:///localhost:80"]).addresses()
     assert await Discovery(["dns:///does-not-exist.invalid:80", "a:1"]).addresses() == ("a:1",)
     with pytest.raises(ConfigError, match="is not an address"):
         Discovery(["dns:///actors"])
+    with pytest.raises(ConfigError, match=r"'actors\.\.svc' is not a name"):
+        Discovery(["dns:///actors..svc:80"])
