@@ -296,8 +296,9 @@ class Fleet:
             self._set_state(member, status.state, "it says so")
             if self._run_id is None:
                 member.version = status.policy_version
-            elif status.run_id != self._run_id:
+            elif status.run_id != self._run_id and member.version >= 0:
                 member.version = -1
+                self._interrupt(member)  # what comes of its groups is the other run's
         if member.held and asyncio.get_running_loop().time() >= member.rests_until:
             member.held = False
             self._tell(FleetEvent("recovered", member.address, member.actor_id, member.state, "it answers"))

@@ -29,7 +29,8 @@ class Member:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when this incarnation is gone; its groups will never be finished."""
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the calls under way to it are given up: it left, or hangs. Later calls have another one."""
+    """Set when the calls under way to it are given up: it left, hangs, or is another run's by now.
+    Later calls have another one."""
     updated: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it has gone over to another policy version; later calls have another one."""
     held: bool = False

@@ -138,7 +138,7 @@ class Sampler:
             attempt += 1
 
     async def _call(self, member: Member, request: RolloutRequest, *, may_restart: bool) -> SampledGroup:
-        """One call; ends as soon as the fleet knows that the actor is gone or hangs, not at the deadline.
+        """One call; ends when the fleet knows that the actor is gone, hangs or is another run's, not at the deadline.
 
         With `may_restart` it also ends, by `_PolicyChanged`, when the actor goes over to another version.
         """
@@ -158,6 +158,8 @@ class Sampler:
                 raise _PolicyChanged
             if member.left.is_set():
                 raise Unreachable(f"{member.address} left the fleet: {member.reason}")
+            if member.version < 0:
+                raise WeightsPending(f"{member.address} was taken over by another run")
             raise ActorHung(f"{member.address} hangs")
         finally:
             for future in (call, interrupted, updated):

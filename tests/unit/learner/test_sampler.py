@@ -34,6 +34,28 @@ async def sampler(*actors: FakeActor, max_attempts: int = 8) -> AsyncIterator[Sa
     await fleet.close()
 
 
+def gated(name: str) -> FakeActor:
+    """Its groups wait for its gate; it is of the run."""
+    return FakeActor(name, gate=asyncio.Event(), run_id="run", max_turns=1)
+
+
+def open_gate(actor: FakeActor) -> None:
+    assert actor.gate is not None
+    actor.gate.set()
+
+
+@asynccontextmanager
+async def learner(*actors: FakeActor, restart: bool = False) -> AsyncIterator[Sampler]:
+    """Of the run; the first actor has its version 0."""
+    by_address = {actor.address: actor for actor in actors}
+    fleet = Fleet(list(by_address), run_id="run", connect=lambda a: by_address[a].connect(), poll_s=0.001)
+    await fleet.start(startup_timeout_s=10, min_actors=len(actors))
+    fleet.mark_committed(actors[0].address, actors[0].actor_id, 0)
+    yield Sampler(fleet, restart_on_update=restart)
+    assert all(member.in_flight == 0 for member in fleet.members())
+    await fleet.close()
+
+
 def test_request_carries_chat_and_images() -> None:
     assert REQUEST.prompt == ChatPrompt(SAMPLE.messages)
     (item,) = REQUEST.media
@@ -123,6 +145,21 @@ async def test_an_actor_that_is_gone_is_not_waited_for() -> None:
         assert hung.num_running == 0
 
 
+async def test_a_group_on_an_actor_that_another_run_takes_over_is_sampled_again() -> None:
+    """It would come back with that run's tokens, under spans that say nothing of a run."""
+    one, two = gated("one"), gated("two")
+    async with learner(one, two) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: one.num_running == 1)
+        one.run_id, one.version = "other", 300
+        sample.fleet.mark_committed("two", two.actor_id, 0)
+        await until(lambda: two.num_running == 1)
+        open_gate(one)
+        open_gate(two)
+        assert (await task).prompt.actor_id == "two#1"
+        assert sample.retries == {"WEIGHTS_PENDING": 1}
+
+
 async def test_lost_images_stop_at_once() -> None:
     def lose(sampled: SampledGroup) -> SampledGroup:
         return dataclasses.replace(sampled, prompt=dataclasses.replace(sampled.prompt, media=()))
@@ -158,25 +195,20 @@ async def test_a_version_that_nobody_serves_yet_is_waited_for() -> None:
 @pytest.mark.parametrize("restart", [True, False])
 async def test_an_update_breaks_a_group_off_only_if_asked_to(restart: bool) -> None:
     """Restarted three times; then it goes on, or a long group would never end."""
-    actor = FakeActor("one", gate=asyncio.Event(), run_id="run", max_turns=1)
-    fleet = Fleet(["one"], run_id="run", connect=lambda _: actor.connect(), poll_s=0.001)
-    await fleet.start(startup_timeout_s=10)
-    fleet.mark_committed("one", actor.actor_id, 0)
-    sample = Sampler(fleet, restart_on_update=restart)
-    task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
-    for version in range(1, 6):
-        restarts = min(version - 1, 3) if restart else 0
-        await until(lambda restarts=restarts: len(actor.requests) == 1 + restarts and actor.num_running == 1)
-        actor.version = version
-        fleet.mark_committed("one", actor.actor_id, version)
-    assert actor.gate is not None
-    actor.gate.set()
-    got = await task
-    restarts = 3 if restart else 0
-    assert [request.group_id for request in actor.requests] == [f"run.3.{i}" for i in range(1 + restarts)]
-    assert got.prompt.group_id == f"run.3.{restarts}"
-    spans = {(span.policy_version, span.start) for completion in got.completions for span in completion.version_spans}
-    assert spans == ({(3, 0), (5, 1)} if restart else {(0, 0), (5, 1)})
-    assert sample.retries == ({"POLICY_CHANGED": 3} if restart else {})
-    assert all(member.in_flight == 0 and not member.held for member in fleet.members())
-    await fleet.close()
+    actor = gated("one")
+    async with learner(actor, restart=restart) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        for version in range(1, 6):
+            restarts = min(version - 1, 3) if restart else 0
+            await until(lambda restarts=restarts: len(actor.requests) == 1 + restarts and actor.num_running == 1)
+            actor.version = version
+            sample.fleet.mark_committed("one", actor.actor_id, version)
+        open_gate(actor)
+        got = await task
+        restarts = 3 if restart else 0
+        assert [request.group_id for request in actor.requests] == [f"run.3.{i}" for i in range(1 + restarts)]
+        assert got.prompt.group_id == f"run.3.{restarts}"
+        spans = {(span.policy_version, span.start) for sampled in got.completions for span in sampled.version_spans}
+        assert spans == ({(3, 0), (5, 1)} if restart else {(0, 0), (5, 1)})
+        assert sample.retries == ({"POLICY_CHANGED": 3} if restart else {})
+        assert not sample.fleet.members()[0].held
