@@ -140,7 +140,8 @@ class Sampler:
     async def _call(self, member: Member, request: RolloutRequest, *, may_restart: bool) -> SampledGroup:
         """One call; ends when the fleet knows that the actor is gone, hangs or is another run's, not at the deadline.
 
-        With `may_restart` it also ends, by `_PolicyChanged`, when the actor goes over to another version.
+        With `may_restart` it also ends, by `_PolicyChanged`, when the actor goes over to another version,
+        or turns out to have done so.
         """
         call = asyncio.ensure_future(
             member.client.generate(
@@ -153,7 +154,10 @@ class Sampler:
             ends = {call, interrupted, updated} if may_restart else {call, interrupted}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
-                return call.result()
+                sampled = call.result()
+                if may_restart and _num_versions(sampled) > 1:  # it was the first to say so
+                    raise _PolicyChanged
+                return sampled
             if updated.done() and not interrupted.done():
                 raise _PolicyChanged
             if member.left.is_set():
@@ -165,3 +169,8 @@ class Sampler:
             for future in (call, interrupted, updated):
                 future.cancel()
             await asyncio.gather(call, interrupted, updated, return_exceptions=True)
+
+
+def _num_versions(sampled: SampledGroup) -> int:
+    spans = (span for completion in sampled.completions for span in completion.version_spans)
+    return len({span.policy_version for span in spans})

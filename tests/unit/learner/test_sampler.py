@@ -212,3 +212,17 @@ async def test_an_update_breaks_a_group_off_only_if_asked_to(restart: bool) -> N
         assert spans == ({(3, 0), (5, 1)} if restart else {(0, 0), (5, 1)})
         assert sample.retries == ({"POLICY_CHANGED": 3} if restart else {})
         assert not sample.fleet.members()[0].held
+
+
+@pytest.mark.parametrize("restart", [True, False])
+async def test_a_group_that_ends_before_the_update_is_told_of_is_of_one_version_too(restart: bool) -> None:
+    """Its actor commits, and finishes it, before the other members of the epoch have answered."""
+    actor = gated("one")
+    async with learner(actor, restart=restart) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: actor.num_running == 1)
+        actor.version = 1
+        open_gate(actor)
+        spans = {span.policy_version for sampled in (await task).completions for span in sampled.version_spans}
+        assert spans == ({1} if restart else {0, 1})
+        assert sample.retries == ({"POLICY_CHANGED": 1} if restart else {})
