@@ -164,9 +164,10 @@ class Fleet:
         if place is None or place.member.actor_id != actor_id or not place.member.reachable:
             return
         member = place.member
-        updated, member.updated = member.updated, asyncio.Event()
-        updated.set()
-        member.version = version
+        if member.version != version:
+            updated, member.updated = member.updated, asyncio.Event()
+            updated.set()
+            member.version = version
         member.marks += 1
         if member.state in (ActorState.LOADING, ActorState.PENDING_WEIGHTS):
             self._set_state(member, ActorState.SERVING, f"committed version {version}")

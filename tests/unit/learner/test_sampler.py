@@ -226,3 +226,17 @@ async def test_a_group_that_ends_before_the_update_is_told_of_is_of_one_version_
         spans = {span.policy_version for sampled in (await task).completions for span in sampled.version_spans}
         assert spans == ({1} if restart else {0, 1})
         assert sample.retries == ({"POLICY_CHANGED": 1} if restart else {})
+
+
+async def test_an_actor_that_joins_breaks_off_no_group_of_the_others() -> None:
+    """The epoch that catches it up is one of all, and says of all that they serve what they served before."""
+    actor = gated("one")
+    async with learner(actor, restart=True) as sample:
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: actor.num_running == 1)
+        sample.fleet.mark_committed("one", actor.actor_id, 0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        open_gate(actor)
+        assert (await task).prompt.group_id == "run.3.0"
+        assert sample.retries == {}
