@@ -108,7 +108,7 @@ class Fleet:
     async def start(self, *, startup_timeout_s: float, min_actors: int = 1) -> None:
         """Begin to poll; return when `min_actors` answer. The others may come later.
 
-        Raises `ConfigError`, one line that names the silent addresses, if too few answer in time, and as `watch`.
+        Raises `ConfigError`, one line that says who is missing, if too few answer in time, and as `watch`.
         """
         self._min_actors = min_actors
         for address in self._discovery.fixed:
@@ -119,12 +119,7 @@ class Fleet:
             async with asyncio.timeout(startup_timeout_s):
                 await self._enough.wait()
         except TimeoutError:
-            silent = ", ".join(f"{m.address} ({m.reason})" for m in self.members() if not m.reachable)
-            silent = silent or ", ".join(self._targets)
-            raise ConfigError(
-                f"no answer within {startup_timeout_s:g} s from {silent}; start `python -m actor --listen ADDRESS "
-                "--model DIR` there, or correct the list of actor addresses"
-            ) from None
+            raise ConfigError(self._too_few(startup_timeout_s)) from None
         if self._failure is not None:
             raise self._failure
 
@@ -155,6 +150,19 @@ class Fleet:
     def subscribe(self, callback: Callable[[FleetEvent], None]) -> None:
         """Call `callback` with each event, on the loop; it must not block."""
         self._callbacks.append(callback)
+
+    def _too_few(self, after_s: float) -> str:
+        silent = [f"{member.address} ({member.reason})" for member in self.members() if not member.reachable]
+        answer = [member.address for member in self.live()]
+        if answer and not silent:
+            return (
+                f"after {after_s:g} s there are {len(answer)} of rollout.min_actors={self._min_actors} actors: "
+                f"{', '.join(answer)}; start more of them, or wait for fewer"
+            )
+        return (
+            f"no answer within {after_s:g} s from {', '.join(silent or self._targets)}; start `python -m actor "
+            "--listen ADDRESS --model DIR` there, or correct the list of actor addresses"
+        )
 
     # ------------------------------------------------------------------------------------------ what others report
 

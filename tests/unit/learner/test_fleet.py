@@ -285,6 +285,14 @@ async def test_one_silent_address_is_reported_once_and_waited_for() -> None:
         assert len(fleet.live()) == 2
 
 
+async def test_too_few_actors_behind_a_name_are_told_apart_from_silence() -> None:
+    actor = FakeActor("10.0.0.1:7")
+    fleet = Fleet(["dns:///actors:7"], run_id=None, connect=lambda _: actor.connect(), resolve=Names("10.0.0.1"))
+    with pytest.raises(ConfigError, match=r"0\.2 s there are 1 of rollout\.min_actors=3 actors: 10\.0\.0\.1:7;"):
+        await fleet.start(startup_timeout_s=0.2, min_actors=3)
+    await fleet.close()
+
+
 def full_disk(kind: str) -> Callable[[FleetEvent], None]:
     def write(event: FleetEvent) -> None:
         if event.kind == kind:
