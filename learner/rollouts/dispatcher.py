@@ -122,7 +122,7 @@ class Dispatcher:
         self._drop_uniform_groups = drop_uniform_groups
         self._uniform_groups = 0  # in a row
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._num_stale: collections.Counter[int] = collections.Counter()  # by sequence number
+        self._taken_back: set[int] = set()  # sequence numbers of stale groups that are not handed out again yet
         self._num_groups = self._num_completions = self._num_tokens = 0
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -206,8 +206,10 @@ class Dispatcher:
 
     def _group_id(self, sequence: int) -> str:
         """Another one each time that it is handed out, so that no two trajectories of a run share a name."""
-        again = f".again{self._num_stale[sequence]}" if sequence in self._num_stale else ""
-        return f"{self._run_id}.{sequence}{again}"
+        if sequence not in self._taken_back:
+            return f"{self._run_id}.{sequence}"
+        self._taken_back.remove(sequence)
+        return f"{self._run_id}.{sequence}.again{self._dropped['STALE']}"  # more each time that it is taken back
 
     def _sampling_of(self, sequence: int) -> SamplingParams:
         if self._sampling_seed is None:
@@ -269,7 +271,7 @@ class Dispatcher:
         for group in groups:
             self._credits.take_back()
             self._ledger.give_back(group.sequence)
-            self._num_stale[group.sequence] += 1
+            self._taken_back.add(group.sequence)
         self._dropped["STALE"] += len(groups)
         log.info("groups too stale to train are sampled again", num_groups=len(groups))
         self._changed.set()

@@ -144,7 +144,19 @@ async def test_too_stale_groups_are_sampled_again() -> None:
         assert setup.buffer.num_stale == 2
         names = sorted(request.group_id for request in actor.requests if request.group_id.startswith("r.2."))
         # No two trajectories of a run share a name.
-        assert names == ["r.2.0", "r.2.again1.0"]
+        assert names == ["r.2.0", "r.2.again2.0"]
+
+
+async def test_groups_that_are_stale_again_and_again_have_new_names_and_leave_nothing_behind() -> None:
+    actor = FakeActor("one", version=0)
+    async with dispatching(batch=1, max_staleness=1, actor=actor) as setup:
+        taking = asyncio.create_task(setup.take(2, version=1))
+        await until(lambda: sum(request.group_id.startswith("r.1.") for request in actor.requests) > 3)
+        actor.version = 1
+        assert await taking == [0, 1]
+        names = [request.group_id for request in actor.requests]
+        assert len(set(names)) == len(names)
+        assert not setup.dispatcher._taken_back
 
 
 async def test_seeds_are_distinct_and_repeatable() -> None:
