@@ -67,14 +67,20 @@ class LocalActors:
         return tuple(actor.address for actor in self._actors)
 
     def start(self) -> None:
-        """Start them, or take over those that an earlier command of this run has left. Raises ConfigError."""
-        known = self._read_known()
+        """Start them, or take over those that an earlier command of this run has left. Raises ConfigError.
+
+        Of those, the ones that are too many, or were started with other settings, are ended.
+        """
+        left = {address: pid for address, pid in self._read_known().items() if _is_actor(pid, address)}
         for actor in self._actors:
-            pid = known.get(actor.address, 0)
-            if pid and _is_actor(pid, actor.address):
-                actor.pid = pid
-                print(f"actor {actor.address} is still running (pid {pid}) and is used again", flush=True)
-            elif _is_taken(actor.address) or _is_loading(actor.address):
+            if actor.address in left and self._is_as_wanted(actor):
+                actor.pid = left.pop(actor.address)
+                print(f"actor {actor.address} is still running (pid {actor.pid}) and is used again", flush=True)
+        for address, pid in left.items():
+            print(f"actor {address} is of an earlier command (pid {pid}) and is ended", flush=True)
+            _end(pid, address)
+        for actor in self._actors:
+            if not actor.pid and (_is_taken(actor.address) or _is_loading(actor.address)):
                 raise ConfigError(f"{actor.address} is in use by another process; stop it, or set local.base_port")
         for actor in self._actors:
             if not actor.pid:
@@ -121,22 +127,36 @@ class LocalActors:
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _spawn(self, actor: _Actor) -> None:
+    def _settings(self, actor: _Actor) -> str:
+        """Its configuration file, which says in a comment what else it is started with."""
         settings = dict(self._config.actor)
         settings.setdefault("idle_exit_s", _IDLE_EXIT_S)
         settings.setdefault("grace_s", 1.0)
-        environment = dict(os.environ)
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[actor.index])
-        elif settings.get("engine", "vllm") == "vllm" and len(self._actors) > 1:
+        if not self._gpus and settings.get("engine", "vllm") == "vllm" and len(self._actors) > 1:
             # Two engines on one core would wait for each other at every step.
             cores = sorted(os.sched_getaffinity(0))
             settings["vllm"] = {"cpu_cores": str(cores[actor.index % len(cores)]), **settings.get("vllm", {})}
         if settings.get("engine", "vllm") == "vllm" and self._lora_rank:
             settings["vllm"] = {"max_lora_rank": self._lora_rank, **settings.get("vllm", {})}
-        config = self._run_dir / f"actor-{actor.index}.yaml"
-        config.write_text(yaml.safe_dump(settings, sort_keys=False))
-        command = [sys.executable, "-m", "actor", "--config", str(config)]
+        gpus = f", CUDA_VISIBLE_DEVICES={self._gpus_of(actor)}" if self._gpus else ""
+        return f"# --model {self._model}{gpus}\n{yaml.safe_dump(settings, sort_keys=False)}"
+
+    def _gpus_of(self, actor: _Actor) -> str:
+        return ",".join(self._gpus[actor.index])
+
+    def _is_as_wanted(self, actor: _Actor) -> bool:
+        """Whether one that is running was started as it would be now."""
+        try:
+            return self._config_path(actor).read_text() == self._settings(actor)
+        except OSError:
+            return False
+
+    def _spawn(self, actor: _Actor) -> None:
+        environment = dict(os.environ)
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus_of(actor)
+        self._config_path(actor).write_text(self._settings(actor))
+        command = [sys.executable, "-m", "actor", "--config", str(self._config_path(actor))]
         command += ["--model", str(self._model), "--listen", actor.address]
         with self._log_path(actor).open("ab") as log:
             actor.process = subprocess.Popen(
@@ -154,6 +174,9 @@ class LocalActors:
         path = self._log_path(actor)
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("actor: ")]
         return lines[-1].removeprefix("actor: ") if lines else f"see {path}"
+
+    def _config_path(self, actor: _Actor) -> Path:
+        return self._run_dir / f"actor-{actor.index}.yaml"
 
     def _log_path(self, actor: _Actor) -> Path:
         return self._run_dir / "logs" / f"actor-{actor.index}.log"
@@ -196,6 +219,13 @@ def _is_taken(address: str) -> bool:
         except OSError:
             return True
     return False
+
+
+def _end(pid: int, address: str) -> None:
+    """End an actor that is not our child, and wait until it is gone."""
+    _kill_group(pid)
+    while _is_actor(pid, address):
+        time.sleep(_POLL_S)
 
 
 def _kill_group(pid: int) -> None:

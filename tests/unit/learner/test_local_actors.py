@@ -1,0 +1,70 @@
+"""Actors of the single-machine launcher that an earlier command has left."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner import local_actors
+from learner.config import LocalConfig
+from learner.local_actors import LocalActors
+from tests.launched import free_ports
+
+# What the launcher starts in place of an actor: it has an actor's command line.
+SLEEPER = "import time; time.sleep(600)"
+REAL = subprocess.Popen
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes that were started, in order."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        processes.append(REAL([sys.executable, "-c", SLEEPER, *command[2:]], **options))
+        while not Path(f"/proc/{processes[-1].pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # the kernel fills it in a moment after Popen has returned
+        return processes[-1]
+
+    monkeypatch.setattr(local_actors.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def start(run_dir: Path, port: int, num_actors: int = 2, **options: Any) -> dict[str, int]:
+    """What the next command has: address to process id."""
+    actor = options.pop("actor", {"engine": "fake"})
+    LocalActors(LocalConfig(num_actors=num_actors, base_port=port, actor=actor), run_dir, run_dir, **options).start()
+    pids: dict[str, int] = json.loads((run_dir / "actors.json").read_text())
+    return pids
+
+
+def test_those_that_are_wanted_still_are_used_again(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    (tmp_path / "logs").mkdir()
+    port = free_ports(2)
+    one, two = f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"
+    first = start(tmp_path, port)
+    assert start(tmp_path, port) == first == {one: started[0].pid, two: started[1].pid}
+
+    # The second one is too many: it does not keep its memory.
+    assert start(tmp_path, port, num_actors=1) == {one: started[0].pid}
+    assert (len(started), started[0].poll(), started[1].wait(10)) == (2, None, -9)
+
+
+@pytest.mark.parametrize("other", [{"actor": {"engine": "fake", "max_streams": 7}}, {"gpus": [("3",), ("5",)]}])
+def test_those_with_other_settings_are_started_anew(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]], other: dict[str, Any]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    port = free_ports(2)
+    start(tmp_path, port)
+    assert [*start(tmp_path, port, **other).values()] == [process.pid for process in started[2:]]
+    assert [process.wait(10) for process in started[:2]] == [-9, -9]
+    assert [*start(tmp_path, port, **other).values()] == [process.pid for process in started[2:]]
