@@ -1,28 +1,32 @@
 """Images and videos as bytes: their name (sha256), and a decoder that looks at headers before it allocates anything.
 
-The learner and the actor both decode with `decode_image`, so that the same bytes are the same pixels on both sides.
+The learner and the actor both decode with `decode_image`, so that the same bytes are the same pixels on both sides: an
+image as a viewer shows it, upright and with white behind what is transparent.
 """
 
+import contextlib
 import hashlib
 import io
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import InvalidRequest, TooLarge
 from common.tensors import Tensor, pixels_hash, tensors_hash
 from common.types import Frames, MediaContent
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+# A JPEG file with more pictures behind the one that is meant, as phones make them: its gain map, the second eye.
+JPEG_AND_MORE = "MPO"
 # Eight bits per channel or less: what converts to RGB without losing range.
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What the header of an image file says."""
+    """What the header of an image file says; its EXIF data may yet turn it by a quarter."""
 
     format: str
     width: int
@@ -61,15 +65,31 @@ def check_image(data: bytes, field: str, max_pixels: int) -> ImageHeader:
 
 
 def decode_image(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """Decode an image file to RGB. Blocking, and up to `3 * max_pixels` bytes: call it off the event loop.
+    """Decode an image file as `as_shown`. Blocking, and up to `16 * max_pixels` bytes: call it off the event loop.
 
     Raises as `check_image`, and InvalidRequest for a file that ends early or is damaged.
     """
     with _open(data, field, max_pixels) as image:
         try:
-            return image.convert("RGB")
+            return as_shown(image)
         except Exception as error:  # decoders raise whatever they like on hostile bytes
             raise InvalidRequest(field, f"damaged {image.format} file: {type(error).__name__}") from error
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """The image in RGB as a viewer shows it: turned as its EXIF data say, on white where it is transparent.
+
+    As vLLM's own server does it. Raises what Pillow raises for damaged pixels; EXIF data that are damaged say nothing.
+    """
+    image.load()
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ink = image.convert("RGBA")
+    shown = Image.new("RGB", ink.size, "white")
+    shown.paste(ink, mask=ink)
+    return shown
 
 
 def check_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) -> ImageHeader:
@@ -99,10 +119,19 @@ def check_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) -
 
 def decode_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Decode a video to RGB, `[frames, height, width, 3]`; as `decode_image` otherwise. Raises as `check_frames`."""
-    header = check_frames(frames, field, max_frames, max_pixels)
-    video = np.empty((len(frames.files), header.height, header.width, 3), np.uint8)
-    for i, file in enumerate(frames.files):
-        video[i] = np.asarray(decode_image(file, f"{field}.files[{i}]", max_pixels))
+    check_frames(frames, field, max_frames, max_pixels)
+    first = decode_image(frames.files[0], f"{field}.files[0]", max_pixels)
+    video = np.empty((len(frames.files), first.height, first.width, 3), np.uint8)
+    video[0] = np.asarray(first)
+    for i, file in enumerate(frames.files[1:], start=1):
+        frame = decode_image(file, f"{field}.files[{i}]", max_pixels)
+        if frame.size != first.size:
+            raise InvalidRequest(
+                f"{field}.files[{i}]",
+                f"{frame.width}x{frame.height} pixels when it is upright; "
+                f"the first frame has {first.width}x{first.height}",
+            )
+        video[i] = np.asarray(frame)
     return video
 
 
@@ -115,7 +144,7 @@ def _open(data: bytes, field: str, max_pixels: int) -> Image.Image:
         raise InvalidRequest(field, "not an image in PNG, JPEG or WebP format") from error
     if image.width * image.height > max_pixels:
         raise TooLarge(field, f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
-    if getattr(image, "n_frames", 1) != 1:
+    if getattr(image, "n_frames", 1) != 1 and image.format != JPEG_AND_MORE:
         raise InvalidRequest(field, "an animation; send its frames as single images")
     if image.mode not in _MODES:
         raise InvalidRequest(field, f"pixels of mode {image.mode}; convert the image to 8 bits per channel")

@@ -19,8 +19,8 @@ from common.types import ChatMessage, MediaPart, TextPart
 from learner.types import PromptSample
 
 MARKER = "<image>"
-# What actors decode; other files are written again as PNG.
-_FORMATS = ("PNG", "JPEG", "WEBP")
+# What actors decode (MPO: a JPEG with more behind it); other files are written again as PNG.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")
 _DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
 
 
@@ -168,6 +168,8 @@ def _is_message(value: object) -> bool:
 
 
 def _as_png(image: Image.Image) -> bytes:
+    from common.media import as_shown
+
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG")
+    as_shown(image).save(file, format="PNG")
     return file.getvalue()

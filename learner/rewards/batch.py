@@ -48,13 +48,15 @@ def score_group(call: Callable[..., Any], name: str, task: ScoringTask) -> list[
 
 
 def _columns(sample: PromptSample) -> dict[str, Any]:
-    """What the row has beside its prompt; images are PIL images, as a dataset hands them to TRL."""
+    """What the row has beside its prompt; images are PIL images, as the model sees them."""
     columns = {"ground_truth": sample.ground_truth, "solution": sample.ground_truth, "data_source": sample.data_source}
     columns |= {name: value for name, value in sample.extra.items() if name not in _RESERVED}
     if sample.images:
         from PIL import Image
 
-        columns["images"] = [Image.open(io.BytesIO(image)) for image in sample.images]  # decoded when first used
+        from common.media import as_shown
+
+        columns["images"] = [as_shown(Image.open(io.BytesIO(image))) for image in sample.images]
     return columns
 
 

@@ -5,18 +5,26 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common.errors import InvalidRequest, TooLarge
-from common.media import ImageHeader, check_image, content_hash, decode_image
+from common.media import ImageHeader, check_image, content_hash, decode_frames, decode_image
+from common.types import Frames
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+INK = Image.fromarray(np.random.default_rng(1).integers(0, 255, (5, 7, 4), dtype=np.uint8))  # of every strength
 
 
 def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def _turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -47,6 +55,72 @@ def test_grey_and_palette_become_rgb() -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(_encode(grey, "PNG"), "f", 1000)), expected)
     palette = grey.convert("P")
     np.testing.assert_array_equal(np.asarray(decode_image(_encode(palette, "PNG"), "f", 1000)), expected)
+
+
+def test_black_ink_on_nothing_is_black_on_white() -> None:
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (10, 5, 30, 15))
+    colours = decode_image(_encode(image, "PNG"), "f", 1000).getcolors()
+    assert colours is not None
+    assert sorted(colours) == [(200, (0, 0, 0)), (600, (255, 255, 255))]
+
+
+def test_a_colour_that_stands_for_nothing_is_white() -> None:
+    image = Image.new("RGB", (4, 2), (255, 0, 255))
+    image.putpixel((1, 1), (0, 0, 9))
+    decoded = decode_image(_encode(image, "PNG", transparency=(255, 0, 255)), "f", 1000)
+    assert decoded.getcolors() == [(7, (255, 255, 255)), (1, (0, 0, 9))]
+
+
+def test_a_photo_is_upright() -> None:
+    """Orientation 6: the first row of what is stored is the right edge of what was seen."""
+    data = _encode(Image.new("RGB", (40, 20), "navy"), "JPEG", exif=_turned(6))
+    assert decode_image(data, "f", 1000).size == (20, 40)
+    assert check_image(data, "f", 1000) == ImageHeader("JPEG", width=40, height=20)
+    turned = decode_image(_encode(Image.fromarray(PIXELS), "PNG", exif=_turned(6)), "f", 1000)
+    np.testing.assert_array_equal(np.asarray(turned)[:, -1], PIXELS[0])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_exif_data_that_say_nothing_cost_no_image() -> None:
+    data = _encode(Image.fromarray(PIXELS), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(np.asarray(decode_image(data, "f", 1000)), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (INK, {}),
+        (INK.convert("LA"), {}),
+        (INK.convert("RGB").quantize(9), {"transparency": bytes(range(0, 252, 28))}),
+        (INK.convert("L"), {"transparency": 77}),
+        *((INK, {"exif": _turned(orientation)}) for orientation in range(1, 9)),
+    ],
+    ids=["RGBA", "LA", "palette", "grey", *map(str, range(1, 9))],
+)
+def test_the_pixels_are_those_of_vllms_own_server(image: Image.Image, options: dict[str, object]) -> None:
+    from vllm.multimodal.image import convert_image_mode, normalize_image
+
+    data = _encode(image, "PNG", **options)
+    theirs = convert_image_mode(normalize_image(Image.open(io.BytesIO(data))), "RGB")
+    np.testing.assert_array_equal(np.asarray(decode_image(data, "f", 1000)), np.asarray(theirs))
+
+
+def test_of_a_photo_with_more_behind_it_the_first_picture_counts() -> None:
+    """As phones add a gain map."""
+    photo, gain_map = Image.new("RGB", (40, 20), "white"), Image.new("L", (20, 10))
+    data = _encode(photo, "MPO", save_all=True, append_images=[gain_map], exif=_turned(8))
+    assert check_image(data, "f", 800) == ImageHeader("MPO", width=40, height=20)
+    decoded = decode_image(data, "f", 800)
+    assert (decoded.size, decoded.getcolors()) == ((20, 40), [(800, (255, 255, 255))])
+
+
+def test_frames_of_a_video_are_upright_together() -> None:
+    stored = Image.fromarray(PIXELS)
+    turned, flat = _encode(stored, "PNG", exif=_turned(6)), _encode(stored, "PNG")
+    assert decode_frames(Frames((turned, turned)), "f", 2, 70).shape == (2, 7, 5, 3)
+    with pytest.raises(InvalidRequest, match=r"\[1\]: 7x5 pixels when it is upright; the first frame has 5x7$"):
+        decode_frames(Frames((turned, flat)), "f", 2, 70)
 
 
 def test_too_many_pixels_are_refused_by_the_header_alone() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common.config import ConfigError, parse_config
 from common.types import ChatMessage, MediaPart, TextPart
@@ -137,6 +137,22 @@ def test_other_formats_become_png_with_the_same_pixels(module: types.ModuleType)
     with Image.open(io.BytesIO(load(f"{MODULE}:rows")[0].images[0])) as decoded:
         assert decoded.format == "PNG"
         assert decoded.getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_pictures_are_written_again_as_they_are_shown(module: types.ModuleType) -> None:
+    """Upright, and with white behind what is transparent; a photo with a gain map stays the file that it is."""
+    turned, file, photo = Image.Exif(), io.BytesIO(), io.BytesIO()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 6)).save(file, "TIFF", exif=turned)
+    Image.new("RGB", (8, 6)).save(photo, "MPO", save_all=True, append_images=[Image.new("L", (4, 3))])
+    pictures = [Image.new("RGBA", (8, 6), (0, 0, 0, 0)), file.getvalue(), photo.getvalue()]
+    module.rows = lambda: [{"images": pictures, "prompt": "<image><image><image>", "answer": 1}]  # type: ignore[attr-defined]
+    clear, upright, kept = load(f"{MODULE}:rows")[0].images
+    with Image.open(io.BytesIO(clear)) as decoded:
+        assert decoded.getcolors() == [(48, (255, 255, 255))]
+    with Image.open(io.BytesIO(upright)) as decoded:
+        assert (decoded.size, decoded.getexif()) == ((6, 8), {})
+    assert kept == photo.getvalue()
 
 
 def test_held_out_by_fraction_is_disjoint_and_repeatable(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The three forms of a reward function, the weighted sum, and that a failure is never a number."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
@@ -112,7 +114,22 @@ def test_trls_sees_the_datasets_own_solution_and_pictures() -> None:
     prompt, solution, images = seen
     assert prompt == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit?"}]}]
     assert solution == ["because", "because"]
-    assert [[(image.format, image.size) for image in of_one] for of_one in images] == [[("PNG", (56, 56))]] * 2
+    assert [[image.size for image in of_one] for of_one in images] == [[(56, 56)]] * 2
+
+
+def test_trls_sees_what_the_model_sees() -> None:
+    seen: list[Any] = []
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(file, "PNG", exif=turned)
+
+    def reward_func(completions: Any, images: list[Any], **_: Any) -> list[float]:
+        seen.extend(images[0])
+        return [0.0]
+
+    total(reward_func, task=make_task("a", images=(file.getvalue(),)))
+    [image] = seen
+    assert (image.size, image.getcolors()) == ((20, 40), [(800, (255, 255, 255))])
 
 
 def test_trls_may_take_tokens_only() -> None:

@@ -325,7 +325,9 @@ class MediaItem(_message.Message):
     Of `frames` it is the hash of the ASCII line "frames <count>\\n" and then the sha256 of each file, 32 bytes each.
     """
     encoded: _builtins.bytes
-    """Of an image: a PNG, JPEG or WebP file."""
+    """Of an image: a PNG, JPEG or WebP file. The model sees what a viewer shows: the image turned as its EXIF data
+    say, and white behind what is transparent.
+    """
     frames_per_second: _builtins.float
     """Of a video: how many of its frames are one second, more than 0. Models that place frames in time (Qwen2.5-VL,
     Qwen3-VL) need it, and others make nothing of it. Not part of the hash, and not with `processed`.
