@@ -22,6 +22,8 @@ from common.types import Modality
 _PIXELS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
 _GRID = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
 _SECONDS = "second_per_grid_ts"
+# Rows of the table of rotary positions in vLLM's vision towers.
+_MAX_SIDE = 8192
 _STAND_INS: dict[Modality, Image.Image | VideoArray] = {
     Modality.IMAGE: Image.new("RGB", (64, 64), "gray"),
     Modality.VIDEO: np.full((4, 64, 64, 3), 128, np.uint8),
@@ -99,3 +101,7 @@ def _check_grid(grids: torch.Tensor, path: str, merge: int, modality: Modality) 
     first = "1" if modality is Modality.IMAGE else "a positive number"
     if (modality is Modality.IMAGE and grid[0] != 1) or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
         raise InvalidRequest(f"{path}.tensor.data", f"is {grid}; must be {first} and two positive multiples of {merge}")
+    if max(grid[1:]) > _MAX_SIDE:
+        raise InvalidRequest(
+            f"{path}.tensor.data", f"is {grid}; the vision tower has positions for {_MAX_SIDE} patches a side"
+        )

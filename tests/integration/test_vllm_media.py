@@ -221,7 +221,8 @@ def _grid(tensors: list[NamedTensor], *grid: int) -> list[NamedTensor]:
         (lambda tensors: _grid(tensors, 1, -4, -8), "media[0].processed.tensors[1].tensor.data"),
         (lambda tensors: _grid(tensors, 1, 0, 8), "media[0].processed.tensors[1].tensor.data"),
         (lambda tensors: _grid(tensors, 1, 32, 1), "media[0].processed.tensors[1].tensor.data"),
-        (lambda tensors: _grid(tensors, 1, 2**40, 2**40), "media[0].processed.tensors[0].tensor.shape"),
+        (lambda tensors: _grid(tensors, 1, 2**40, 2**40), "media[0].processed.tensors[1].tensor.data"),
+        (lambda tensors: _grid(tensors, 1, 2**12, 2**12), "media[0].processed.tensors[0].tensor.shape"),
     ],
 )
 async def test_tensors_that_the_model_cannot_take(actor: LiveActor, hf: Any, change: Any, field: str) -> None:
