@@ -22,7 +22,7 @@ from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
 from actor.validation_sampling import check_prompt_logprobs
-from common.errors import EngineDead, InvalidRequest, Unimplemented
+from common.errors import EngineDead, InvalidRequest, Unimplemented, WeightsPending
 from common.types import (
     ChatMessage,
     ChatPrompt,
@@ -248,7 +248,7 @@ class VllmEngine:
     async def _outputs(
         self, engine_input: "EngineInput", parameters: "VllmSamplingParams", request: EngineRequest
     ) -> "AsyncGenerator[RequestOutput, None]":
-        """What vLLM reports. Raises InvalidRequest for what it does not take."""
+        """What vLLM reports. Raises InvalidRequest for what it does not take, and as `_check_policy`."""
         from vllm.exceptions import VLLMClientError
 
         engine, name, lora = self._require(), request.group_id, self._lora_request(request.model)
@@ -267,6 +267,7 @@ class VllmEngine:
                 engine.generate(prompt, parameters, request_id=name, lora_request=lora)
             ) as outputs:
                 async for output in outputs:
+                    self._check_policy(request.model, lora)
                     yield output
         except (ValueError, VLLMClientError) as error:  # only while it looks at the request
             raise refusal(error) from error
@@ -280,6 +281,15 @@ class VllmEngine:
             return None
         # The path is only a name: vLLM keeps cached prefixes apart by it.
         return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
+
+    def _check_policy(self, model: str, lora: "LoRARequest | None") -> None:
+        """Raises WeightsPending where the policy has become an adapter, and the request for it goes on without.
+
+        vLLM binds a request to its adapter when it is queued. After a swap under it, the base model alone answers.
+        """
+        policy = self._adapters.find("")
+        if not model and policy is not None and (lora is None or lora.lora_name != policy.name):
+            raise WeightsPending(f"{policy.name!r} is the policy now, and this request began without it: ask again")
 
     async def _score_prompt(self, request: EngineRequest, info: PromptInfo, engine_input: "EngineInput") -> PromptInfo:
         """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, WeightsPending
 from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
@@ -161,8 +161,14 @@ async def test_weights_of_the_model_void_its_adapters(
     assert largest_difference(trained.model, hf, await actor.group(SAMPLES[1], n=2, max_tokens=12)) <= PARITY
     with pytest.raises(InvalidRequest, match="'policy' is not here"):
         await actor.group(SAMPLES[1], "policy", max_tokens=1)
-    # And back: the model below the adapter again, and the adapter.
+    # And back: the model below the adapter again, and the adapter. What had begun without one is sampled again.
+    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=600, ignore_eos=True))
+    of_base = asyncio.create_task(actor.group(SAMPLES[1], model_dir.name, n=1, max_tokens=600, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running == 3, pause_s=0.01)
     await source.publish_snapshot(replace(taken, version=source.version + 1))
+    with pytest.raises(WeightsPending, match="'policy' is the policy now"):
+        await long
+    assert len((await of_base).completions) == 1
     assert largest_difference(trained.model, hf, await actor.group(SAMPLES[1], n=2, max_tokens=12)) <= PARITY
     base = await actor.group(SAMPLES[1], model_dir.name, n=2, max_tokens=12)
     assert largest_difference(trained.base, hf, base) <= PARITY

@@ -140,6 +140,7 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Which model answers: the name of an adapter (GetServerInfoResponse.adapters), or of the base model
     (GetServerInfoResponse.model), without any adapter. Empty: the policy, which is what was committed last.
+    Where that becomes an adapter, requests for it that began without one end with reason WEIGHTS_PENDING: ask again.
     """
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
