@@ -228,3 +228,18 @@ def test_logprobs_of_one_prompt_are_bounded() -> None:
 )
 def test_the_sampling_field_is_named(values: dict[str, Any], problem: str) -> None:
     assert _problem(_request(sampling=dataclasses.replace(SamplingParams(), **values))) == problem
+
+
+def test_the_tokens_of_a_structure_are_bounded() -> None:
+    """They are matched on the thread that all requests share."""
+    limits = ServerLimits(max_group_size=256, max_context_tokens=2**17)
+    structured = StructuredOutput(Constraint.REGEX, "a+")
+    check_request(_request(sampling=SamplingParams(n=256, max_tokens=4096, structured_output=structured)), limits, 320)
+    for sampling in (
+        SamplingParams(n=256, max_tokens=4097, structured_output=structured),
+        SamplingParams(n=9, structured_output=structured),
+    ):
+        total = sampling.n * (sampling.max_tokens or 2**17)
+        with pytest.raises(TooLarge) as refused:
+            check_request(_request(sampling=sampling), limits, 320)
+        assert str(refused.value) == f"sampling.structured_output: n * max_tokens is {total}; the limit is 1048576"
