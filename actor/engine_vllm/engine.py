@@ -86,7 +86,8 @@ class VllmEngine:
         if self._config.max_lora_rank:
             await self._updates.take_adapters()
         model_config = self._engine.model_config
-        self._prompts = VllmPrompts(self._model, self._engine.renderer, model_config, self._actor_id)
+        max_item_tokens = self._engine.input_processor.mm_encoder_cache_size
+        self._prompts = VllmPrompts(self._model, self._engine.renderer, model_config, self._actor_id, max_item_tokens)
         self._eos_ids = _eos_ids(self._engine.renderer.get_eos_token_id(), model_config.try_get_generation_config())
         info = EngineInfo(
             name="vllm",

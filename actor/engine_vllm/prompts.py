@@ -11,7 +11,7 @@ import numpy as np
 from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm.media import VllmMedia
 from common.chat import template_messages
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, TooLarge
 from common.placeholders import placeholder_ids
 from common.types import PromptInfo, TextPrompt, TokenPrompt
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 class VllmPrompts:
     """The tokenizer, the chat template and the media of one engine.
 
-    `placeholder_ids`: those that stand for media in an expanded prompt, and that no completion has.
+    `placeholder_ids`: those that stand for media in an expanded prompt, and that no completion has. `max_item_tokens`:
+    what vLLM's encoder cache has room for.
     """
 
-    def __init__(self, model: Path, renderer: Any, model_config: Any, actor_id: str) -> None:
+    def __init__(self, model: Path, renderer: Any, model_config: Any, actor_id: str, max_item_tokens: int) -> None:
         import transformers
 
         self._processor = transformers.AutoProcessor.from_pretrained(model)
@@ -33,6 +34,7 @@ class VllmPrompts:
         self._tokenizing = threading.Lock()
         self._media = VllmMedia(renderer, model_config.max_model_len)
         self._max_context_tokens: int = model_config.max_model_len
+        self._max_item_tokens = max_item_tokens
         self._actor_id = actor_id
         self.placeholder_ids = placeholder_ids(model_config.hf_config)
 
@@ -44,7 +46,7 @@ class VllmPrompts:
     async def understand(self, request: EngineRequest, *, with_tensors: bool) -> "tuple[PromptInfo, EngineInput]":
         """What the caller is told of the prompt, and what the engine takes for it.
 
-        `with_tensors`: see `VllmMedia.render`. Raises InvalidRequest.
+        `with_tensors`: see `VllmMedia.render`. Raises InvalidRequest and TooLarge.
         """
         from jinja2 import TemplateError
         from vllm.exceptions import VLLMClientError
@@ -69,11 +71,21 @@ class VllmPrompts:
 
     def _info(self, request: EngineRequest, unexpanded: list[int], engine_input: Any) -> PromptInfo:
         expanded_ids = np.asarray(engine_input["prompt_token_ids"], np.int32)
-        if len(expanded_ids) >= self._max_context_tokens:
+        room = self._max_context_tokens - len(expanded_ids)
+        if room <= 0:
             raise InvalidRequest(
                 "prompt", f"{len(expanded_ids)} tokens leave no room in a context of {self._max_context_tokens}"
             )
+        wanted = request.sampling
+        if not wanted.max_tokens and wanted.min_tokens > room:
+            raise InvalidRequest("sampling.min_tokens", f"is {wanted.min_tokens}; the prompt leaves room for {room}")
         media = self._media.uses(engine_input, request.media, with_tensors=request.return_processed)
+        for i, use in enumerate(media):
+            if use.num_tokens > self._max_item_tokens:
+                raise TooLarge(
+                    f"media[{i}]",
+                    f"makes {use.num_tokens} tokens; this server takes items of up to {self._max_item_tokens}",
+                )
         is_filled = np.zeros(len(expanded_ids), bool)
         for use in media:
             is_filled[use.placeholder.offset : use.placeholder.offset + use.placeholder.length] = True

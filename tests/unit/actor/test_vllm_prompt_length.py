@@ -32,7 +32,23 @@ class Renderer:
 def prompts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], VllmPrompts]:
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda _model: SimpleNamespace())
     config = SimpleNamespace(max_model_len=CONTEXT, hf_config=SimpleNamespace())
-    return lambda num_added: VllmPrompts(Path("model"), Renderer(num_added), config, "actor-1")
+    return lambda num_added: VllmPrompts(Path("model"), Renderer(num_added), config, "actor-1", 0)
+
+
+async def test_min_tokens_need_room_too(prompts: Callable[[int], VllmPrompts]) -> None:
+    """Where max_tokens is unset; vLLM ends a completion at the end of the context otherwise."""
+    for sampling, fits in (
+        (SamplingParams(min_tokens=CONTEXT - 6), True),
+        (SamplingParams(min_tokens=CONTEXT - 5), False),
+        (SamplingParams(min_tokens=CONTEXT - 5, max_tokens=CONTEXT), True),
+    ):
+        request = EngineRequest("g", TokenPrompt((5,) * 6), (), sampling)
+        if fits:
+            await prompts(0).understand(request, with_tensors=True)
+            continue
+        with pytest.raises(InvalidRequest) as refused:
+            await prompts(0).understand(request, with_tensors=True)
+        assert str(refused.value) == "sampling.min_tokens: is 11; the prompt leaves room for 10"
 
 
 @pytest.mark.parametrize("num_added", [0, 6])

@@ -13,7 +13,7 @@ import torch
 from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm.media import VllmMedia
 from actor.engine_vllm.prompts import VllmPrompts
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, TooLarge
 from common.types import Modality, SamplingParams, TokenPrompt
 
 _PAD = 9
@@ -74,12 +74,12 @@ def renderer() -> Any:
     renderer._mm_executor.shutdown()
 
 
-def _prompts(renderer: _Renderer, monkeypatch: pytest.MonkeyPatch) -> VllmPrompts:
+def _prompts(renderer: _Renderer, monkeypatch: pytest.MonkeyPatch, max_item_tokens: int = 4) -> VllmPrompts:
     media = VllmMedia(renderer, 100)
     monkeypatch.setattr(media, "_assemble", lambda *_: renderer.rendered("00" * 32, renderer.tensors()))
     prompts = VllmPrompts.__new__(VllmPrompts)
     prompts._media, prompts._tokenizing, prompts._actor_id = media, threading.Lock(), "a"
-    prompts.placeholder_ids, prompts._max_context_tokens = (_PAD,), 100
+    prompts.placeholder_ids, prompts._max_context_tokens, prompts._max_item_tokens = (_PAD,), 100, max_item_tokens
     return prompts
 
 
@@ -123,3 +123,10 @@ async def test_what_has_been_looked_at_is_processed_once(renderer: _Renderer, mo
         info, _ = await prompts.understand(_request(8.0), with_tensors=False)
         assert info.media[0].grid_thw == (4, 2, 2)
     assert renderer.num_processed == 1
+
+
+async def test_an_item_that_the_encoder_has_no_room_for(renderer: _Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer.may_end.set()
+    with pytest.raises(TooLarge) as refused:
+        await _prompts(renderer, monkeypatch, max_item_tokens=3).understand(_request(8.0), with_tensors=False)
+    assert str(refused.value) == "media[0]: makes 4 tokens; this server takes items of up to 3"
