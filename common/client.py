@@ -137,15 +137,16 @@ class GrpcClient:
     ) -> SampledGroup:
         """See `RolloutClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
-        `timeout_s` bounds each of at most two tries: the second one after the actor lacked media.
+        `timeout_s` bounds each of at most two tries, and the upload before each: the second one after the actor lacked
+        media.
         """
         try:
-            sampled = await self._collect(await self._prepare(request), timeout_s, on_progress)
+            sampled = await self._collect(await self._prepare(request, timeout_s), timeout_s, on_progress)
         except MediaMissing:
             # It evicted some, or is not whom it was. Its list may be cut short: send all.
             self._forget(request.media)
             try:
-                sampled = await self._collect(await self._prepare(request), timeout_s, on_progress)
+                sampled = await self._collect(await self._prepare(request, timeout_s), timeout_s, on_progress)
             except MediaMissing:
                 self._forget(request.media)
                 raise
@@ -203,13 +204,13 @@ class GrpcClient:
 
     # ------------------------------------------------------------------------------------------------------ media
 
-    async def _prepare(self, request: RolloutRequest) -> RolloutRequest:
+    async def _prepare(self, request: RolloutRequest, timeout_s: float) -> RolloutRequest:
         """The request with media by hash where the actor has them, uploaded or inline where it has not."""
         lacking = {item.sha256: item for item in request.media if item.sha256 not in self._known_media}
         files = {sha256: item.content for sha256, item in lacking.items() if isinstance(item.content, (bytes, Frames))}
         inline = set(lacking)
         if sum(len(file) for item in files.values() for file in _files(item)) > self._inline_max_bytes:
-            await self.upload(files)
+            await self.upload(files, timeout_s=timeout_s)
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)

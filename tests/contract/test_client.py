@@ -54,6 +54,7 @@ class Recorder(GrpcClient):
         super().__init__(address, **options)
         self.sent: list[list[bool]] = []
         self.uploads: list[int] = []
+        self.upload_timeouts_s: list[float] = []
 
     def stream(
         self, request: RolloutRequest, *, timeout_s: float
@@ -63,6 +64,7 @@ class Recorder(GrpcClient):
 
     async def upload(self, items: Any, *, timeout_s: float = 60.0) -> None:
         self.uploads.append(len(items))
+        self.upload_timeouts_s.append(timeout_s)
         await super().upload(items, timeout_s=timeout_s)
 
 
@@ -127,6 +129,7 @@ async def test_large_media_are_uploaded_in_chunks(start_actor: StartActor, conne
     client = connect((await start_actor()).address)
     sampled = await client.generate(request(images=(big, IMAGES[0])), timeout_s=10)
     assert (client.uploads, client.sent) == ([2], [[False, False]])
+    assert client.upload_timeouts_s == [10]
     assert sampled.prompt.media[0].sha256 == content_hash(big)
 
 
