@@ -118,6 +118,8 @@ def _job_error(kind: str, error: str, field: str | None, late: type[StageTimeout
     """What the error of a worker's background job is here."""
     if field is not None:
         return InvalidRequest(field, error)
+    if kind == ValueError.__name__:  # no layer can be made of what came, and the next try would bring the same
+        return InvalidRequest("manifest.parameters", error)
     if kind == StageCorrupt.__name__:
         return StageCorrupt(error)
     return late(f"a worker could not finish its part: {kind}: {error}")

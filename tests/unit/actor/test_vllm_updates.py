@@ -1,0 +1,38 @@
+"""Errors of the workers of a vLLM engine, without vLLM."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actor.adapters import Adapters
+from actor.engine_vllm.updates import VllmUpdates
+from common.errors import InvalidRequest, OutriderError, StageBlocked, StageCorrupt, StageTimeout
+from common.types import Manifest
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"kind": "ValueError", "error": "no layer w"}, InvalidRequest("manifest.parameters", "no layer w")),
+        (
+            {"kind": "InvalidRequest", "error": "odd", "field": "manifest.adapter"},
+            InvalidRequest("manifest.adapter", "odd"),
+        ),
+        ({"kind": "StageCorrupt", "error": "bucket 3"}, StageCorrupt("bucket 3")),
+        ({"kind": "OSError", "error": "gone"}, StageTimeout("a worker could not finish its part: OSError: gone")),
+        (
+            {"kind": "OSError", "error": "gone", "blocked": True},
+            StageBlocked("a worker could not finish its part: OSError: gone"),
+        ),
+    ],
+)
+async def test_what_a_worker_reports(report: dict[str, Any], expected: OutriderError) -> None:
+    async def collective_rpc(_method: str, args: Any) -> list[dict[str, Any]]:
+        return [{"done": True, "field": None, "blocked": False} | report]
+
+    engine: Any = SimpleNamespace(collective_rpc=collective_rpc)
+    updates = VllmUpdates(lambda: engine, Adapters("model", 0, 0))
+    with pytest.raises(type(expected)) as raised:
+        await updates.stage(Manifest(1, (), (), updates_vision=False), 1.0)
+    assert (type(raised.value), str(raised.value)) == (type(expected), str(expected))
