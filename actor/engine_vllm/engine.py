@@ -304,14 +304,7 @@ class VllmEngine:
         flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]
         if len(flats) != 1 or len(flats[0]) != len(info.expanded_ids):
             raise EngineDead("the engine gave no logprobs of the prompt")
-        flat, places = flats[0], range(1, len(info.expanded_ids))  # vLLM has nothing for the first
-        own = [flat.logprobs[flat.start_indices[place]] for place in places] if wanted.prompt_logprobs else []
-        top = [top_logprobs(flat, place) for place in places] if wanted.prompt_top_logprobs else []
-        return replace(
-            info,
-            prompt_logprobs=(0.0, *own) if wanted.prompt_logprobs else (),
-            prompt_top_logprobs=(TopLogprobs(), *top) if wanted.prompt_top_logprobs else (),
-        )
+        return await asyncio.to_thread(_with_logprobs, info, flats[0], wanted)  # takes seconds for many alternatives
 
     def _check_experts(self, wanted: SamplingParams) -> None:
         """Raises Unimplemented and InvalidRequest where routed experts cannot be returned."""
@@ -361,6 +354,18 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _with_logprobs(info: PromptInfo, flat: Any, wanted: SamplingParams) -> PromptInfo:
+    """`info` with the logprobs of its prompt that are wanted, from vLLM's."""
+    places = range(1, len(info.expanded_ids))  # vLLM has nothing for the first
+    own = [flat.logprobs[flat.start_indices[place]] for place in places] if wanted.prompt_logprobs else []
+    top = [top_logprobs(flat, place) for place in places] if wanted.prompt_top_logprobs else []
+    return replace(
+        info,
+        prompt_logprobs=(0.0, *own) if wanted.prompt_logprobs else (),
+        prompt_top_logprobs=(TopLogprobs(), *top) if wanted.prompt_top_logprobs else (),
+    )
 
 
 def _eos_ids(of_tokenizer: int | None, generation_config: dict[str, Any]) -> frozenset[int]:

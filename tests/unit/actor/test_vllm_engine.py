@@ -1,5 +1,6 @@
 """Parts of the vLLM engine that need no vLLM."""
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from actor.config import VllmConfig
 from actor.engine import EngineRequest
 from actor.engine_vllm import engine as module
 from actor.engine_vllm.engine import VllmEngine
+from actor.engine_vllm.outputs import top_logprobs
 from common.errors import TooLarge
 from common.types import PromptInfo, SamplingParams, TextPrompt, TopLogprobs
 
@@ -55,6 +57,19 @@ async def test_only_the_logprobs_that_were_asked_for(engine: VllmEngine, monkeyp
     monkeypatch.setattr(module, "top_logprobs", None)  # not even looked at
     own = await _scored(engine, prompt_logprobs=True)
     assert (own.prompt_logprobs, own.prompt_top_logprobs) == (both.prompt_logprobs, ())
+
+
+async def test_they_are_made_beside_the_loop(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def made(flat: Any, place: int) -> TopLogprobs:
+        threads.append(threading.current_thread())
+        return top_logprobs(flat, place)
+
+    monkeypatch.setattr(module, "top_logprobs", made)
+    await _scored(engine, prompt_top_logprobs=2)
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 async def test_too_many_logprobs_are_refused_before_the_model_runs(
