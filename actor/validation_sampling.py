@@ -8,7 +8,6 @@ from common.types import Constraint, RepetitionDetection, SamplingParams, Server
 
 _MAX_STRINGS = 16
 _MAX_STRING_CHARS = 128
-_MAX_BIASES = 1024
 _MAX_BAD_IDS = 4096
 _MAX_CHOICES = 1024
 _MAX_REGEX_CHARS = 4096
@@ -114,8 +113,6 @@ def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_i
     check_ids(params.bad_token_ids, "sampling.bad_token_ids", vocab_size)
     if len(params.bad_token_ids) > _MAX_BAD_IDS:
         raise InvalidRequest("sampling.bad_token_ids", f"{len(params.bad_token_ids)} ids; the limit is {_MAX_BAD_IDS}")
-    if len(params.logit_bias) > _MAX_BIASES:
-        raise InvalidRequest("sampling.logit_bias", f"{len(params.logit_bias)} ids; the limit is {_MAX_BIASES}")
     for token_id, bias in params.logit_bias:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"sampling.logit_bias[{token_id}]", f"the vocabulary has {vocab_size} ids")

@@ -35,6 +35,8 @@ _REPEATED = ("stop_token_ids", "stop", "allowed_token_ids", "bad_token_ids", "ba
 
 # Vocabularies are smaller; what a server takes is less, and checked in `actor.validation`.
 _MAX_ITEMS = 2**20
+# Each costs a place in a sorted tuple before a server can look at it.
+_MAX_BIASES = 1024
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
@@ -57,8 +59,9 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 def sampling_from_proto(message: pb.SamplingParams, field: str) -> SamplingParams:
     """Raises InvalidRequest for a constraint that is none; ranges are the business of `actor.validation`."""
-    for name in (*_REPEATED, "logit_bias"):
+    for name in _REPEATED:
         check_count(getattr(message, name), f"{field}.{name}", _MAX_ITEMS)
+    check_count(message.logit_bias, f"{field}.logit_bias", _MAX_BIASES)
     values: dict[str, Any] = {name: getattr(message, name) for name in _PLAIN}
     values |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}  # type: ignore[arg-type]
     values |= {name: tuple(getattr(message, name)) for name in _REPEATED}

@@ -77,6 +77,11 @@ def _processed(*names: str) -> pb.GenerateRequest:
             "INVALID_ARGUMENT",
             "sampling.structured_output.json_object",
         ),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))),
+            "INVALID_ARGUMENT",
+            "sampling.logit_bias",
+        ),
     ],
 )
 def test_a_refused_request_names_the_field(message: pb.GenerateRequest, code: str, field: str) -> None:
