@@ -47,9 +47,11 @@ class Sample:
     def completion(
         self, last: "CompletionOutput", request: EngineRequest, trajectory_id: str, *, finished_s: float
     ) -> Completion:
-        """The whole, when `last` was its end. Raises InvalidRequest if no token was left to sample, and EngineDead."""
+        """The whole, when `last` was its end. Raises InvalidRequest for constraints that end it, and EngineDead."""
         if last.finish_reason == "error" and not self.token_ids:
             raise NothingSampled("the engine could not begin a completion")
+        if last.finish_reason == "error" and request.sampling.structured_output is not None:  # see `bound_matching`
+            raise InvalidRequest("sampling.structured_output", "takes too long to match; write it less ambiguously")
         reason = _finish_reason(last.finish_reason)
         if not all(map(math.isfinite, self.logprobs)):
             if _can_leave_nothing(request.sampling):

@@ -4,6 +4,7 @@ import os
 import signal
 
 from actor.config import parse_cores
+from actor.engine_vllm.grammars import bound_matching
 from common.lifecycle import end_with_parent
 from common.memory import keep_freed
 
@@ -19,6 +20,7 @@ def register() -> None:
     actor_pid = os.environ.get(ACTOR_VARIABLE)
     if actor_pid is not None:  # else it is somebody else's vLLM
         _keep_media_of_cached_prompts()
+        bound_matching()
     if actor_pid not in (None, str(os.getpid())):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)

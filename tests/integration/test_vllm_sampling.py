@@ -320,6 +320,16 @@ async def test_a_structure_that_is_none(actor: LiveActor, structured: Structured
     assert len((await _ask(actor, max_tokens=2)).completions) == 1
 
 
+async def test_a_grammar_that_holds_up_everybody_is_given_up(actor: LiveActor) -> None:
+    """Each token of it would take longer than the one before, on the thread that all requests share."""
+    with pytest.raises(InvalidRequest) as refused:
+        await _ask(
+            actor, max_tokens=400, min_tokens=400, structured_output=StructuredOutput(Constraint.REGEX, "((a*)*)*")
+        )
+    assert str(refused.value) == "sampling.structured_output: takes too long to match; write it less ambiguously"
+    assert len((await _ask(actor, max_tokens=2)).completions) == 1
+
+
 async def _texts(actor: LiveActor, structured: StructuredOutput, **sampling: Any) -> list[str]:
     group = await _ask(actor, n=4, max_tokens=400, seed=4, structured_output=structured, **sampling)
     assert {completion.finish_reason for completion in group.completions} == {FinishReason.STOP}

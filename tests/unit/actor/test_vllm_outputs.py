@@ -107,6 +107,15 @@ def test_what_is_no_sample() -> None:
             sample.completion(_part([], None, reason), REQUEST, "name", finished_s=1)
 
 
+def test_a_structure_that_was_given_up_is_the_callers() -> None:
+    sample = Sample(0.0)
+    sample.add(_part([5], _flat([(5, -2.0)])))
+    asked = replace(REQUEST, sampling=SamplingParams(structured_output=StructuredOutput(Constraint.REGEX, "((a*)*)*")))
+    with pytest.raises(InvalidRequest) as raised:
+        sample.completion(_part([], None, "error"), asked, "name", finished_s=1)
+    assert raised.value.field == "sampling.structured_output"
+
+
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])
 @pytest.mark.parametrize(
     ("sampling", "leaves_nothing"),
