@@ -94,14 +94,14 @@ class Uploads:
             return None
         if upload.num_received != upload.num_bytes:
             raise InvalidRequest("num_bytes", f"is {upload.num_bytes}, but {upload.num_received} bytes came")
-        return asyncio.create_task(self._check_and_store(upload))
+        checking = asyncio.create_task(self._check_and_store(upload))
+        # Not in the task: one that is cancelled before it begins ends without a step.
+        checking.add_done_callback(lambda _: self._under_way.pop(upload, None))
+        return checking
 
     async def _check_and_store(self, upload: _Upload) -> None:
-        try:
-            content = await asyncio.to_thread(_checked, upload, self._limits)
-            self._store.put(upload.sha256, content)
-        finally:
-            self._under_way.pop(upload, None)
+        content = await asyncio.to_thread(_checked, upload, self._limits)
+        self._store.put(upload.sha256, content)
 
     def _begin(self, request: pb.PutMediaRequest) -> _Upload:
         """One item."""

@@ -78,6 +78,18 @@ async def test_a_call_that_ends_early_gives_its_room_back(uploads: Uploads, stor
     assert await uploads.receive(_stream([(_HASHES[2], _IMAGES[2])])) == [_HASHES[2]]
 
 
+async def test_an_item_whose_check_never_began_gives_its_room_back(uploads: Uploads) -> None:
+    """What comes with the next item ends the call in the step in which the check would have begun."""
+
+    async def refused() -> AsyncIterator[pb.PutMediaRequest]:
+        yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(_IMAGES[0]), chunk=_IMAGES[0])
+        yield pb.PutMediaRequest(sha256=_HASHES[1], num_bytes=0, chunk=b"x")
+
+    with pytest.raises(InvalidRequest, match="more bytes than the 0 of num_bytes"):
+        await uploads.receive(refused())
+    assert not uploads._under_way
+
+
 async def test_who_announces_much_and_sends_nothing_keeps_nobody_out(
     uploads: Uploads, store: MediaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
