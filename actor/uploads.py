@@ -105,13 +105,13 @@ class Uploads:
 
     def _begin(self, request: pb.PutMediaRequest) -> _Upload:
         """One item."""
+        _check_frame_sizes(request.frame_num_bytes, request.num_bytes, self._limits.max_video_frames)
         upload = _Upload(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
         if len(upload.sha256) != 32:
             raise InvalidRequest("sha256", f"must be 32 bytes, not {len(upload.sha256)}")
         limit = min(self._limits.max_media_bytes, self._store.max_bytes)
         if upload.num_bytes > limit:
             raise TooLarge("num_bytes", f"is {upload.num_bytes}; the limit is {limit}")
-        _check_frame_sizes(upload.frame_num_bytes, upload.num_bytes, self._limits.max_video_frames)
         self._under_way[upload] = None
         return upload
 

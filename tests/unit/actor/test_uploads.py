@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from actor import uploads as uploads_module
 from actor.config import ActorConfig
 from actor.media_store import MediaStore
 from actor.uploads import Uploads
-from common.errors import DeadlineExceeded, InvalidRequest, QueueFull
+from common.errors import DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.pb.rollout.v1 import rollout_pb2 as pb
 
 _IMAGES = []
@@ -88,6 +89,21 @@ async def test_an_item_whose_check_never_began_gives_its_room_back(uploads: Uplo
     with pytest.raises(InvalidRequest, match="more bytes than the 0 of num_bytes"):
         await uploads.receive(refused())
     assert not uploads._under_way
+
+
+async def test_too_many_frames_are_refused_before_anything_is_made_of_them(uploads: Uploads) -> None:
+    request = pb.PutMediaRequest(sha256=_HASHES[0], frame_num_bytes=[0] * 2**20)
+
+    async def announced() -> AsyncIterator[pb.PutMediaRequest]:
+        yield request
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge, match="1048576 frames"):
+            await uploads.receive(announced())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 async def test_who_announces_much_and_sends_nothing_keeps_nobody_out(
