@@ -68,7 +68,7 @@ class ActorServer:
         port = await self.rpc.start(address, services)
         if self._config.health_listen is not None:
             log.info("health", port=await self.rpc.start_probes(self._config.health_listen))
-        await self._report_health()
+        self._report_health()
         self.policy.on_change = self._changed.set
         watches = [self._follow_state(), self._watch_engine()]
         if self._config.metrics_listen is not None:
@@ -82,7 +82,7 @@ class ActorServer:
         What still runs then is cancelled; its client sees a broken call and asks another actor.
         """
         self.policy.drain()
-        await self._report_health()
+        self._report_health()
         resuming = asyncio.create_task(self._resume())
         finished = asyncio.create_task(self._rollouts.idle.wait())
         insisted = asyncio.create_task((forced or asyncio.Event()).wait())
@@ -99,15 +99,15 @@ class ActorServer:
         with contextlib.suppress(EngineDead):
             await self.policy.resume()
 
-    async def _report_health(self) -> None:
+    def _report_health(self) -> None:
         state = self.policy.state
-        await self.rpc.set_health(liveness=state in _ALIVE, readiness=state is ActorState.SERVING)
+        self.rpc.set_health(liveness=state in _ALIVE, readiness=state is ActorState.SERVING)
 
     async def _follow_state(self) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await self._report_health()
+            self._report_health()
             if self.policy.state is ActorState.FAILED:
                 self.failed.set()
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.config import ConfigError
 from common.log import get_logger
 from common.rpc import tls as tls_files
+from common.rpc.health import Health
 from common.rpc.interceptors import Activity, CallInterceptor
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, server_options
 from common.rpc.peers import StreamLimit
@@ -32,7 +33,7 @@ class RpcServer:
         server = RpcServer()
         add_RolloutServiceServicer_to_server(servicer, server.grpc)
         port = await server.start("127.0.0.1:50051", ["rollout.v1.RolloutService"])
-        await server.set_health(liveness=True, readiness=False)
+        server.set_health(liveness=True, readiness=False)
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class RpcServer:
             ],
             options=server_options(max_message_bytes, max_streams_per_peer + _SINGLE_CALLS),
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._health = Health()
         self._probes: grpc.aio.Server | None = None
 
     async def start(self, listen: str, services: Iterable[str]) -> int:
@@ -60,9 +61,10 @@ class RpcServer:
         Raises ConfigError if the port is taken.
         """
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (*services, health_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
-        await self.set_health(liveness=True, readiness=False)
+        self.set_health(liveness=True, readiness=False)
         port = _open(self.grpc, listen, self._credentials)
         await self.grpc.start()
         return port
@@ -75,11 +77,9 @@ class RpcServer:
         await self._probes.start()
         return port
 
-    async def set_health(self, *, liveness: bool, readiness: bool) -> None:
+    def set_health(self, *, liveness: bool, readiness: bool) -> None:
         """Health of the services "liveness" and "readiness"; the whole server ("") is as healthy as "readiness"."""
-        for service, healthy in (("liveness", liveness), ("readiness", readiness), ("", readiness)):
-            status = health_pb2.HealthCheckResponse
-            await self._health.set(service, status.SERVING if healthy else status.NOT_SERVING)
+        self._health.set({"liveness": liveness, "readiness": readiness, "": readiness})
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once; cancel those that still run after `grace_s`."""

@@ -1,7 +1,9 @@
 """What every server of ours has: health, reflection, one owner per port, plaintext on loopback only."""
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -45,6 +47,83 @@ async def test_health_follows_the_state(start_actor: StartActor) -> None:
     actor.server.policy.fail()
     await asyncio.sleep(0.05)
     assert await _health(actor) == {"": NOT_SERVING, "liveness": NOT_SERVING, "readiness": NOT_SERVING}
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+@contextlib.asynccontextmanager
+async def _watch_that_takes_nothing(address: str, service: bytes) -> AsyncIterator[None]:
+    """Raw HTTP/2, after RFC 9113: a caller that answers pings, and leaves no room for an answer to its Watch.
+
+    The body runs once the server has such an answer: its headers have come, for which no room is needed.
+    """
+    no_room = _frame(4, 0, 0, (4).to_bytes(2, "big") + bytes(4))  # SETTINGS_INITIAL_WINDOW_SIZE = 0
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/grpc.health.v1.Health/Watch",
+        b":authority": b"x",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+    }
+    # Literals without indexing, of names and values shorter than 127 bytes.
+    headers = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields.items())
+    request = b"\x0a%c%b" % (len(service), service)
+    message = b"\0" + len(request).to_bytes(4, "big") + request
+    answered = asyncio.Event()
+    reader, writer = await asyncio.open_connection(*address.split(":"))
+
+    async def read() -> None:
+        while True:
+            head = await reader.readexactly(9)
+            kind, flags = head[3:5]
+            payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+            if kind == 1:
+                answered.set()
+            elif kind in {4, 6} and not flags & 1:  # SETTINGS and PING want to be acknowledged
+                writer.write(_frame(kind, 1, 0, payload if kind == 6 else b""))
+
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_room + _frame(1, 4, 1, headers) + _frame(0, 1, 1, message))
+    reading = asyncio.create_task(read())
+    try:
+        await answered.wait()
+        yield
+    finally:
+        reading.cancel()
+        writer.close()
+
+
+async def test_a_watch_that_takes_nothing_holds_up_nobody(start_actor: StartActor) -> None:
+    actor = await start_actor(fake={"die_at_group": 1})
+    async with _watch_that_takes_nothing(actor.address, b"liveness"):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await actor.rollouts.Generate(rollout_pb2.GenerateRequest(group_id="g", text="x")).read()
+        async with asyncio.timeout(5):
+            await actor.server.failed.wait()
+        assert await _health(actor) == {"": NOT_SERVING, "liveness": NOT_SERVING, "readiness": NOT_SERVING}
+        async with asyncio.timeout(5):
+            await actor.server.stop(grace_s=60)
+
+
+async def test_a_watch_sees_each_change() -> None:
+    server = RpcServer()
+    port = await server.start("127.0.0.1:0", [])
+    channel = open_channel(f"127.0.0.1:{port}", default_timeout_s=10)
+    stub = health_pb2_grpc.HealthStub(channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest(service=name)) for name in ("readiness", "liveness", "other")]
+    unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    assert [(await watch.read()).status for watch in watches] == [NOT_SERVING, SERVING, unknown]
+    server.set_health(liveness=True, readiness=True)
+    assert (await watches[0].read()).status == SERVING
+    server.set_health(liveness=False, readiness=True)
+    assert (await watches[1].read()).status == NOT_SERVING  # and not once more that it is healthy
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await stub.Check(health_pb2.HealthCheckRequest(service="other"))
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    await channel.close()
+    await server.stop(0)
 
 
 async def test_reflection_lists_the_services_and_gives_the_files(start_actor: StartActor) -> None:
