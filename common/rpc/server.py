@@ -23,6 +23,9 @@ log = get_logger(__name__)
 MAX_STREAMS_PER_PEER = 1024
 # Calls beside the streams that one connection may have open: what asks for the state gets through to a full server.
 _SINGLE_CALLS = 64
+# Of the port for probes, which anybody may reach. Their messages hold the name of a service.
+_MAX_PROBE_BYTES = 4096
+_MAX_PROBE_STREAMS = 16
 
 
 class RpcServer:
@@ -71,7 +74,7 @@ class RpcServer:
 
     async def start_probes(self, listen: str) -> int:
         """Serve health alone, in plaintext, for probes that have no certificate; the port. Raises ConfigError."""
-        self._probes = grpc.aio.server(options=server_options(DEFAULT_MAX_MESSAGE_BYTES, MAX_STREAMS_PER_PEER))
+        self._probes = grpc.aio.server(options=server_options(_MAX_PROBE_BYTES, _MAX_PROBE_STREAMS))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         port = _open(self._probes, listen, None)
         await self._probes.start()

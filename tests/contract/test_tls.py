@@ -234,6 +234,21 @@ async def test_probes_need_no_certificate_and_see_nothing_else(authority: Author
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_a_probe_is_small(authority: Authority) -> None:
+    with reserve_port("127.0.0.1:0", insecure=False) as reserved:
+        probes = f"127.0.0.1:{reserved.getsockname()[1]}"
+    async with serving(authority.directory(ACTOR), health_listen=probes), grpc.aio.insecure_channel(probes) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Check(health_pb2.HealthCheckRequest(service="x" * 2**16), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=10) for _ in range(16)]
+        assert [(await watch.read()).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 16
+        with pytest.raises(grpc.aio.AioRpcError) as refused:  # it waits for one of them to end
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=0.5)
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 @pytest.fixture
 def incomplete(authority: Authority) -> Path:
     directory = authority.directory(ACTOR)
