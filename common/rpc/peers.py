@@ -19,7 +19,7 @@ Peer = tuple[str, frozenset[str]]
 
 def names_of(context: Context) -> frozenset[str]:
     """DNS names of the caller's certificate; none without one."""
-    names = context.auth_context().get("x509_subject_alternative_name", ())
+    names = context.auth_context().get("peer_dns", ())
     return frozenset(name.decode(errors="replace") for name in names)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from cryptography import x509
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -184,6 +185,16 @@ async def test_plaintext_is_refused_by_a_server_with_certificates(authority: Aut
     async with serving(authority.directory(ACTOR)) as (address, _), client_of(address, None) as client:
         with pytest.raises(OutriderError):
             await client.status()
+
+
+@pytest.mark.parametrize("kind", [x509.UniformResourceIdentifier, x509.RFC822Name])
+async def test_only_a_dns_name_is_a_role(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, kind: Callable[[str], x509.GeneralName]
+) -> None:
+    async with serving(authority.directory(ACTOR)) as (address, _):
+        monkeypatch.setattr(trustme, "_identity_string_to_x509", kind)
+        codes = await calls(address, channel_credentials(read_certificates(authority.directory(LEARNER))))
+    assert set(codes.values()) == {grpc.StatusCode.PERMISSION_DENIED}
 
 
 async def test_the_message_says_what_is_needed(authority: Authority) -> None:
