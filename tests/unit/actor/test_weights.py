@@ -16,6 +16,7 @@ from common.errors import (
     StaleEpoch,
 )
 from common.types import ActorState, EpochSpec, Manifest, ManifestBucket, ManifestParameter
+from tests.fakes import until
 
 
 class ScriptedEngine:
@@ -49,10 +50,10 @@ class ScriptedEngine:
         self.calls.append("leave")
 
     async def pause(self) -> None:
-        self.calls.append("pause")
+        await self._step("pause", "pause")
 
     async def resume(self) -> None:
-        self.calls.append("resume")
+        await self._step("resume", "resume")
 
 
 def spec(run_id: str = "a", epoch: int = 1, timeout_s: float = 5.0) -> EpochSpec:
@@ -320,3 +321,33 @@ async def test_half_a_policy_is_never_let_go_on(policy: PolicyState, engine: Scr
         await policy.resume()
     await asyncio.sleep(0.1)
     assert "resume" not in engine.calls
+
+
+async def _left(engine: ScriptedEngine, operation: str, call: Any) -> None:
+    """The caller leaves while the engine is at it."""
+    engine.hold[operation] = asyncio.Event()
+    [task] = await _running(call)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    engine.hold[operation].set()
+
+
+async def test_a_pause_outlives_its_caller_and_ends_by_its_limit(policy: PolicyState, engine: ScriptedEngine) -> None:
+    await _serve(policy, 1)
+    async with asyncio.timeout(10):
+        await _left(engine, "pause", policy.pause(timeout_s=0.05))
+        await until(lambda: policy.state is ActorState.PAUSED)
+        await until(lambda: policy.state is ActorState.SERVING)
+        await policy.pause(timeout_s=60)
+        await _left(engine, "pause", policy.pause(timeout_s=0.05))  # counted anew
+        await until(lambda: policy.state is ActorState.SERVING)
+    assert engine.calls[-5:] == ["pause", "resume", "pause", "pause", "resume"]
+
+
+async def test_a_resume_outlives_its_caller(policy: PolicyState, engine: ScriptedEngine) -> None:
+    await _serve(policy, 1)
+    await policy.pause(timeout_s=60)
+    async with asyncio.timeout(10):
+        await _left(engine, "resume", policy.resume())
+        await until(lambda: policy.state is ActorState.SERVING)
