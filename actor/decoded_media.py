@@ -9,13 +9,14 @@ from typing import TypeVar
 from PIL import Image
 
 from actor.engine import VideoArray
+from actor.media_store import ITEM_BYTES
 from common.errors import OutriderError
 
 T = TypeVar("T", Image.Image, VideoArray)
 
 
 class DecodedMedia:
-    """A least-recently-used cache, bounded by the sum of the bytes of pixels. For threads."""
+    """A least-recently-used cache, bounded by the sum of their bytes. For threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -54,4 +55,5 @@ class DecodedMedia:
 
 def _num_bytes(content: Image.Image | VideoArray) -> int:
     """As it is in memory: PIL keeps four bytes of each RGB pixel."""
-    return 4 * content.width * content.height if isinstance(content, Image.Image) else content.nbytes
+    pixels = 4 * content.width * content.height if isinstance(content, Image.Image) else content.nbytes
+    return pixels + ITEM_BYTES

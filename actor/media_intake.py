@@ -56,7 +56,7 @@ class MediaIntake:
             with tracing.span("actor.decode_media", num_items=len(media)):
                 decoded = await asyncio.to_thread(_decode, media, contents, self._limits, self._decoded)
             for item, content in zip(decoded, contents, strict=True):
-                if content_bytes(content) <= self._store.max_bytes:
+                if content_bytes(content) <= self._store.max_item_bytes:
                     self._store.put(item.sha256, content)
             yield decoded
         finally:

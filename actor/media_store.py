@@ -6,6 +6,9 @@ from common.errors import TooLarge
 from common.tensors import Tensor
 from common.types import Frames, MediaContent
 
+# Of every item that is kept, beside its content: objects, a key, an entry. An image of one pixel takes more than half.
+ITEM_BYTES = 4096
+
 
 class MediaStore:
     """A least-recently-used cache of what media items hold, bounded by the sum of their bytes."""
@@ -14,6 +17,11 @@ class MediaStore:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._items: OrderedDict[bytes, MediaContent] = OrderedDict()
+
+    @property
+    def max_item_bytes(self) -> int:
+        """What the content of one item may have."""
+        return max(0, self.max_bytes - ITEM_BYTES)
 
     def get(self, sha256: bytes) -> MediaContent | None:
         """The content, which then count as just used; None if they are not here."""
@@ -28,15 +36,15 @@ class MediaStore:
         Raises TooLarge if the store is smaller than the item.
         """
         size = content_bytes(data)
-        if size > self.max_bytes:
-            raise TooLarge("chunk", f"an item of {size} bytes; the media store holds {self.max_bytes} bytes")
+        if size > self.max_item_bytes:
+            raise TooLarge("chunk", f"an item of {size} bytes; the media store takes {self.max_item_bytes}")
         if self.get(sha256) is not None:
             return
         self._items[sha256] = data
-        self.num_bytes += size
+        self.num_bytes += size + ITEM_BYTES
         while self.num_bytes > self.max_bytes:
             _, dropped = self._items.popitem(last=False)
-            self.num_bytes -= content_bytes(dropped)
+            self.num_bytes -= content_bytes(dropped) + ITEM_BYTES
 
     def __contains__(self, sha256: bytes) -> bool:
         return sha256 in self._items

@@ -109,7 +109,7 @@ class Uploads:
         upload = _Upload(request.sha256, request.num_bytes, tuple(request.frame_num_bytes))
         if len(upload.sha256) != 32:
             raise InvalidRequest("sha256", f"must be 32 bytes, not {len(upload.sha256)}")
-        limit = min(self._limits.max_media_bytes, self._store.max_bytes)
+        limit = min(self._limits.max_media_bytes, self._store.max_item_bytes)
         if upload.num_bytes > limit:
             raise TooLarge("num_bytes", f"is {upload.num_bytes}; the limit is {limit}")
         self._under_way[upload] = None

@@ -11,6 +11,7 @@ from PIL import Image
 
 from actor import decoded_media
 from actor.decoded_media import DecodedMedia
+from actor.media_store import ITEM_BYTES
 from common.errors import InvalidRequest
 
 
@@ -25,7 +26,7 @@ def counted(calls: list[str], name: str, size: int = 1) -> Callable[[], Image.Im
 
 
 def test_threads_that_ask_at_once_share_one_decoding() -> None:
-    cache = DecodedMedia(1000)
+    cache = DecodedMedia(1000 + ITEM_BYTES)
     calls: list[str] = []
     waiting, go = threading.Barrier(8), threading.Event()
 
@@ -47,7 +48,7 @@ def test_threads_that_ask_at_once_share_one_decoding() -> None:
 
 
 def test_the_least_recently_used_go_first() -> None:
-    cache = DecodedMedia(26)
+    cache = DecodedMedia(26 + 2 * ITEM_BYTES)
     calls: list[str] = []
     for name in ("a", "b", "a", "c", "a", "b"):  # 12 bytes each: two of them fit
         cache.get(name.encode(), counted(calls, name, 3))
@@ -59,8 +60,17 @@ def test_the_least_recently_used_go_first() -> None:
     assert calls == ["a", "b", "c", "b", "a"]
 
 
+def test_many_small_images_are_not_for_nothing() -> None:
+    """PIL's object around one pixel takes 2.4 KB."""
+    cache = DecodedMedia(10_000)
+    calls: list[str] = []
+    for name in ("a", "b", "c", "c", "b", "a"):
+        cache.get(name.encode(), counted(calls, name))
+    assert calls == ["a", "b", "c", "a"]
+
+
 def test_what_is_larger_than_the_cache_is_not_kept() -> None:
-    cache = DecodedMedia(3)
+    cache = DecodedMedia(3 + ITEM_BYTES)
     calls: list[str] = []
     for _ in range(2):
         cache.get(b"a", counted(calls, "a"))
@@ -68,7 +78,7 @@ def test_what_is_larger_than_the_cache_is_not_kept() -> None:
 
 
 def test_an_error_is_kept_for_nobody() -> None:
-    cache = DecodedMedia(1000)
+    cache = DecodedMedia(1000 + ITEM_BYTES)
     calls: list[str] = []
 
     def damaged(field: str) -> Callable[[], Image.Image]:
@@ -88,7 +98,7 @@ def test_an_error_is_kept_for_nobody() -> None:
 
 def test_what_another_thread_evicts_has_been_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fills the cache just as the first image is done. Bytes that go must have come, or the bound moves."""
-    cache = DecodedMedia(40)
+    cache = DecodedMedia(40 + 2 * ITEM_BYTES)
     calls: list[str] = []
 
     def fill() -> None:
@@ -114,7 +124,7 @@ def test_what_another_thread_evicts_has_been_counted(monkeypatch: pytest.MonkeyP
 
 def test_a_failure_takes_no_other_thread_s_image_along() -> None:
     """The slow decoding fails after its place went to others, and one of them decoded the same file."""
-    cache = DecodedMedia(40)
+    cache = DecodedMedia(40 + 2 * ITEM_BYTES)
     calls: list[str] = []
 
     def slow() -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from actor import uploads as uploads_module
 from actor.config import ActorConfig
-from actor.media_store import MediaStore
+from actor.media_store import ITEM_BYTES, MediaStore
 from actor.uploads import Uploads
 from common.errors import DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.pb.rollout.v1 import rollout_pb2 as pb
@@ -40,7 +40,7 @@ async def _broken_off(items: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[pb.
 
 @pytest.fixture
 def store() -> MediaStore:
-    return MediaStore(4 * max(map(len, _IMAGES)))
+    return MediaStore(4 * (max(map(len, _IMAGES)) + ITEM_BYTES))
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ async def test_one_that_is_not_its_hash_ends_the_call(uploads: Uploads, store: M
 
 
 async def test_a_call_that_ends_early_gives_its_room_back(uploads: Uploads, store: MediaStore) -> None:
-    big = bytes(store.max_bytes)
+    big = bytes(store.max_item_bytes)
 
     async def unfinished() -> AsyncIterator[pb.PutMediaRequest]:
         yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(big), chunk=big[:-10])
         with pytest.raises(QueueFull, match=f"2 uploads of {len(big) - 10} bytes are under way"):
-            await uploads.receive(_stream([(_HASHES[1], _IMAGES[1])]))
+            await uploads.receive(_stream([(_HASHES[1], big)]))
         raise ConnectionError("the caller is gone")
 
     with pytest.raises(ConnectionError):
@@ -112,7 +112,7 @@ async def test_who_announces_much_and_sends_nothing_keeps_nobody_out(
     monkeypatch.setattr(uploads_module, "_CHUNK_S", 2.0)
 
     async def stalled(sha256: bytes) -> AsyncIterator[pb.PutMediaRequest]:
-        yield pb.PutMediaRequest(sha256=sha256, num_bytes=store.max_bytes, chunk=b"x")
+        yield pb.PutMediaRequest(sha256=sha256, num_bytes=store.max_item_bytes, chunk=b"x")
         await asyncio.Event().wait()
 
     calls = [asyncio.create_task(uploads.receive(stalled(sha256))) for sha256 in _HASHES]
