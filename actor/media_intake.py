@@ -82,21 +82,22 @@ def _bytes_to_hold(media: tuple[MediaItem, ...], contents: list[MediaContent], l
     """As they came, and what they decode to; from the headers alone.
 
     What comes with the request itself is there twice: gRPC keeps the message. Pillow has four bytes for a pixel, and
-    the processor may make more pixels of an image than it has.
+    the processor may make more pixels of an image, or of each frame, than it has.
     """
     num_bytes = 0
     for i, (item, content) in enumerate(zip(media, contents, strict=True)):
         num_bytes += content_bytes(content) * (1 if item.content is None else 2)
-        num_pixels = 0
+        num_frames, num_pixels = 1, 0
         if isinstance(content, bytes):
             header = check_image(content, f"media[{i}].encoded", limits.max_media_pixels)
             num_pixels = header.width * header.height
         elif isinstance(content, Frames):
             header = check_frames(content, f"media[{i}].frames", limits.max_video_frames, limits.max_media_pixels)
-            num_pixels = header.width * header.height * len(content.files)
+            num_frames, num_pixels = len(content.files), header.width * header.height
         elif isinstance(content, Tensor):
-            num_pixels = math.prod(content.shape) // 3
-        num_bytes += 4 * max(num_pixels, item.min_pixels or 0)
+            *frames, height, width, _ = content.shape
+            num_frames, num_pixels = math.prod(frames), height * width
+        num_bytes += 4 * num_frames * max(num_pixels, item.min_pixels or 0)
     return num_bytes
 
 

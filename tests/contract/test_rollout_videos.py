@@ -183,6 +183,14 @@ async def test_what_is_wrong_is_named(
     assert len(await _ask(actor.address, _request(IN_PIXELS))) == 2
 
 
+async def test_what_frames_are_made_larger_to_is_held_too(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST, limits={"max_held_media_bytes": 8 * 2**20})
+    for item in (IN_FILES, IN_PIXELS):  # of 3 and 2 frames
+        await _ask(actor.address, _request(dataclasses.replace(item, min_pixels=2**19, max_pixels=2**20)))
+        with pytest.raises(TooLarge, match=r"media: \d+ bytes with what they decode to; the limit is 8388608"):
+            await _ask(actor.address, _request(dataclasses.replace(item, min_pixels=2**20, max_pixels=2**20)))
+
+
 async def test_a_hash_of_the_other_modality(start_actor: StartActor) -> None:
     actor = await start_actor(fake=FAST)
     image = MediaItem(content_hash(png()), png())
