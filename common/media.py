@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from common.errors import InvalidRequest, TooLarge
+from common.media_headers import check_parts
 from common.tensors import Tensor, pixels_hash, tensors_hash
 from common.types import Frames, MediaContent
 
@@ -136,6 +137,7 @@ def decode_frames(frames: Frames, field: str, max_frames: int, max_pixels: int) 
 
 
 def _open(data: bytes, field: str, max_pixels: int) -> Image.Image:
+    check_parts(data, field)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:

@@ -131,6 +131,49 @@ def test_too_many_pixels_are_refused_by_the_header_alone() -> None:
             check_image(_png_header(size, size), "f", 10**6)
 
 
+def _with_parts(image_format: str, num_parts: int, part: bytes = b"") -> bytes:
+    """A good file with so many parts before its pixels, by hand, and empty ones if not told otherwise."""
+    data = _encode(Image.fromarray(PIXELS), image_format)
+    match image_format:
+        case "JPEG":
+            return data[:2] + (part or b"\xff\xe5\0\2") * num_parts + data[2:]
+        case "PNG":
+            chunk = bytes(4) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+            return data[:33] + chunk * num_parts + data[33:]
+        case _:
+            extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\6\0\0" + b"\4\0\0"
+            chunks = extended + data[12:] + (b"abcd" + bytes(4)) * num_parts
+            return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(_with_parts(image_format, 2000) for image_format in ("JPEG", "PNG", "WEBP")),
+        _with_parts("JPEG", 2000, b"\xff"),
+        _with_parts("JPEG", 1, b"\xff\xe5\0\2" + bytes(2000)),
+        _with_parts("JPEG", 2000, b"\xff\xd0"),
+        # PIL reads on behind this marker, where the standard has a length.
+        _with_parts("JPEG", 1, b"\xff\xf0\7\xd2" + bytes(2000)),
+    ],
+    ids=["jpeg", "png", "webp", "fill", "junk", "restart", "extension"],
+)
+def test_too_many_parts_are_refused_before_the_header_is_read(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Image.open(io.BytesIO(data)) as image:  # or this would say nothing
+        assert image.size == (7, 5)
+    monkeypatch.delattr(Image, "open")
+    with pytest.raises(InvalidRequest, match="f: more than 300 segments or chunks beside the pixels"):
+        check_image(data, "f", 1000)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_metadata_is_fine(image_format: str) -> None:
+    assert check_image(_with_parts(image_format, 255), "f", 35) == ImageHeader(image_format, width=7, height=5)
+    profile = _encode(Image.fromarray(PIXELS), image_format, icc_profile=bytes(2**20), exif=b"Exif\0\0" + bytes(50))
+    for data in (profile, profile + bytes(5000)):
+        assert check_image(data, "f", 35) == ImageHeader(image_format, width=7, height=5)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
