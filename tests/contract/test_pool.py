@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
-from common.client import GrpcClient
+from common.client import GrpcClient, SampledGroup
 from common.errors import DeadlineExceeded, InvalidRequest, Unreachable
-from common.pool import RolloutPool
-from common.types import RolloutRequest, SamplingParams, TextPrompt
+from common.pool import RolloutPool, _first_answer
+from common.types import PromptInfo, RolloutRequest, SamplingParams, TextPrompt
 from tests.contract.conftest import FakeActor, StartActor
 from tests.fakes import until
 
@@ -113,3 +114,18 @@ async def test_the_first_actor_may_still_win(start_actor: StartActor, pool_of: M
     )
     assert len(group.completions) == 3
     assert num_groups(full, "refused") == 1
+
+
+async def test_an_answer_wins_over_an_error_of_the_same_moment() -> None:
+    """Whatever the order in which a set of tasks gives them."""
+
+    async def answer() -> SampledGroup:
+        return SampledGroup(PromptInfo("g", "a", np.array([], np.int32), np.array([], np.int32)), ())
+
+    async def refused() -> SampledGroup:
+        raise InvalidRequest("text", "is empty")
+
+    for _ in range(50):
+        tries = [asyncio.create_task(refused()), asyncio.create_task(answer())]
+        await asyncio.wait(tries)
+        assert (await _first_answer(tries)).prompt.group_id == "g"
