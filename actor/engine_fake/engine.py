@@ -81,8 +81,8 @@ class FakeEngine:
         info = self._prompts.understand(request)
         check_prompt_logprobs(request.sampling, len(info.expanded_ids))
         info = with_prompt_logprobs(info, request.sampling, self._config.vocab_size)
-        yield info
         max_tokens = self._max_tokens(request, len(info.expanded_ids))
+        yield info
         digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(item.sha256 for item in request.media)).digest()
         num_samples = request.sampling.num_beams or request.sampling.n
         tokens = [self._tokens(request, digest, i, max_tokens) for i in range(num_samples)]

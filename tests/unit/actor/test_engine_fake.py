@@ -127,7 +127,7 @@ async def test_prompts_that_do_not_fit() -> None:
     engine = FakeEngine(FakeConfig(max_context_tokens=5), "x")
     too_long = EngineRequest("g", TokenPrompt((2,) * 5), (), SamplingParams())
     with pytest.raises(InvalidRequest, match="5 tokens; the context has 5"):
-        await _run(engine, too_long)
+        await anext(engine.generate(too_long))  # before anything is sent
     no_place = EngineRequest("g", TokenPrompt((2,)), MEDIA[:1], SamplingParams())
     with pytest.raises(InvalidRequest, match="1 items came, the prompt has room for 0"):
         await _run(engine, no_place)
