@@ -114,6 +114,7 @@ def _check_chat(prompt: ChatPrompt, num_media: int, limits: ServerLimits) -> Non
     for i, message in enumerate(prompt.messages):
         if not message.role:
             raise InvalidRequest(f"chat.messages[{i}].role", "is empty")
+        num_chars += len(message.role)
         for j, part in enumerate(message.parts):
             if not isinstance(part, MediaPart):
                 num_chars += len(part.text)

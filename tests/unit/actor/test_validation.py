@@ -54,7 +54,7 @@ def test_good_requests_pass() -> None:
     for greedy in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, n=2, num_beams=2)):
         check_request(_request(sampling=greedy), LIMITS, 320)
     check_request(_request(prompt=TokenPrompt(tuple(range(100)))), LIMITS, 320)
-    for text in (TextPrompt("\u00e9" * 6400), _chat(TextPart("x" * 6000), TextPart("x" * 400))):
+    for text in (TextPrompt("\u00e9" * 6400), _chat(TextPart("x" * 6000), TextPart("x" * 396))):
         check_request(_request(prompt=text), LIMITS, 320)
 
 
@@ -69,7 +69,11 @@ def test_good_requests_pass() -> None:
         # Characters: these have two bytes each.
         ({"prompt": TextPrompt("\u00e9" * 6401)}, "text: 6401 characters, more than 100 tokens can be"),
         (
-            {"prompt": _chat(TextPart("x" * 6000), TextPart("x" * 401))},
+            {"prompt": _chat(TextPart("x" * 6000), TextPart("x" * 397))},  # and "user"
+            "chat.messages: 6401 characters, more than 100 tokens can be",
+        ),
+        (
+            {"prompt": ChatPrompt((ChatMessage("x" * 6401, ()),))},
             "chat.messages: 6401 characters, more than 100 tokens can be",
         ),
         ({"prompt": ChatPrompt(())}, "chat.messages: is empty"),
