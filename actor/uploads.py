@@ -71,8 +71,9 @@ class Uploads:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_CALL} items in one call")
                 elif upload is None:
                     raise InvalidRequest("sha256", "is missing in the first chunk")
-                self._check_room(len(request.chunk))
-                upload.append(request.chunk)
+                chunk = request.chunk  # a copy, each time that it is asked for
+                self._check_room(len(chunk))
+                upload.append(chunk)
             checking = await self._ended(upload, checking)
             if checking is not None:
                 await checking
