@@ -27,6 +27,8 @@ from learner.weights.snapshot import Snapshot, Snapshotter
 
 # What the families call their text model; all else in a model comes before it.
 _TEXT_MODELS = ("language_model", "text_model")
+# In place of a path, which is longer.
+_NO_CHECKPOINT = "-"
 
 
 class Policy:
@@ -154,10 +156,21 @@ class Policy:
         self._checkpoints.wait()
 
     def restore(self, run_dir: Path) -> dict[str, Any] | None:
-        """Load the newest checkpoint of the run, if there is one; the `state` that was saved with it."""
-        checkpoint = latest_checkpoint(run_dir)
-        if checkpoint is None:
+        """Load the newest checkpoint of the run, if there is one; the `state` that was saved with it.
+
+        Rank 0 says which that is: on a network file system the others may still see an older one as the newest. Raises
+        ConfigError on a rank that does not see it.
+        """
+        newest = str(latest_checkpoint(run_dir) or _NO_CHECKPOINT).encode() if self._ranks.is_main else None
+        name = self._ranks.broadcast(newest).decode()
+        if name == _NO_CHECKPOINT:
             return None
+        checkpoint = Path(name)
+        if not checkpoint.is_dir():
+            raise ConfigError(
+                f"{checkpoint}: the run goes on from this checkpoint, and rank {self._ranks.rank} does not see it; all "
+                "ranks need the run folder on a file system that they share"
+            )
         state = read_state(checkpoint)
         load_checkpoint(checkpoint, self.model, self._optimizer)
         self.version = int(state["version"])

@@ -187,6 +187,23 @@ def test_a_rank_with_nothing_to_train_takes_part(results: dict[str, Result]) -> 
     assert result.stats[0][0]["num_sequences"] == 2
 
 
+def test_all_ranks_resume_at_the_checkpoint_that_rank_0_sees(tmp_path: Path, model_dir: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.integration.resume_ranks", str(tmp_path), str(model_dir)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen == {"state": {"version": 2}, "version": 2, "values": [2.0]}
+
+
 @pytest.mark.parametrize("first", ["processor", "policy"])
 def test_processor_and_policy_load_in_either_order_in_a_fresh_process(model_dir: Path, first: str) -> None:
     """Each repairs torchvision before importing it (common.torchvision_ops); importing them loads no model code."""

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from common.config import ConfigError
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.checkpoint import latest_checkpoint, read_state
 from learner.config import LearnerConfig
-from learner.distributed import join_ranks
+from learner.distributed import Ranks, join_ranks
 from learner.policy import Policy
 from tests.unit.learner_math.groups import centred, mixed_groups
 
@@ -85,6 +86,19 @@ def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Trai
         policy.save(tmp_path, {})
     policy.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_says_so(
+    make_policy: Callable[[], Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy()
+    missing = tmp_path / "checkpoints" / "step-000007"
+    monkeypatch.setattr(Ranks, "broadcast", lambda *_: str(missing).encode())
+    with pytest.raises(
+        ConfigError, match=f"{missing}: the run goes on from this checkpoint, and rank 0 does not see it"
+    ):
+        policy.restore(tmp_path)
+    assert policy.version == 0
 
 
 @pytest.mark.parametrize("room", [0, 100_000], ids=["nothing is written", "a part is written"])
