@@ -128,12 +128,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore parameters and optimizer in place; a collective, on any number of ranks."""
+    """Restore parameters and the optimizer's moments in place; a collective, on any number of ranks.
+
+    The optimizer's settings stay those that it was made with.
+    """
+    settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
     set_state_dict(
         model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_WHAT_TRAINS
     )
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)
 
 
 def export_model(model: Any, source: Path, target: Path) -> Path:

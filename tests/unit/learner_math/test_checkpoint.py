@@ -23,17 +23,17 @@ Train = Callable[[Policy], None]
 
 
 @pytest.fixture
-def make_policy(model_dir: Path) -> Iterator[Callable[[], Policy]]:
-    config = LearnerConfig.model_validate(
-        {
-            "model": {"path": model_dir},
-            "data": {"train": "unused"},
-            "trainer": {"total_steps": 10, "batch_prompts": 4, "keep_checkpoints": 2},
-            "optimizer": {"lr": 1e-2},
-        }
-    )
+def make_policy(model_dir: Path) -> Iterator[Callable[..., Policy]]:
+    """Takes settings of the optimizer."""
+    config = {
+        "model": {"path": model_dir},
+        "data": {"train": "unused"},
+        "trainer": {"total_steps": 10, "batch_prompts": 4, "keep_checkpoints": 2},
+    }
     with join_ranks("cpu") as ranks:
-        yield lambda: Policy(config, ranks)
+        yield lambda **optimizer: Policy(
+            LearnerConfig.model_validate(config | {"optimizer": {"lr": 1e-2} | optimizer}), ranks
+        )
 
 
 @pytest.fixture
@@ -86,6 +86,22 @@ def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Trai
         policy.save(tmp_path, {})
     policy.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_resumed_optimizer_has_its_state_and_the_settings_of_now(
+    make_policy: Callable[..., Policy], train: Train, tmp_path: Path
+) -> None:
+    before = make_policy()
+    train(before)
+    before.save(tmp_path, {})
+    before.finish()
+    after = make_policy(weight_decay=0.5, betas=(0.8, 0.9), eps=1e-6)
+    after.restore(tmp_path)
+    then, now = before._optimizer, after._optimizer
+    assert [group["weight_decay"] for group in now.param_groups] == [0.5, 0.0]
+    assert [(group["betas"], group["eps"]) for group in now.param_groups] == [((0.8, 0.9), 1e-6)] * 2
+    for old, new in zip(before.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(then.state[old]["exp_avg"].full_tensor(), now.state[new]["exp_avg"].full_tensor())
 
 
 def test_a_rank_that_does_not_see_the_checkpoint_says_so(
