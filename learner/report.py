@@ -22,6 +22,8 @@ class Progress:
 
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    evaluated_version: int | None = None
+    """That `accuracy_after` is of."""
     pass_at_k_before: dict[str, float] = dataclasses.field(default_factory=dict)
     pass_at_k_after: dict[str, float] = dataclasses.field(default_factory=dict)
     parity_max_abs_diff: float | None = None
@@ -101,11 +103,17 @@ class Reporter:
         """What goes on now."""
         self._display.phase(text)
 
+    @property
+    def evaluated_version(self) -> int | None:
+        """The last one of which the accuracy is known."""
+        return self._progress.evaluated_version
+
     def accuracy(self, version: int, result: Evaluation) -> None:
         """The held-out rows were evaluated."""
         if version == 0:
             self._progress.accuracy_before = result.accuracy
         self._progress.accuracy_after = result.accuracy
+        self._progress.evaluated_version = version
         rates = {str(k): rate for k, rate in result.pass_at_k.items()}  # as JSON has them
         if version == 0:
             self._progress.pass_at_k_before = rates

@@ -88,7 +88,7 @@ class Trainer:
         first = self._policy.snapshot()
         if self._zero is not None and first is not None:
             self._zero.control.publish(first)
-        if self._policy.version == 0:
+        if self._is_evaluation_due():
             self._evaluate()
         if self._zero is not None:
             self._zero.reporter.training_begins()
@@ -96,7 +96,7 @@ class Trainer:
             self._step()
             is_last = self._policy.version == settings.total_steps
             try:
-                if is_last or _is_due(self._policy.version, settings.eval_every):
+                if self._is_evaluation_due():
                     self._evaluate()
             finally:  # an evaluation that fails ends the run, and must not cost its steps
                 if is_last or _is_due(self._policy.version, settings.checkpoint_every):
@@ -136,8 +136,14 @@ class Trainer:
                 "optimizer.lr, or look at rewards and data"
             )
 
+    def _is_evaluation_due(self) -> bool:
+        settings = self._config.trainer
+        version = self._policy.version
+        return version in (0, settings.total_steps) or _is_due(version, settings.eval_every)
+
     def _evaluate(self) -> None:
-        if self._zero is None:
+        """Unless the run has done so at this version, before it was resumed."""
+        if self._zero is None or self._zero.reporter.evaluated_version == self._policy.version:
             return
         reporter = self._zero.reporter
         reporter.phase("evaluating")

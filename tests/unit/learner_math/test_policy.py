@@ -20,11 +20,14 @@ from learner.batch.transport import encode_packs
 from learner.checkpoint import CheckpointWriter, latest_checkpoint
 from learner.config import LearnerConfig
 from learner.distributed import join_ranks
+from learner.evaluate import Evaluation
 from learner.ledger import Ledger
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.policy import Policy, vision_parts
+from learner.report import Progress, Reporter
 from learner.step import merge_stats
+from learner.summary import Summary
 from learner.trainer import RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
@@ -204,9 +207,8 @@ def test_what_an_image_passes_is_all_but_the_text_model(family: str, tmp_path: P
         assert taken.update(full=False)[0].updates_vision
 
 
-def test_an_evaluation_that_fails_costs_no_checkpoint(
-    tmp_path: Path, model_dir: Path, processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def one_step(model_dir: Path, processor: PromptProcessor) -> tuple[LearnerConfig, MagicMock]:
+    """A run of one step, and what stands in for its actors."""
     config = LearnerConfig.model_validate(
         {
             "model": {"path": model_dir},
@@ -219,6 +221,37 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(
         dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, suppressed_token_ids=(262, 263)))
         for group in mixed_groups(processor)
     ]
+    return config, control
+
+
+def test_a_resumed_run_makes_up_for_a_last_evaluation_that_failed(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor
+) -> None:
+    config, control = one_step(model_dir, processor)
+
+    def train(name: str, *evaluations: Evaluation | RuntimeError) -> Summary:
+        """From the checkpoint, if there is one."""
+        control.evaluate.side_effect = evaluations
+        policy = Policy(config, ranks)
+        state = policy.restore(tmp_path / name) or {"progress": {}}
+        reporter = Reporter(MagicMock(), MagicMock(), Progress(**state["progress"]))
+        zero = RankZero(control, Ledger(0, 4), reporter)
+        return reporter.summary("", 0, 1, Trainer(config, ranks, policy, tmp_path / name, zero).run())
+
+    first, last = Evaluation(0.25, 8, 4.0), Evaluation(0.75, 8, 4.0)
+    with join_ranks("cpu") as ranks:
+        with pytest.raises(RuntimeError, match="no actor answers"):
+            train("failed", first, RuntimeError("no actor answers"))
+        summary = train("failed", last)
+        assert (summary.accuracy_before, summary.accuracy_after) == (0.25, 0.75)
+        train("whole", first, last)
+        assert train("whole").accuracy_after == 0.75  # it is not made again
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, control = one_step(model_dir, processor)
     control.evaluate.side_effect = [None, RuntimeError("no actor answers")]
     written = threading.Event()
     finish = CheckpointWriter._finish
