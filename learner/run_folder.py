@@ -3,7 +3,7 @@
     runs/<name>-<time>/  config.yaml  logs/  metrics.jsonl  checkpoints/  export/  summary.json
 
 A run is finished when it has a summary. The same configuration started again continues the newest run that is not,
-unless another process is at work in it.
+unless another process is at work in it; a learner gives such a process some time to end.
 """
 
 import contextlib
@@ -49,6 +49,9 @@ _PLACE_IN = {
         "device",
     },
 }
+# As long as Kubernetes lets a pod take to end.
+_GRACE_S = 60.0
+_LOOK_S = 0.5
 # Of the keys in which an unfinished run differs.
 _MAX_TOLD_KEYS = 3
 
@@ -62,7 +65,10 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     """
     if config.run_dir and not config.resume and any(config.run_dir.glob("checkpoints/step-*")):
         raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
-    unfinished = _unfinished(config) if config.resume and config.run_dir is None else None
+    unfinished = None
+    if config.resume and config.run_dir is None:
+        # Two launchers are two runs on purpose; a second learner may be what replaces the first.
+        unfinished = _unfinished(config, patience_s=_GRACE_S if role == "learner" else 0.0)
     run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _lock(run_dir, role):
@@ -95,6 +101,16 @@ def _is_free(run_dir: Path) -> bool:
             return True
     except ConfigError:
         return False
+
+
+def _gets_free(run_dir: Path, patience_s: float) -> bool:
+    """Whether no process is at work in the folder, or none is after this time; waiting is said."""
+    if patience_s and not _is_free(run_dir):
+        print(f"another learner is at work in {run_dir}; waiting up to {patience_s:g} s for its end", flush=True)
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline and not _is_free(run_dir):
+            time.sleep(_LOOK_S)
+    return _is_free(run_dir)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -134,21 +150,31 @@ def _new(config: LearnerConfig) -> Path:
     raise ConfigError(f"{base} and a hundred more exist")
 
 
-def _unfinished(config: LearnerConfig) -> Path | None:
+def _unfinished(config: LearnerConfig, patience_s: float) -> Path | None:
     """The newest folder that was begun with this configuration, has no summary, and nobody works in."""
     wanted = _identity(config.model_dump(mode="json"))
     hint = ""
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
-        begun = None if (run_dir / "summary.json").exists() else _read(run_dir / "config.yaml")
-        if begun is None or begun.get("name") != config.name or not _is_free(run_dir):
+        begun = _read(run_dir / "config.yaml")
+        if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue
         odd = _differences(_identity(begun), wanted)
-        if not odd:
+        is_free = _gets_free(run_dir, 0.0 if odd else patience_s)
+        if _is_finished(run_dir):  # by now
+            continue
+        if is_free and not odd:
             return run_dir
-        hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}; run_dir={run_dir} continues it"
+        if is_free:
+            hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}; run_dir={run_dir} continues it"
+        elif not odd:
+            hint = hint or f"{run_dir} is unfinished, and another learner is at work in it"
     if hint:
         print(f"a new run: {hint}", flush=True)
     return None
+
+
+def _is_finished(run_dir: Path) -> bool:
+    return (run_dir / "summary.json").exists()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

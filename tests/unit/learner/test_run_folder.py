@@ -1,5 +1,6 @@
 """Which run folder a command works in."""
 
+import contextlib
 import errno
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,40 @@ def test_a_run_that_somebody_works_in_is_left_alone(tmp_path: Path, role: run_fo
             pass
     with run_folder.held(_config(tmp_path, run_dir=first), role) as again:
         assert again == first
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_learner_waits_for_the_one_before_it_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_finished: bool
+) -> None:
+    """As where a Job is deleted and applied again: its pod is still ending then."""
+    with contextlib.ExitStack() as before:
+        first = before.enter_context(run_folder.held(_config(tmp_path), "learner"))
+
+        def sleep(_seconds: float) -> None:
+            if is_finished:
+                (first / "summary.json").write_text("{}")
+            before.close()
+
+        monkeypatch.setattr("time.sleep", sleep)
+        with run_folder.held(_config(tmp_path), "learner") as second:
+            assert (second == first) == (not is_finished)
+    assert capsys.readouterr().out == f"another learner is at work in {first}; waiting up to 60 s for its end\n"
+
+
+def test_a_learner_that_does_not_end_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "a new run: {} is unfinished, and another learner is at work in it\n"
+    with run_folder.held(_config(tmp_path), "learner") as first:
+        second = _chosen(_config(tmp_path))  # a launcher waits for nobody
+        assert capsys.readouterr().out == hint.format(first)
+        monkeypatch.setattr(run_folder, "_GRACE_S", 0.01)
+        with run_folder.held(_config(tmp_path), "learner") as again:
+            assert again == second
+        with run_folder.held(_config(tmp_path), "learner"), run_folder.held(_config(tmp_path), "learner") as third:
+            assert third not in (first, second)
+        assert capsys.readouterr().out.endswith(hint.format(second))
 
 
 def test_a_launcher_and_its_learner_share_a_folder(tmp_path: Path) -> None:
