@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic_core import to_jsonable_python
@@ -72,10 +72,9 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _lock(run_dir, role):
-        path = run_dir / "config.yaml"
-        if run_dir == unfinished or not path.exists():
-            # A run whose configuration is gone could not be continued.
-            write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        # A launcher's learner has another configuration, with the model that was prepared for it.
+        if role == "launcher" or _is_free(run_dir, "launcher"):
+            write_whole(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 
 
@@ -94,10 +93,12 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_free(run_dir: Path) -> bool:
-    """Whether no process is at work in the folder."""
+def _is_free(run_dir: Path, *roles: Role) -> bool:
+    """Whether no process has one of these roles in the folder; without any, whether none is at work in it at all."""
     try:
-        with _lock(run_dir, "launcher"), _lock(run_dir, "learner"):
+        with contextlib.ExitStack() as locks:
+            for role in roles or get_args(Role):
+                locks.enter_context(_lock(run_dir, role))
             return True
     except ConfigError:
         return False

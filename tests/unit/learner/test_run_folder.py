@@ -78,6 +78,22 @@ def test_a_full_disk_leaves_the_configuration_of_a_run(tmp_path: Path, monkeypat
     assert _chosen(_config(tmp_path)) == first
 
 
+def test_a_run_that_goes_on_with_other_settings_is_a_run_of_these(tmp_path: Path) -> None:
+    first = _chosen(_config(tmp_path))
+    with run_folder.held(_config(tmp_path, optimizer={"lr": 0.1}, run_dir=first), "learner"):
+        pass
+    assert _chosen(_config(tmp_path, optimizer={"lr": 0.1})) == first
+    assert _chosen(_config(tmp_path)) != first
+
+
+def test_a_launchers_learner_leaves_the_configuration_as_it_is(tmp_path: Path) -> None:
+    with run_folder.held(_config(tmp_path), "launcher") as first:
+        prepared = _config(tmp_path, run_dir=first, model={"path": first / "model"})
+        with run_folder.held(prepared, "learner"):
+            pass
+    assert _chosen(_config(tmp_path)) == first
+
+
 def test_without_resume_no_checkpoint_is_resumed(tmp_path: Path) -> None:
     config = _config(tmp_path, run_dir=tmp_path / "here", resume=False)
     assert _chosen(config) == tmp_path / "here"
