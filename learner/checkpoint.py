@@ -31,7 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from common.config import ConfigError
+from common.log import get_logger
 from learner.model.lora import merged_state, save_adapter
+
+log = get_logger(__name__)
 
 _STATE = "state.json"
 # What is frozen is in `model.path`, as it was.
@@ -82,6 +85,11 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._finish, shards, partial, target, text)
         return target
 
+    def check(self) -> None:
+        """Raise what `wait` would raise, if that is known already."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
     def wait(self) -> None:
         """Until what was begun is written.
 
@@ -107,6 +115,7 @@ class CheckpointWriter:
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
         _sync(target.parent)
+        log.info("checkpoint", path=str(target))
         for old in _all(target.parent.parent)[: -self._keep]:
             shutil.rmtree(old)
 

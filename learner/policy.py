@@ -91,7 +91,11 @@ class Policy:
 
         `parts` are, for each mini-batch, rank 0's encoded packs for each rank; None on the other ranks. Returns the
         statistics of each update: for each mini-batch those of its epochs.
+
+        Raises:
+            OSError: the checkpoint before could not be written; a step now would only be lost too.
         """
+        self._checkpoints.check()
         trainer = self._config.trainer
         mini_batches = [
             [self._annotated(pack) for pack in decode_packs(self._ranks.scatter(parts[i] if parts else None))]

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.log import get_logger
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.distributed import Ranks
@@ -27,8 +26,6 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Reporter
 from learner.step import StepStats, merge_stats
-
-log = get_logger(__name__)
 
 # Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
@@ -156,8 +153,7 @@ class Trainer:
         state = {}
         if self._zero is not None:
             state = {"ledger": self._zero.ledger.to_dict(), "progress": self._zero.reporter.state()}
-        path = self._policy.save(self._run_dir, state)
-        log.info("checkpoint", path=str(path))
+        self._policy.save(self._run_dir, state)
 
 
 def _is_due(version: int, every: int) -> bool:

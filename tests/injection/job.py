@@ -101,7 +101,7 @@ class Job:
         return [Published(_time(line), line["version"], line["num_actors"]) for line in lines]
 
     def steps_at(self, after: float = 0.0) -> list[float]:
-        """When steps were taken, by their checkpoints."""
+        """When checkpoints were on disk; each step has one."""
         return [_time(line) for line in self._said("checkpoint", after)]
 
     def left_at(self, machine: Machine, after: float) -> list[float]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, also on a full disk, and written while training goes on."""
 
+import concurrent.futures
 import contextlib
 import resource
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from common.config import ConfigError
@@ -137,3 +139,32 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     policy.finish()
     again = make_policy()
     assert again.restore(tmp_path) == {"version": 2}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    train(policy)
+    with full_disk(0):
+        policy.save(tmp_path, {})
+        writing = policy._checkpoints._writing
+        assert writing is not None
+        concurrent.futures.wait([writing])
+    with pytest.raises(OSError, match="rank 0 could not write its part of the checkpoint"):
+        train(policy)
+    assert policy.version == 1
+
+
+def test_a_checkpoint_is_told_of_once_it_is_on_disk(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    with structlog.testing.capture_logs() as logs:
+        with full_disk(0), contextlib.suppress(OSError):
+            policy.save(tmp_path, {})
+            policy.finish()
+        train(policy)
+        path = policy.save(tmp_path, {})
+        policy.finish()
+    assert [(entry["event"], entry["path"]) for entry in logs] == [("checkpoint", str(path))]
