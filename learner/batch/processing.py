@@ -16,6 +16,8 @@ from torch import Tensor
 
 from common import torchvision_ops
 from common.chat import template_messages
+from common.config import ConfigError
+from common.errors import InvalidRequest, TooLarge
 from common.media import content_hash, decode_image
 from common.placeholders import image_token_id
 from common.types import ChatMessage, MediaPart, ServerLimits
@@ -66,8 +68,7 @@ class PromptProcessor:
         """Render, tokenize and expand a sample's messages with its images.
 
         Raises:
-            ValueError: messages and images do not fit together.
-            common.errors.InvalidRequest, common.errors.TooLarge: an image cannot be decoded.
+            ConfigError: messages and images do not fit together, or an image cannot be decoded; it names the row.
         """
         sha256 = tuple(content_hash(image) for image in sample.images)
         key = hashlib.sha256(repr((sample.messages, sha256)).encode()).digest()
@@ -75,16 +76,11 @@ class PromptProcessor:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-            parts = [part for message in sample.messages for part in message.parts]
-            indices = [part.index for part in parts if isinstance(part, MediaPart)]
-            if indices != list(range(len(sample.images))):
-                raise ValueError(
-                    f"row {sample.row}: its messages refer to images {indices}, but it has {len(sample.images)}"
-                )
-            images = [
-                decode_image(image, f"images[{index}]", self._max_pixels) for index, image in enumerate(sample.images)
-            ]
-            processed = self._run(self.render(sample.messages), images, sha256)
+            try:
+                processed = self._run(self.render(sample.messages), self._decoded(sample), sha256)
+            except (ValueError, InvalidRequest, TooLarge) as error:
+                source = f" of {sample.data_source}" if sample.data_source else ""
+                raise ConfigError(f"row {sample.row}{source}: {error}") from error
             self._remember(key, processed)
             return processed
 
@@ -101,6 +97,13 @@ class PromptProcessor:
             template_messages(messages), tokenize=False, add_generation_prompt=True
         )
         return text
+
+    def _decoded(self, sample: PromptSample) -> list[Image.Image]:
+        parts = [part for message in sample.messages for part in message.parts]
+        indices = [part.index for part in parts if isinstance(part, MediaPart)]
+        if indices != list(range(len(sample.images))):
+            raise ValueError(f"its messages refer to images {indices}, but it has {len(sample.images)}")
+        return [decode_image(image, f"images[{i}]", self._max_pixels) for i, image in enumerate(sample.images)]
 
     def _run(self, text: str, images: Sequence[Image.Image], sha256: tuple[bytes, ...]) -> ProcessedPrompt:
         arguments: dict[str, Any] = {"images": list(images)} if images else {}

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import threading
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import InvalidRequest
+from common.config import ConfigError
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.batch.packing import Row, pack
 from learner.batch.processing import PromptProcessor
@@ -95,10 +96,35 @@ def test_messages_and_images_must_fit_together(
     processor: PromptProcessor, parts: tuple[TextPart | MediaPart, ...], num_images: int
 ) -> None:
     images = tuple(image_bytes(seed) for seed in range(num_images))
-    with pytest.raises(ValueError, match="row 5: its messages refer to images"):
+    with pytest.raises(ConfigError, match=r"^row 5: its messages refer to images"):
         processor.process(PromptSample(5, (ChatMessage("user", parts),), images, None))
 
 
-def test_bytes_that_are_no_image_are_named(processor: PromptProcessor) -> None:
-    with pytest.raises(InvalidRequest, match="not an image"):
-        processor.process(sample(0, "x", [b"GIF89a nonsense"]))
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        (b"GIF89a nonsense", "not an image in PNG, JPEG or WebP format"),
+        (image_bytes(0)[:-40], "damaged PNG file: OSError"),
+        (image_bytes(0, 112, 112), "112x112 pixels, more than the limit of 10000"),
+    ],
+    ids=["no image", "truncated", "too large"],
+)
+def test_an_image_that_cannot_be_read_is_refused_by_the_number_of_its_row(
+    model_dir: Path, image: bytes, problem: str
+) -> None:
+    processor = PromptProcessor(model_dir, max_pixels=10_000)
+    broken = sample(5, "x", [image_bytes(1), image])
+    with pytest.raises(ConfigError) as caught:
+        processor.process(broken)
+    assert str(caught.value) == f"row 5: images[1]: {problem}"
+    with pytest.raises(ConfigError, match=r"^row 5 of charts: images\[1\]: "):
+        processor.process(dataclasses.replace(broken, data_source="charts"))
+
+
+def test_images_that_do_not_add_up_are_refused_by_the_number_of_their_row(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = PromptProcessor(model_dir)
+    monkeypatch.setattr(processor, "_image_token_id", 1)
+    with pytest.raises(ConfigError, match=r"^row 5: the processor expanded 1 images to \(4,\) tokens, but the prompt"):
+        processor.process(sample(5, "x", [image_bytes(1)]))
