@@ -262,6 +262,8 @@ class _Meter:
         """The whole step, once reduced."""
         sums = dict(zip(self._SUMS, self._sums.tolist(), strict=True))
         tokens = totals.num_tokens
+        # Gloo's maximum loses a NaN of any rank but the first; a sum does not.
+        parity_max = math.nan if math.isnan(sums["parity"]) else float(self._parity_max)
         return StepStats(
             loss=sums["loss"],
             grad_norm=grad_norm,
@@ -272,7 +274,7 @@ class _Meter:
             ratio_mean=sums["ratio"] / tokens,
             kl=sums["actor_kl"] / tokens,
             reference_kl=sums["reference_kl"] / tokens,
-            parity_max_abs_diff=float(self._parity_max),
+            parity_max_abs_diff=parity_max,
             parity_mean_abs_diff=sums["parity"] / max(1.0, sums["parity_tokens"]),
             parity_tokens=int(sums["parity_tokens"]),
             num_tokens=tokens,

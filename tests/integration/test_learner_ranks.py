@@ -1,6 +1,7 @@
 """Real processes under FSDP2 on Gloo: any number of ranks takes the same step, and mixed modalities do not deadlock."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,6 +72,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, processor
         "sgd-modalities-swapped": by_modality[::-1],
         "adamw-idle": pack([image], 2),
     }
+    not_a_number = pack(groups, 2)
+    not_a_number[1][0].actor_logprobs[0] = math.nan
+    two_ranks["adamw-nan"] = not_a_number
     four_ranks = {"sgd-4-hybrid": pack(groups, 4)}
     directory = tmp_path_factory.mktemp("ranks")
     return {
@@ -185,6 +189,11 @@ def test_a_rank_with_nothing_to_train_takes_part(results: dict[str, Result]) -> 
     assert sorted(len(batches[0].targets) for batches in result.packs) == [0, 5]
     assert result.stats[0] == result.stats[1]
     assert result.stats[0][0]["num_sequences"] == 2
+
+
+def test_a_difference_that_is_no_number_counts_on_any_rank(results: dict[str, Result]) -> None:
+    for rank in results["adamw-nan"].stats:
+        assert all(math.isnan(step["parity_max_abs_diff"]) and step["skipped"] for step in rank)
 
 
 def test_all_ranks_resume_at_the_checkpoint_that_rank_0_sees(tmp_path: Path, model_dir: Path) -> None:
