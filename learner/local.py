@@ -141,7 +141,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
 
     from learner import run_folder
 
-    run_folder.clear_last_words(run_dir)
+    run_folder.clear_last_words(run_dir)  # one may have ended only now
     path = run_dir / "learner.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -72,8 +72,9 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with _lock(run_dir, role):
-        # A launcher's learner has another configuration, with the model that was prepared for it.
+        # A launcher does this for its learner, whose configuration has the model that was prepared for it.
         if role == "launcher" or _is_free(run_dir, "launcher"):
+            clear_last_words(run_dir)
             write_whole(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 

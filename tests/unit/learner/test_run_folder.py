@@ -174,5 +174,18 @@ def test_the_first_last_words_count(tmp_path: Path) -> None:
     run_folder.leave_last_words(tmp_path, 1, "ImageMismatch: group 3: two images")
     run_folder.leave_last_words(tmp_path, 1, "RuntimeError: connection closed by peer")
     assert run_folder.read_last_words(tmp_path) == (1, "ImageMismatch: group 3: two images")
-    run_folder.clear_last_words(tmp_path)
-    assert run_folder.read_last_words(tmp_path) is None
+
+
+@pytest.mark.parametrize("role", ["launcher", "learner"])
+def test_last_words_are_not_those_of_an_earlier_learner(tmp_path: Path, role: run_folder.Role) -> None:
+    with run_folder.held(_config(tmp_path), role) as run_dir:
+        run_folder.leave_last_words(run_dir, 1, "OSError: disk full")
+    with run_folder.held(_config(tmp_path, run_dir=run_dir), role):
+        assert run_folder.read_last_words(run_dir) is None
+
+
+def test_a_learner_leaves_the_last_words_of_another_rank_to_its_launcher(tmp_path: Path) -> None:
+    with run_folder.held(_config(tmp_path), "launcher") as run_dir:
+        run_folder.leave_last_words(run_dir, 1, "OSError: disk full")
+        with run_folder.held(_config(tmp_path, run_dir=run_dir), "learner"):
+            assert run_folder.read_last_words(run_dir) == (1, "OSError: disk full")
