@@ -17,10 +17,14 @@ SERVE_ADDRESS = "127.0.0.1:50051"
 
 
 class MetricsWriter:
-    """Appends one JSON object per line, each on disk when `write` returns. A resumed run appends to what is there."""
+    """Appends one JSON object per line, each on disk when `write` returns. A resumed run appends to what is there.
+
+    A last line that a kill has torn is taken away: every line can be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line. Numbers that JSON does not know (NaN, infinity) become null."""

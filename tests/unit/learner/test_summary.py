@@ -29,6 +29,15 @@ def test_metrics_are_one_json_object_per_line_and_a_resumed_run_appends(tmp_path
     assert lines == [{"step": step, "reward": 0.5, "kl": None, "ages": [1, 2]} for step in range(2)]
 
 
+def test_a_line_that_a_kill_has_torn_is_gone_once_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "rewa')
+    writer = MetricsWriter(path)
+    writer.write({"step": 2})
+    writer.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_summary_json_has_the_promised_fields(tmp_path: Path) -> None:
     path = write_summary(tmp_path, SUMMARY)
     assert path == tmp_path / "summary.json"
