@@ -47,6 +47,8 @@ log = get_logger(__name__)
 # How long the loop may take to end, and how often a caller looks whether it still runs.
 _CLOSE_S = 10.0
 _LOOK_S = 0.5
+# Why groups of a step whose gradient was not finite are dropped.
+_SKIPPED = "STEP_SKIPPED"
 
 T = TypeVar("T")
 
@@ -113,10 +115,11 @@ class Control:
         )
         self._metrics = LearnerMetrics(
             members=self._fleet.members,
-            stats=self._dispatcher.stats,
+            stats=self.stats,
             num_buffered=self._buffer.__len__,
             version=version,
         )
+        self._skipped: dict[str, int] = {}  # as `DispatchStats.dropped`
         self._stop_metrics: Callable[[], None] = lambda: None
         self._publisher: Publisher | None = None
         self._loop = uvloop.new_event_loop()
@@ -170,7 +173,9 @@ class Control:
         self._metrics.trained(groups, version, wait_s)
         dropped = {group.sequence for group in skipped}
         for sequence in dropped:
-            self._ledger.mark_dropped(sequence, "STEP_SKIPPED")
+            self._ledger.mark_dropped(sequence, _SKIPPED)
+        if dropped:
+            self._skipped = {_SKIPPED: self._skipped.get(_SKIPPED, 0) + len(dropped)}
         self._ledger.mark_trained([group.sequence for group in groups if group.sequence not in dropped])
         self._dispatcher.set_version(version)
         self.publish(snapshot)
@@ -202,7 +207,8 @@ class Control:
 
     def stats(self) -> DispatchStats:
         """Counts since this process started."""
-        return self._dispatcher.stats()
+        stats = self._dispatcher.stats()
+        return dataclasses.replace(stats, dropped=stats.dropped | self._skipped)
 
     def close(self) -> None:
         """Stop everything; the actors are left as they are."""

@@ -11,10 +11,12 @@ from common.config import ConfigError
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.ledger import Ledger
-from tests.fakes import FakeActor, Rows
+from tests.fakes import FakeActor, Rows, make_group
 
 
-def make_control(on_actor_event: Callable[[str], None] = print, **values: Any) -> Control:
+def make_control(
+    on_actor_event: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any
+) -> Control:
     config = LearnerConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -30,10 +32,25 @@ def make_control(on_actor_event: Callable[[str], None] = print, **values: Any) -
         train=Rows(3),  # type: ignore[arg-type]
         held_out=None,
         processor=MagicMock(),
-        ledger=Ledger(0, 3),
+        ledger=ledger or Ledger(0, 3),
         version=0,
         on_actor_event=on_actor_event,
     )
+
+
+def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
+    ledger = Ledger(0, 3)
+    groups = [make_group(ledger.next_sequence()) for _ in range(3)]
+    control = make_control(ledger=ledger)
+    control._publisher = MagicMock()
+    control.finish_step(groups[:1], 1, MagicMock(), skipped=[], wait_s=0.0)
+    assert control.stats().dropped == {}
+    control.finish_step(groups[1:], 2, MagicMock(), skipped=groups[1:], wait_s=0.0)
+    assert control.stats().dropped == {"STEP_SKIPPED": 2}
+    assert ledger.dropped == {"STEP_SKIPPED": [1, 2]}
+    reason = {"reason": "STEP_SKIPPED"}
+    assert control._metrics.registry.get_sample_value("outrider_learner_dropped_groups_total", reason) == 2
+    control.close()
 
 
 def test_a_start_that_fails_can_be_closed() -> None:
