@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from common.config import ConfigError
 from common.log import get_logger
+from learner.distributed import TIMEOUT
 from learner.model.lora import merged_state, save_adapter
 
 log = get_logger(__name__)
@@ -58,7 +59,7 @@ class CheckpointWriter:
         self._model = model
         self._optimizer = optimizer
         self._keep = keep
-        self._group = dist.new_group(backend="gloo")  # its collectives run beside those of training
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # its collectives run beside those of training
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
 

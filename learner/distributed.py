@@ -17,7 +17,7 @@ from common.config import ConfigError
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group
 
 # Rank 0 waits for rollouts, and the others wait for rank 0; how long that takes is not the group's business.
-_TIMEOUT = timedelta(hours=12)
+TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_para
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        timeout=_TIMEOUT,
+        timeout=TIMEOUT,
         store=store,
         rank=int(os.environ["RANK"]) if store is not None else -1,
         world_size=int(os.environ["WORLD_SIZE"]) if store is not None else -1,

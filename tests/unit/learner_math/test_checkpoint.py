@@ -17,7 +17,7 @@ from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.checkpoint import latest_checkpoint, read_state
 from learner.config import LearnerConfig
-from learner.distributed import Ranks, join_ranks
+from learner.distributed import TIMEOUT, Ranks, join_ranks
 from learner.policy import Policy
 from tests.unit.learner_math.groups import centred, mixed_groups
 
@@ -168,3 +168,8 @@ def test_a_checkpoint_is_told_of_once_it_is_on_disk(
         path = policy.save(tmp_path, {})
         policy.finish()
     assert [(entry["event"], entry["path"]) for entry in logs] == [("checkpoint", str(path))]
+
+
+def test_ranks_wait_for_a_slow_disk_as_long_as_for_anything_else(make_policy: Callable[[], Policy]) -> None:
+    backend = make_policy()._checkpoints._group._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == TIMEOUT
