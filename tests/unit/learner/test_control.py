@@ -14,9 +14,7 @@ from learner.ledger import Ledger
 from tests.fakes import FakeActor, Rows, make_group
 
 
-def make_control(
-    on_actor_event: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any
-) -> Control:
+def make_control(on_actor_event: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:
     config = LearnerConfig.model_validate(
         {
             "model": {"path": "m"},
