@@ -204,9 +204,6 @@ class Internal(OutriderError):
     """A bug on the server; the message carries the id under which its log has the traceback."""
 
 
-# What a client raises without ever having been sent it by an Outrider server.
-
-
 class PermissionDenied(OutriderError):
     """The caller's certificate does not allow the call."""
 
@@ -214,18 +211,21 @@ class PermissionDenied(OutriderError):
     reason = "PERMISSION_DENIED"
 
 
+class DeadlineExceeded(OutriderError):
+    """The deadline of the call passed, or the caller was too slow for the server."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+# What a client raises without ever having been sent it by an Outrider server.
+
+
 class Unreachable(OutriderError):
     """No answer of an Outrider server: it is down, cut off, or died during the call."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "UNREACHABLE"
-
-
-class DeadlineExceeded(OutriderError):
-    """The deadline of the call passed."""
-
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
-    reason = "DEADLINE_EXCEEDED"
 
 
 class MalformedResponse(OutriderError):
@@ -255,6 +255,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         StageCorrupt,
         Internal,
         PermissionDenied,
+        DeadlineExceeded,
     )
 }
 

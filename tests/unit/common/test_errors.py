@@ -14,12 +14,16 @@ EVERY_ERROR = [
     errors.StaleEpoch("epoch 3 is not the current one (4)"),
     errors.NotStaged("nothing is staged"),
     errors.Draining("draining"),
+    errors.Paused("paused"),
     errors.EngineDead("dead"),
     errors.QueueFull(0.25, "full"),
+    errors.TooManyStreams(0.5, "256 calls of one caller"),
     errors.StageTimeout("late"),
     errors.StageBlocked("late"),
     errors.StageCorrupt("bucket 1"),
     errors.Internal("internal error 0abc"),
+    errors.PermissionDenied("Abort needs another certificate"),
+    errors.DeadlineExceeded("no chunk has come for 60 s"),
 ]
 # As the proto files promise them.
 EXPECTED = {
@@ -31,19 +35,31 @@ EXPECTED = {
     "StaleEpoch": (grpc.StatusCode.FAILED_PRECONDITION, "STALE_EPOCH"),
     "NotStaged": (grpc.StatusCode.FAILED_PRECONDITION, "NOT_STAGED"),
     "Draining": (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    "Paused": (grpc.StatusCode.UNAVAILABLE, "PAUSED"),
     "EngineDead": (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD"),
     "QueueFull": (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    "TooManyStreams": (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"),
     "StageTimeout": (grpc.StatusCode.DEADLINE_EXCEEDED, "STAGE_TIMEOUT"),
     "StageBlocked": (grpc.StatusCode.DEADLINE_EXCEEDED, "STAGE_BLOCKED"),
     "StageCorrupt": (grpc.StatusCode.DATA_LOSS, "STAGE_CORRUPT"),
     "Internal": (grpc.StatusCode.INTERNAL, "INTERNAL"),
+    "PermissionDenied": (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    "DeadlineExceeded": (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 }
+# Said by the client alone.
+NEVER_SENT = {errors.Unreachable, errors.MalformedResponse}
 
 
 def _as_received(error: OutriderError) -> grpc.aio.AioRpcError:
     status = to_status(error)
     trailing = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
     return grpc.aio.AioRpcError(error.code, grpc.aio.Metadata(), trailing, status.message)
+
+
+def test_no_error_is_missing_from_the_table_or_here() -> None:
+    classes = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, OutriderError)}
+    named = {cls for cls in classes - {OutriderError} if not cls.__name__.startswith("_")}
+    assert {type(error) for error in EVERY_ERROR} == set(errors._BY_REASON.values()) == named - NEVER_SENT
 
 
 @pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda error: type(error).__name__)
