@@ -215,12 +215,13 @@ async def test_certificates_change_under_a_running_server_and_its_client(authori
         await client.status()
         under_way = asyncio.create_task(client.generate(REQUEST, timeout_s=30))
         await asyncio.sleep(0)
+        old, before = channel_credentials(read_certificates(client_dir)), client._channel
         other = Authority(tmp_path / "good")  # another CA: everything is new
         other.directory(ACTOR)
         other.directory(LEARNER)
         await client.status()
+        assert client._channel is not before
         assert len((await under_way).completions) == 2
-        old = channel_credentials(read_certificates(Authority(tmp_path / "old").directory(LEARNER)))
         assert set((await calls(address, old)).values()) == {grpc.StatusCode.UNAVAILABLE}
 
 
