@@ -1,8 +1,15 @@
-"""docs/rollouts.md names tests; they exist, and the slow ones that CI leaves out are marked."""
+"""docs/rollouts.md names tests; they exist, and slow ones that CI leaves out are marked. It names all that vLLM has."""
 
 import ast
+import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import BeamSearchParams
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,3 +48,18 @@ def test_every_row_that_is_taken_has_a_test() -> None:
         *_, ours, test = (cell.strip() for cell in row.strip("|").split("|"))
         if ours != "Outrider" and not ours.startswith("not taken"):
             assert test, row
+
+
+@pytest.mark.parametrize(
+    ("section", "classes", "others"),
+    [
+        ("Sampling", (SamplingParams, BeamSearchParams), {"BeamSearchParams", "structural_tag"}),
+        ("Results", (RequestOutput, CompletionOutput), {"mm_placeholders"}),
+    ],
+)
+def test_the_column_of_vllm_is_complete(section: str, classes: Sequence[type], others: set[str]) -> None:
+    text = (ROOT / "docs" / "rollouts.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    cells = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ")]
+    named = {name for cell in cells[1:] for code in re.findall(r"`(.*?)`", cell) for name in re.findall(r"\w+", code)}
+    fields = {name for each in classes for name in inspect.signature(each).parameters if not name.startswith("_")}
+    assert named == fields - {"kwargs"} | others
