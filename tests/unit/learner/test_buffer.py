@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,8 +56,10 @@ def test_one_old_token_makes_a_group_old() -> None:
 def test_take_blocks_until_the_batch_is_full() -> None:
     buffer = GroupBuffer(4)
     with ThreadPoolExecutor(1) as trainer:
-        taken = trainer.submit(buffer.take, 2, version=0, max_staleness=0)
         fill(buffer, (1, 0))
+        taken = trainer.submit(buffer.take, 2, version=0, max_staleness=0)
+        while not (taken.done() or buffer._changed._waiters):  # type: ignore[attr-defined]
+            time.sleep(0.001)
         assert not taken.done()
         fill(buffer, (0, 0))
         assert [g.sequence for g in taken.result(timeout=10)] == [0, 1]
