@@ -184,9 +184,11 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path: Any) -> None:
 def test_rotary_frequencies_stay_float32_in_bfloat16(model_dir: Any) -> None:
     half, full = load_policy(model_dir, dtype=torch.bfloat16)[0], load_policy(model_dir)[0]
     assert half.lm_head.weight.dtype == torch.bfloat16
-    for name, buffer in full.named_buffers():
-        if "inv_freq" in name:
-            assert torch.equal(dict(half.named_buffers())[name], buffer), name
+    frequencies = {name: buffer for name, buffer in full.named_buffers() if "inv_freq" in name}
+    assert any("visual" in name for name in frequencies)
+    assert any("language_model" in name for name in frequencies)
+    for name, buffer in frequencies.items():
+        assert torch.equal(dict(half.named_buffers())[name], buffer), name
     assert half.training
     prepare_policy(half)
 
