@@ -26,6 +26,13 @@ def _slow_request(max_tokens: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(group_id="g", text="x", sampling=sampling)
 
 
+async def _draining(weights: Any) -> None:
+    """Wait until the actor has taken the signal."""
+    request, draining = weights_pb2.GetStatusRequest(), weights_pb2.ACTOR_STATE_DRAINING
+    while (await weights.GetStatus(request)).state != draining:  # noqa: ASYNC110 - it is another process
+        await asyncio.sleep(0.01)
+
+
 FAKE = ("--engine", "fake", "--listen", "127.0.0.1:0")
 
 
@@ -38,9 +45,7 @@ async def test_sigterm_drains(launch: Launch) -> None:
     first: Any = await call.read()
     assert first.HasField("prompt")
     actor.process.send_signal(signal.SIGTERM)
-    await asyncio.sleep(0.3)
-    status = await weights.GetStatus(weights_pb2.GetStatusRequest())
-    assert status.state == weights_pb2.ACTOR_STATE_DRAINING
+    await _draining(weights)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await rollouts.Generate(_slow_request(max_tokens=1)).read()
     assert isinstance(from_rpc_error(raised.value), errors.Draining)
@@ -70,7 +75,7 @@ async def test_the_second_signal_insists(launch: Launch) -> None:
     call = RolloutServiceStub(channel).Generate(_slow_request(max_tokens=60))
     await call.read()
     actor.process.send_signal(signal.SIGINT)
-    await asyncio.sleep(0.5)
+    await _draining(WeightServiceStub(channel))
     assert actor.process.returncode is None
     actor.process.send_signal(signal.SIGINT)
     assert await actor.exit_code(timeout_s=3) == 0

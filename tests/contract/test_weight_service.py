@@ -20,6 +20,7 @@ from common.pb.weights.v1 import weights_pb2 as pb
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 from common.wire import epoch_to_proto, manifest_to_proto
 from tests.contract.conftest import FakeActor, StartActor
+from tests.fakes import until
 
 VALUES = torch.arange(6, dtype=torch.float32)
 
@@ -141,7 +142,7 @@ async def test_abort_ends_a_waiting_stage_at_once(start_actor: StartActor) -> No
     await learner.open(1)
     request = pb.StageRequest(run_id="run", epoch=1, manifest=manifest_to_proto(_manifest(1)), timeout_ms=60_000)
     waiting = asyncio.ensure_future(learner.weights.Stage(request, timeout=60))
-    await asyncio.sleep(0.2)
+    await until(lambda: actor.server.policy._running is not None, pause_s=0.01)
     started_s = asyncio.get_running_loop().time()
     await learner.weights.Abort(pb.AbortRequest(run_id="run", epoch=1))
     assert isinstance(await _error(waiting), errors.StaleEpoch)

@@ -1,4 +1,5 @@
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common.types import (
     TokenPrompt,
     VersionSpan,
 )
+from tests.fakes import until
 
 IMAGE = Image.new("RGB", (8, 8))
 MEDIA = (EngineMedia(b"\x01" * 32, IMAGE), EngineMedia(b"\x02" * 32, IMAGE))
@@ -89,15 +91,20 @@ async def test_lengths_of_a_trace_go_by_the_seed() -> None:
 
 async def test_spans_follow_commits() -> None:
     engine = FakeEngine(FakeConfig(token_s=0.01), "x")
-    task = asyncio.create_task(_run(engine, _request(n=1, max_tokens=40, ignore_eos=True)))
-    await asyncio.sleep(0.15)
+    asked_s = time.monotonic()
+    task = asyncio.create_task(_run(engine, _request(n=1, max_tokens=100, ignore_eos=True)))
+    await until(lambda: engine.load().num_running)
+    running_s = time.monotonic()
+    await asyncio.sleep(0.1)
     engine._updates._staged = Manifest(5, (), (), updates_vision=False)
+    before_s = time.monotonic()
     await engine.commit(5)
+    after_s = time.monotonic()
     _, [completion] = await task
     old, new = completion.version_spans
-    assert (old.policy_version, old.start, new.policy_version, new.end) == (0, 0, 5, 40)
+    assert (old.policy_version, old.start, new.policy_version, new.end) == (0, 0, 5, 100)
     assert old.end == new.start
-    assert 8 <= old.end <= 30  # 15 on an idle machine
+    assert (before_s - running_s) / 0.01 <= old.end <= (after_s - asked_s) / 0.01 + 1
 
 
 async def test_closing_the_iterator_frees_the_slots() -> None:
