@@ -40,6 +40,16 @@ class Client:
         self.aborted += 1
 
 
+class BreaksOff(Client):
+    """Never joins; its call ends with an error of its own when it is cancelled."""
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise Unreachable("the call was broken off") from None
+
+
 class Transport:
     """Everybody is in at once; or the join fails `late`."""
 
@@ -126,8 +136,9 @@ async def test_what_fails_after_the_end_is_no_news() -> None:
     unseen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
     late = asyncio.Event()
+    members = [member(Client("one#1", Unreachable("no room"))), member(BreaksOff("one#1"))]
     with pytest.raises(EpochFailed, match="no room"):
-        await open_epoch(SPEC, [member(Client("one#1", StageTimeout("no room")))], Transport(late))
+        await open_epoch(SPEC, members, Transport(late))
     late.set()
     for _ in range(5):
         await asyncio.sleep(0)
