@@ -90,6 +90,11 @@ def test_a_hundred_kills() -> None:
     assert set(result.dropped) <= {"REWARD_RAISED", "ATTEMPTS_EXHAUSTED"}
 
 
+def test_a_seed_decides_everything() -> None:
+    first, second = (simulate(7, lambda rng: make_kill_plan(rng, 30)) for _ in range(2))
+    assert first == second
+
+
 def test_from_1_to_64_to_3_to_32_actors() -> None:
     result = simulate(2, lambda _: make_scale_plan())
     assert result.num_trained == 150 * 8

@@ -7,6 +7,7 @@ import asyncio
 import collections
 import contextvars
 import heapq
+import itertools
 from asyncio import events
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
@@ -38,6 +39,28 @@ class Handle:
         return self.is_cancelled
 
 
+class _Future(asyncio.Future[T]):
+    """Hashed by its number: sets of them would be in the order of their addresses, which no seed decides."""
+
+    def __init__(self, number: int, loop: "VirtualLoop") -> None:
+        super().__init__(loop=loop)
+        self._number = number
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Task(asyncio.Task[T]):
+    """As `_Future`."""
+
+    def __init__(self, number: int, coro: Any, **options: Any) -> None:
+        self._number = number
+        super().__init__(coro, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class VirtualLoop(asyncio.AbstractEventLoop):
     """As much of an event loop as the learner's and the actor's state machines use.
 
@@ -52,6 +75,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._ready: collections.deque[Handle] = collections.deque()
         self._timers: list[tuple[float, int, Handle]] = []
         self._num_timers = 0
+        self._numbers = itertools.count()
 
     def run(self, main: Coroutine[Any, Any, T], *, until: float) -> T:
         """Run to the end of `main`. Raises `Stuck` if that would never come, or not before `until`."""
@@ -128,7 +152,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return handle
 
     def create_future(self) -> "asyncio.Future[Any]":
-        return asyncio.Future(loop=self)
+        return _Future(next(self._numbers), self)
 
     def create_task(  # type: ignore[override]
         self,
@@ -137,7 +161,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         name: str | None = None,
         context: contextvars.Context | None = None,
     ) -> "asyncio.Task[T]":
-        return asyncio.Task(coro, loop=self, name=name or "task", context=context)
+        return _Task(next(self._numbers), coro, loop=self, name=name or "task", context=context)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: object, func: Callable[..., T], *args: Any
