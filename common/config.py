@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A user's mistake in the configuration: `__main__` prints it as one line and exits with 2."""
 
 
+class NotYet(ConfigError):  # noqa: N818 - as ours are named
+    """What the configuration names is not there, and may come: `python -m learner` exits with 1, to be tried again."""
+
+
 class Config(pydantic.BaseModel):
     """Base of every configuration class: frozen, and a key that it does not know is an error."""
 

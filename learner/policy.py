@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
 from common.placeholders import placeholder_ids
 from learner.batch.packing import PackedBatch
 from learner.batch.transport import decode_packs
@@ -163,7 +163,7 @@ class Policy:
         """Load the newest checkpoint of the run, if there is one; the `state` that was saved with it.
 
         Rank 0 says which that is: on a network file system the others may still see an older one as the newest. Raises
-        ConfigError on a rank that does not see it.
+        NotYet on a rank that does not see it.
         """
         newest = str(latest_checkpoint(run_dir) or _NO_CHECKPOINT).encode() if self._ranks.is_main else None
         name = self._ranks.broadcast(newest).decode()
@@ -171,7 +171,7 @@ class Policy:
             return None
         checkpoint = Path(name)
         if not checkpoint.is_dir():
-            raise ConfigError(
+            raise NotYet(
                 f"{checkpoint}: the run goes on from this checkpoint, and rank {self._ranks.rank} does not see it; all "
                 "ranks need the run folder on a file system that they share"
             )

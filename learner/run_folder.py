@@ -61,16 +61,17 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     """The folder of this run: the one that the configuration names, one to continue, or a new one.
 
     It is this process's own in its role until the block or the process ends, however that happens.
-    Raises ConfigError if another process has the role there, or `resume` is off and there is something to resume.
+    Raises NotYet if another process has the role there, and ConfigError if `resume` is off and there is something to
+    resume.
     """
     if config.run_dir and not config.resume and any(config.run_dir.glob("checkpoints/step-*")):
         raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
-    unfinished = None
-    if config.resume and config.run_dir is None:
-        # Two launchers are two runs on purpose; a second learner may be what replaces the first.
-        unfinished = _unfinished(config, patience_s=_GRACE_S if role == "learner" else 0.0)
+    # Two launchers are two runs on purpose; a second learner may be what replaces the first.
+    patience_s = _GRACE_S if role == "learner" else 0.0
+    unfinished = _unfinished(config, patience_s) if config.resume and config.run_dir is None else None
     run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    _gets_free(run_dir, patience_s, role)
     with _lock(run_dir, role):
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.
         if role == "launcher" or _is_free(run_dir, "launcher"):
@@ -86,7 +87,7 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
+            raise NotYet(
                 f"{run_dir}: another {role} is at work in this run folder; stop it, or set resume=false"
             ) from None
         yield
@@ -105,14 +106,14 @@ def _is_free(run_dir: Path, *roles: Role) -> bool:
         return False
 
 
-def _gets_free(run_dir: Path, patience_s: float) -> bool:
-    """Whether no process is at work in the folder, or none is after this time; waiting is said."""
-    if patience_s and not _is_free(run_dir):
+def _gets_free(run_dir: Path, patience_s: float, *roles: Role) -> bool:
+    """Whether it is free, as `_is_free` says, or is within this time; waiting is said."""
+    if patience_s and not _is_free(run_dir, *roles):
         print(f"another learner is at work in {run_dir}; waiting up to {patience_s:g} s for its end", flush=True)
         deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline and not _is_free(run_dir):
+        while time.monotonic() < deadline and not _is_free(run_dir, *roles):
             time.sleep(_LOOK_S)
-    return _is_free(run_dir)
+    return _is_free(run_dir, *roles)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.client import GrpcClient, RolloutClient
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
 from common.errors import DeadlineExceeded, Draining, OutriderError, Paused, QueueFull
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
@@ -108,7 +108,7 @@ class Fleet:
     async def start(self, *, startup_timeout_s: float, min_actors: int = 1) -> None:
         """Begin to poll; return when `min_actors` answer. The others may come later.
 
-        Raises `ConfigError`, one line that says who is missing, if too few answer in time, and as `watch`.
+        Raises `NotYet`, one line that says who is missing, if too few answer in time, and as `watch`.
         """
         self._min_actors = min_actors
         for address in self._discovery.fixed:
@@ -119,7 +119,7 @@ class Fleet:
             async with asyncio.timeout(startup_timeout_s):
                 await self._enough.wait()
         except TimeoutError:
-            raise ConfigError(self._too_few(startup_timeout_s)) from None
+            raise NotYet(self._too_few(startup_timeout_s)) from None
         if self._failure is not None:
             raise self._failure
 

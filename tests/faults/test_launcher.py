@@ -93,14 +93,18 @@ def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: La
             "reward.functions=[examples.digits.reward:exact]",
             *slow,
         ): "reward: module 'examples.digits.reward' has no 'exact'",
-        (
-            *("local.num_actors=0", f"rollout.actors=['127.0.0.1:{free_ports(1)}']", "rollout.startup_timeout_s=1"),
-        ): "no answer within 1 s from 127.0.0.1:",
     }
     for overrides, line in mistakes.items():
         launched = launch(*overrides)
         assert launched.exit_code(START_S) == 2, launched.said()
         check_one_line(launched, line)
+
+
+def test_actors_that_are_not_there_yet_are_one_line_and_no_mistake(launch: Launch) -> None:
+    nobody = f"rollout.actors=['127.0.0.1:{free_ports(1)}']"
+    launched = launch("local.num_actors=0", nobody, "rollout.startup_timeout_s=1")
+    assert launched.exit_code(START_S) == 1, launched.said()
+    check_one_line(launched, "no answer within 1 s from 127.0.0.1:")
 
 
 def check_one_line(launched: Launched, line: str) -> None:
