@@ -139,7 +139,7 @@ class LocalActors:
         if settings.get("engine", "vllm") == "vllm" and self._lora_rank:
             settings["vllm"] = {"max_lora_rank": self._lora_rank, **settings.get("vllm", {})}
         gpus = f", CUDA_VISIBLE_DEVICES={self._gpus_of(actor)}" if self._gpus else ""
-        return f"# --model {self._model}{gpus}\n{yaml.safe_dump(settings, sort_keys=False)}"
+        return f"# --model {self._model} --listen {actor.address}{gpus}\n{yaml.safe_dump(settings, sort_keys=False)}"
 
     def _gpus_of(self, actor: _Actor) -> str:
         return ",".join(self._gpus[actor.index])
