@@ -84,7 +84,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _explain(cls: type[Config], error: pydantic.ValidationError) -> str:
     """The first mistake (unknown keys first: they are the cause of most others), in one line."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    first, path = problems[0], ".".join(str(part) for part in problems[0]["loc"])
+    first, path = problems[0], ".".join(map(_printable, problems[0]["loc"]))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] != "extra_forbidden":
         shown = "" if first["type"] == "missing" else f" (got {first['input']!r})"
@@ -93,6 +93,11 @@ def _explain(cls: type[Config], error: pydantic.ValidationError) -> str:
     close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
     return f"{path}: unknown key; {hint}{more}"
+
+
+def _printable(key: int | str) -> str:
+    """A key of a YAML file, which may hold anything."""
+    return str(key) if str(key).isprintable() else repr(key)
 
 
 def _keys_at(cls: type[Config], path: tuple[int | str, ...]) -> list[str]:

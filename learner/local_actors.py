@@ -27,6 +27,8 @@ _IDLE_EXIT_S = 600.0
 # In a row: of one that has lived for so long, the count begins anew.
 _MAX_RESTARTS = 20
 _SETTLED_S = 300.0
+# How long a killed process may take to be gone.
+_END_S = 10.0
 _POLL_S = 0.05
 _USER_ERROR = 2
 
@@ -222,9 +224,12 @@ def _is_taken(address: str) -> bool:
 
 
 def _end(pid: int, address: str) -> None:
-    """End an actor that is not our child, and wait until it is gone."""
+    """End an actor that is not our child, and wait until it is gone. Raises ConfigError for one that stays."""
     _kill_group(pid)
+    deadline = time.monotonic() + _END_S
     while _is_actor(pid, address):
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{address} is held by process {pid}, which cannot be ended; set local.base_port")
         time.sleep(_POLL_S)
 
 

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError, Message
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -279,6 +279,7 @@ _OVERRIDES = st.lists(st.builds("{}={}".format, _KEYS | wires.texts, wires.texts
 
 @settings(max_examples=50)
 @given(NOISE | wires.texts.map(str.encode), _OVERRIDES)
+@example(b"", ["\x1e=1"])
 def test_a_configuration_is_one_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, text: bytes, overrides: list[str]
 ) -> None:

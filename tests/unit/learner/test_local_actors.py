@@ -68,3 +68,14 @@ def test_those_with_other_settings_are_started_anew(
     assert [*start(tmp_path, port, **other).values()] == [process.pid for process in started[2:]]
     assert [process.wait(10) for process in started[:2]] == [-9, -9]
     assert [*start(tmp_path, port, **other).values()] == [process.pid for process in started[2:]]
+
+
+def test_one_of_another_base_port_is_not_the_one_of_its_place(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    port = free_ports(3)
+    gpus = [("0",), ("1",)]
+    start(tmp_path, port, gpus=gpus)
+    # The address of the first one is that of the second one before, which has another GPU.
+    assert [*start(tmp_path, port + 1, gpus=gpus).values()] == [process.pid for process in started[2:]]
