@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic_core import to_jsonable_python
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, NotYet
 from learner.config import LearnerConfig
 
 # Who may be at work in a folder: one of each.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
 from learner import run_folder
 from learner.config import LearnerConfig
 
@@ -115,11 +115,14 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["launcher", "learner"])
-def test_a_run_that_somebody_works_in_is_left_alone(tmp_path: Path, role: run_folder.Role) -> None:
+def test_a_run_that_somebody_works_in_is_left_alone(
+    tmp_path: Path, role: run_folder.Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_GRACE_S", 0.01)
     with run_folder.held(_config(tmp_path), role) as first:
         assert _chosen(_config(tmp_path)) != first
         with (
-            pytest.raises(ConfigError, match=f"another {role} is at work"),
+            pytest.raises(NotYet, match=f"another {role} is at work"),
             run_folder.held(_config(tmp_path, run_dir=first), role),
         ):
             pass
@@ -144,6 +147,14 @@ def test_a_learner_waits_for_the_one_before_it_to_end(
         with run_folder.held(_config(tmp_path), "learner") as second:
             assert (second == first) == (not is_finished)
     assert capsys.readouterr().out == f"another learner is at work in {first}; waiting up to 60 s for its end\n"
+
+
+def test_a_learner_waits_for_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as before:
+        first = before.enter_context(run_folder.held(_config(tmp_path), "learner"))
+        monkeypatch.setattr("time.sleep", lambda _seconds: before.close())
+        with run_folder.held(_config(tmp_path, run_dir=first), "learner") as second:
+            assert second == first
 
 
 def test_a_learner_that_does_not_end_is_told_of(
