@@ -1,5 +1,7 @@
 """What a grammar may cost, on vLLM's own matcher."""
 
+import random
+import string
 from typing import Any
 
 import pytest
@@ -7,17 +9,33 @@ import pytest
 from actor.engine_vllm.grammars import bound_matching
 
 
-@pytest.fixture
-def grammar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """vLLM's matcher of a regex, over the bytes as a vocabulary."""
+LETTERS = list(map(chr, range(128)))
+
+
+def _bounded(regex: str, vocabulary: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's matcher of a regex."""
     import xgrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-    monkeypatch.setattr(XgrammarGrammar, "accept_tokens", XgrammarGrammar.accept_tokens)  # put back afterwards
+    for name in ("accept_tokens", "fill_bitmask"):
+        monkeypatch.setattr(XgrammarGrammar, name, getattr(XgrammarGrammar, name))  # put back afterwards
     bound_matching()
-    vocabulary = xgrammar.TokenizerInfo(list(map(chr, range(128))), stop_token_ids=[0])
-    compiled = xgrammar.GrammarCompiler(vocabulary).compile_regex(request.param)
-    return XgrammarGrammar(128, xgrammar.GrammarMatcher(compiled), compiled)
+    compiled = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0])).compile_regex(regex)
+    return XgrammarGrammar(len(vocabulary), xgrammar.GrammarMatcher(compiled), compiled)
+
+
+@pytest.fixture
+def grammar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Over the bytes as a vocabulary."""
+    return _bounded(request.param, LETTERS, monkeypatch)
+
+
+@pytest.fixture
+def large_grammar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Over a vocabulary as large as those of models."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(string.ascii_letters + " .,", k=rng.randint(2, 9))) for _ in range(60_000)]
+    return _bounded(request.param, LETTERS + words, monkeypatch)
 
 
 def _num_accepted(grammar: Any, text: str) -> int:
@@ -34,6 +52,30 @@ def test_one_that_costs_more_with_each_token_is_given_up(grammar: Any) -> None:
 def test_an_honest_one_is_not(grammar: Any) -> None:
     """Ambiguous, as people write them."""
     assert _num_accepted(grammar, "a" * 2000 + " and so on" * 200) == 4000
+
+
+def _num_sampled(grammar: Any, text: str) -> int:
+    """As the engine's step does: what may come next, then what came."""
+    import xgrammar
+
+    bitmask = xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
+    for i, letter in enumerate(text):
+        grammar.fill_bitmask(bitmask, 0)
+        if not grammar.accept_tokens("r", [ord(letter)]):
+            return i
+    return len(text)
+
+
+@pytest.mark.parametrize("large_grammar", ["(([a-z]*)*)*"], indirect=True)
+def test_one_whose_next_tokens_cost_more_each_time_is_given_up(large_grammar: Any) -> None:
+    """What it accepts costs it nothing."""
+    assert 2 < _num_sampled(large_grammar, "a" * 30) < 30
+    assert large_grammar.matching_s < 0.1
+
+
+@pytest.mark.parametrize("large_grammar", ["([a-z]+ ?)+"], indirect=True)
+def test_an_honest_one_over_many_tokens_is_not(large_grammar: Any) -> None:
+    assert _num_sampled(large_grammar, "and so on " * 4) == 40
 
 
 @pytest.mark.parametrize("grammar", ["a*"], indirect=True)
