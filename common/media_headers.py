@@ -13,6 +13,8 @@ from common.errors import InvalidRequest
 
 # Room for a color profile of the greatest size that a JPEG can have, in its 255 segments.
 _MAX_PARTS = 300
+# An IDAT with as many bytes is worth the step: encoders write 8 KiB and more into each, except the last.
+_MIN_IDAT_BYTES = 256
 
 
 def check_parts(data: bytes, field: str) -> None:
@@ -20,7 +22,9 @@ def check_parts(data: bytes, field: str) -> None:
     for magic, parts_of in ((b"\xff\xd8", _segments), (b"\x89PNG\r\n\x1a\n", _png_chunks), (b"RIFF", _webp_chunks)):
         if data.startswith(magic) and any(True for _ in itertools.islice(parts_of(data), _MAX_PARTS, None)):
             raise InvalidRequest(
-                field, f"more than {_MAX_PARTS} segments or chunks beside the pixels; save the image without metadata"
+                field,
+                f"more than {_MAX_PARTS} segments or chunks beside the pixels; "
+                "send an image without metadata, and an animation as single images",
             )
 
 
@@ -40,11 +44,13 @@ def _segments(data: bytes) -> Iterator[int]:
 
 
 def _png_chunks(data: bytes) -> Iterator[int]:
-    """The chunks before the pixels of a PNG."""
+    """All chunks of a PNG but those with many pixels: PIL walks what is behind the pixels when it decodes."""
     position = 8
-    while position < len(data) and data[position + 4 : position + 8] != b"IDAT":
-        yield position
-        position += 12 + int.from_bytes(data[position : position + 4])
+    while position < len(data) and (kind := data[position + 4 : position + 8]) != b"IEND":
+        num_bytes = int.from_bytes(data[position : position + 4])
+        if kind != b"IDAT" or num_bytes < _MIN_IDAT_BYTES:
+            yield position
+        position += 12 + num_bytes
 
 
 def _webp_chunks(data: bytes) -> Iterator[int]:

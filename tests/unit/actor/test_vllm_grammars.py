@@ -8,7 +8,6 @@ import pytest
 
 from actor.engine_vllm.grammars import bound_matching
 
-
 LETTERS = list(map(chr, range(128)))
 
 

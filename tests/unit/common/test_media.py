@@ -166,6 +166,48 @@ def test_too_many_parts_are_refused_before_the_header_is_read(data: bytes, monke
         check_image(data, "f", 1000)
 
 
+def _chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _png_of_chunks(num_bytes: int) -> bytes:
+    """A good file with so much of its compressed pixels in each IDAT."""
+    rows = np.random.default_rng(0).integers(0, 255, (400, 1 + 3 * 400), dtype=np.uint8)
+    rows[:, 0] = 0  # no filter
+    pixels = zlib.compress(rows.tobytes())
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 400, 400, 8, 2, 0, 0, 0))
+    parts = (_chunk(b"IDAT", pixels[i : i + num_bytes]) for i in range(0, len(pixels), num_bytes))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(parts) + _chunk(b"IEND")
+
+
+def _animation(image_format: str) -> bytes:
+    frames = list(map(Image.fromarray, np.random.default_rng(0).integers(0, 255, (400, 8, 8, 3), dtype=np.uint8)))
+    return _encode(frames[0], image_format, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _encode(Image.fromarray(PIXELS), "PNG")[:-12] + _chunk(b"abCd") * 2000 + _chunk(b"IEND"),
+        _encode(Image.fromarray(PIXELS), "PNG")[:-12] + _chunk(b"IDAT") * 2000 + _chunk(b"IEND"),
+        _png_of_chunks(100),
+        _animation("PNG"),
+        _animation("WEBP"),
+    ],
+    ids=["behind the pixels", "no pixels in them", "few pixels in them", "png frames", "webp frames"],
+)
+def test_too_many_parts_among_and_behind_the_pixels_are_refused(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+    with pytest.raises(InvalidRequest, match=r"300 segments .* without metadata, and an animation as single images$"):
+        check_image(data, "f", 10**6)
+
+
+def test_pixels_may_be_in_many_parts() -> None:
+    assert _png_of_chunks(256).count(b"IDAT") > 1000
+    assert decode_image(_png_of_chunks(256), "f", 10**6).size == (400, 400)
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_metadata_is_fine(image_format: str) -> None:
     assert check_image(_with_parts(image_format, 255), "f", 35) == ImageHeader(image_format, width=7, height=5)
