@@ -81,11 +81,13 @@ def as_shown(image: Image.Image) -> Image.Image:
     """The image in RGB as a viewer shows it: turned as its EXIF data say, on white where it is transparent.
 
     As vLLM's own server does it. Raises what Pillow raises for damaged pixels; EXIF data that are damaged say nothing.
+    `image` itself is turned too.
     """
     image.load()
     with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if not image.has_transparency_data:
+        # A copy even of RGB: an opened image holds on to its file, a WebP to a decoder with two canvases.
         return image.convert("RGB")
     ink = image.convert("RGBA")
     shown = Image.new("RGB", ink.size, "white")

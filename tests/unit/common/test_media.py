@@ -115,6 +115,16 @@ def test_of_a_photo_with_more_behind_it_the_first_picture_counts() -> None:
     assert (decoded.size, decoded.getcolors()) == ((20, 40), [(800, (255, 255, 255))])
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_the_pixels_are_copied_once_and_the_file_is_let_go(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Image.Image] = []
+    copy = Image.Image.copy
+    monkeypatch.setattr(Image.Image, "copy", lambda image: (copied.append(image), copy(image))[1])
+    decoded = decode_image(_encode(Image.fromarray(PIXELS), image_format), "f", 1000)
+    assert len(copied) == 1
+    assert type(decoded) is Image.Image
+
+
 def test_frames_of_a_video_are_upright_together() -> None:
     stored = Image.fromarray(PIXELS)
     turned, flat = _encode(stored, "PNG", exif=_turned(6)), _encode(stored, "PNG")
