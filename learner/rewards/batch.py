@@ -6,6 +6,7 @@ As in TRL with conversational prompts, a prompt is a list of messages and a comp
 column of the dataset is a list too, and None stands for a completion that the function does not judge.
 """
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -52,12 +53,24 @@ def _columns(sample: PromptSample) -> dict[str, Any]:
     columns = {"ground_truth": sample.ground_truth, "solution": sample.ground_truth, "data_source": sample.data_source}
     columns |= {name: value for name, value in sample.extra.items() if name not in _RESERVED}
     if sample.images:
-        from PIL import Image
-
-        from common.media import as_shown
-
-        columns["images"] = [as_shown(Image.open(io.BytesIO(image))) for image in sample.images]
+        columns["images"] = [_image(file) for file in sample.images]
     return columns
+
+
+def _image(file: bytes) -> Any:
+    """As the model sees it; not decoded yet where that is how it is stored, since few functions look at images."""
+    from PIL import ExifTags, Image
+
+    from common.media import as_shown
+
+    image = Image.open(io.BytesIO(file))
+    if image.format == "PNG":  # whether it is turned may be said behind the pixels, in any of these chunks
+        is_turned = any(kind in file for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+    else:
+        is_turned = False
+        with contextlib.suppress(Exception):  # damaged EXIF data say nothing
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return as_shown(image) if is_turned or image.mode != "RGB" or image.has_transparency_data else image
 
 
 def _messages(messages: tuple[ChatMessage, ...]) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """The three forms of a reward function, the weighted sum, and that a failure is never a number."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
@@ -130,6 +132,52 @@ def test_trls_sees_what_the_model_sees() -> None:
     total(reward_func, task=make_task("a", images=(file.getvalue(),)))
     [image] = seen
     assert (image.size, image.getcolors()) == ((20, 40), [(800, (255, 255, 255))])
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode", "orientation", "decoded"),
+    [
+        *((image_format, "RGB", 1, False) for image_format in ("PNG", "JPEG", "WEBP")),
+        *((image_format, "RGB", 6, True) for image_format in ("PNG", "JPEG", "WEBP")),
+        ("JPEG", "L", 1, True),
+        ("PNG", "RGBA", 1, True),
+    ],
+)
+def test_trls_decode_what_the_model_sees_otherwise(
+    image_format: str, mode: str, orientation: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation != 1:
+        exif[ExifTags.Base.Orientation] = orientation
+    Image.new(mode, (40, 20), "navy" if mode != "L" else 7).save(file, image_format, exif=exif)
+    num_loaded = 0
+    load = ImageFile.ImageFile.load
+
+    def counted(image: ImageFile.ImageFile) -> Any:
+        nonlocal num_loaded
+        num_loaded += 1
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    total(lambda completions: [float(len(completions))], task=make_task("a", images=(file.getvalue(),)))
+    assert (num_loaded > 0) is decoded
+
+
+def test_trls_see_a_png_that_is_turned_behind_its_pixels() -> None:
+    seen: list[Any] = []
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(file, "PNG")
+    body = b"eXIf" + turned.tobytes()[6:]
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = file.getvalue()[:-12] + chunk + file.getvalue()[-12:]
+
+    def reward_func(completions: Any, images: list[Any], **_: Any) -> list[float]:
+        seen.extend(images[0])
+        return [0.0]
+
+    total(reward_func, task=make_task("a", images=(data,)))
+    assert seen[0].size == (20, 40)
 
 
 def test_trls_may_take_tokens_only() -> None:
