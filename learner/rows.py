@@ -19,8 +19,6 @@ from common.types import ChatMessage, MediaPart, TextPart
 from learner.types import PromptSample
 
 MARKER = "<image>"
-# What actors decode (MPO: a JPEG with more behind it); other files are written again as PNG.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")
 _DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
 
 
@@ -156,9 +154,12 @@ class RowReader:
                 raise self._error(number, f"names the image {path}: {error.strerror}") from None
         if not isinstance(value, bytes):
             raise self._error(number, f"image {i} is a {type(value).__name__}; give file bytes, a path, or a PIL image")
+        from common.media import FORMATS, JPEG_AND_MORE
+
         try:
             with Image.open(io.BytesIO(value)) as image:
-                return value if image.format in _FORMATS else _as_png(image)
+                # What actors decode stays as it is; other files are written again.
+                return value if image.format in (*FORMATS, JPEG_AND_MORE) else _as_png(image)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise self._error(number, f"image {i} cannot be read: {error}") from None
 
