@@ -119,7 +119,12 @@ def test_of_a_photo_with_more_behind_it_the_first_picture_counts() -> None:
 def test_the_pixels_are_copied_once_and_the_file_is_let_go(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[Image.Image] = []
     copy = Image.Image.copy
-    monkeypatch.setattr(Image.Image, "copy", lambda image: (copied.append(image), copy(image))[1])
+
+    def counted(image: Image.Image) -> Image.Image:
+        copied.append(image)
+        return copy(image)
+
+    monkeypatch.setattr(Image.Image, "copy", counted)
     decoded = decode_image(_encode(Image.fromarray(PIXELS), image_format), "f", 1000)
     assert len(copied) == 1
     assert type(decoded) is Image.Image
