@@ -13,7 +13,7 @@ from typing import Any
 
 _GRACE_S = 0.1
 _TOKEN_S = 0.001
-_FILL_S = 0.05
+_FILL_S = 0.2
 
 
 def bound_matching() -> None:
