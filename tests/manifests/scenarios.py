@@ -143,6 +143,7 @@ async def mistake(folder: Path, network: Network) -> dict[str, Any]:
     manifests = render("cpu-demo")
     find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 0
     find(manifests, "ConfigMap")["data"]["run.yaml"] += "batch_promts: 8\n"
+    del find(manifests, "Job")["spec"]["template"]["spec"]["initContainers"]  # the mistake is found without a model
     cluster = Cluster(manifests, folder, network)
     await cluster.apply()
     await cluster.until(lambda: cluster.all_pods and not cluster.pods, _LOAD_S, "the Job is over")
