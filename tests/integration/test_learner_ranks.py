@@ -21,6 +21,7 @@ from learner.batch.transport import encode_packs
 from learner.model.load import load_policy
 from learner.step import train_step
 from learner.types import Group
+from tests.ranks import run_ranks
 from tests.unit.learner_math.conftest import enlarge
 from tests.unit.learner_math.groups import centred, group, image_bytes, mixed_groups, sample
 from tests.unit.learner_math.ranks import LOSS, NUM_STEPS
@@ -197,17 +198,7 @@ def test_a_difference_that_is_no_number_counts_on_any_rank(results: dict[str, Re
 
 
 def test_all_ranks_resume_at_the_checkpoint_that_rank_0_sees(tmp_path: Path, model_dir: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.integration.resume_ranks", str(tmp_path), str(model_dir)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, "tests.integration.resume_ranks", str(tmp_path), str(model_dir))
     for rank in range(2):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen == {"state": {"version": 2}, "version": 2, "values": [2.0]}

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,9 @@ from safetensors.torch import load_file
 
 from examples.digits.model import build_model
 from learner.model.load import load_policy
+from tests.ranks import run_ranks
 from tests.unit.learner_math.conftest import enlarge
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 120
 # Ranks, trainer.sequence_parallel_size, trainer.fsdp_size.
 LAYOUTS: dict[str, tuple[int, int, int | None]] = {
@@ -67,17 +64,7 @@ def train(output: Path, model_dir: Path, num_ranks: int, sequence_size: int, sha
         "optimizer": {"lr": 1e-3, "max_grad_norm": 0.5},
         "algorithm": {"kl_coef": 0.1, "old_policy": "learner", "entropy_coef": 0.01},
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.integration.sequence_ranks", str(output), json.dumps(config)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(num_ranks, "tests.integration.sequence_ranks", str(output), json.dumps(config))
 
 
 @pytest.mark.parametrize("name", ["pair", pytest.param("pairs-hybrid", marks=pytest.mark.slow)])
