@@ -21,8 +21,8 @@ CHECKOV_VERSION := 3.3.30
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-# What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,examples,dev TORCH=torch`.
-EXTRAS ?= cpu,examples,dev
+# What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,dev TORCH=torch`.
+EXTRAS ?= cpu,dev
 TORCH ?= torch==2.13.0+cpu
 # An additional package index that has the CPU build of torch, where pip does not know one already.
 OUTRIDER_TORCH_INDEX ?=

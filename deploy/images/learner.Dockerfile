@@ -18,7 +18,7 @@ COPY pyproject.toml README.md LICENSE deploy/images/constraints.txt ./
 COPY common ./common
 COPY learner ./learner
 COPY actor ./actor
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}" ".[math,examples,otel]"
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}" ".[math,otel]"
 
 FROM python:${PYTHON}
 # torch.compile (model.use_torch_compile) calls a C compiler, on CPUs one of C++. The release of Debian that the tag above

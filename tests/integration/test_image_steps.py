@@ -81,11 +81,7 @@ def test_the_build_stage_makes_an_environment_that_works(tmp_path: Path, image: 
     )
     assert f"python -m {role}" in shown.stdout
     traces = "from common import tracing; tracing.start('image')"
-    code = (
-        f"import learner.run, sklearn, math_verify; {traces}"
-        if role == "learner"
-        else f"import actor.process; {traces}"
-    )
+    code = f"import learner.run, math_verify; {traces}" if role == "learner" else f"import actor.process; {traces}"
     imported = _python(environment, code)
     assert imported.returncode == 0, imported.stderr
     found = _python(environment, "import importlib.util; print(importlib.util.find_spec('vllm') is not None)")

@@ -13,7 +13,7 @@ from tests.manifests.rendered import ROOT, VARIANTS, containers, pod_templates, 
 
 IMAGES = sorted((ROOT / "deploy" / "images").glob("*.Dockerfile"))
 CONSTRAINTS = ROOT / "deploy" / "images" / "constraints.txt"
-_LEARNER_EXTRAS = ("math", "examples", "otel")
+_LEARNER_EXTRAS = ("math", "otel")
 
 
 def _ignored() -> tuple[list[str], list[str]]:
