@@ -5,6 +5,7 @@ import signal
 
 from actor.config import parse_cores
 from actor.engine_vllm.grammars import bound_matching
+from actor.engine_vllm.held_outputs import hold_outputs
 from common.lifecycle import end_with_parent
 from common.memory import keep_freed
 
@@ -21,6 +22,7 @@ def register() -> None:
     if actor_pid is not None:  # else it is somebody else's vLLM
         _keep_media_of_cached_prompts()
         bound_matching()
+        hold_outputs()
     if actor_pid not in (None, str(os.getpid())):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
