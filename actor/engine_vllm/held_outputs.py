@@ -5,13 +5,12 @@ and its front end more: the messages are made by a thread that holds the interpr
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.request import Request
 
@@ -28,12 +27,14 @@ class HeldOutputs:
         self._held: dict[str, list[EngineCoreOutput]] = {}  # of every sample whose next token may wait
         self._width = 0
 
-    def pass_on(self, outputs: "list[EngineCoreOutput]", requests: "Mapping[str, Request]") -> "list[EngineCoreOutput]":
+    def pass_on(self, outputs: "list[EngineCoreOutput]", requests: Mapping[str, "Request"]) -> "list[EngineCoreOutput]":
         """What is to be told after a step with these outputs, in order.
 
         The first token of a sample and its end are told at once, and everything before its end.
         """
-        width = next((output.new_logprobs.logprobs.shape[1] for output in outputs if output.new_logprobs), 0)
+        # All rows of a step have one width. A step without rows says nothing of it: what is held stays.
+        rows = (output.new_logprobs for output in outputs if output.new_logprobs is not None)
+        width = next((row.logprobs.shape[1] for row in rows), self._width)
         told: list[EngineCoreOutput] = []
         if width != self._width:
             told = self.release()
