@@ -8,6 +8,7 @@ Before each token, what may come next is sought in the whole vocabulary: of 60,0
 that, and `(([a-z]*)*)*` more than a second after 30.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ _TOKEN_S = 0.001
 _FILL_S = 0.2
 
 
+@functools.cache  # a process may load its plug-ins more than once: two layers would count all time twice
 def bound_matching() -> None:
     """Let vLLM end a completion whose tokens take longer to match, on average, as one that the grammar rejects."""
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar

@@ -4,6 +4,7 @@ A rollout wants whole samples. Telling of 512 tokens a step, each with three arr
 and its front end more: the messages are made by a thread that holds the interpreter from the one that computes.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class HeldOutputs:
         return told
 
 
+@functools.cache  # a process may load its plug-ins more than once: two layers would hold each other's tokens
 def hold_outputs() -> None:
     """Let the engine process hold tokens, but never past the version of the policy that they were sampled from."""
     from vllm.v1.engine import EngineCoreOutputs

@@ -11,30 +11,28 @@ from actor.engine_vllm.grammars import bound_matching
 LETTERS = list(map(chr, range(128)))
 
 
-def _bounded(regex: str, vocabulary: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def _bounded(regex: str, vocabulary: list[str]) -> Any:
     """vLLM's matcher of a regex."""
     import xgrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-    for name in ("accept_tokens", "fill_bitmask"):
-        monkeypatch.setattr(XgrammarGrammar, name, getattr(XgrammarGrammar, name))  # put back afterwards
     bound_matching()
     compiled = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0])).compile_regex(regex)
     return XgrammarGrammar(len(vocabulary), xgrammar.GrammarMatcher(compiled), compiled)
 
 
 @pytest.fixture
-def grammar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def grammar(request: pytest.FixtureRequest) -> Any:
     """Over the bytes as a vocabulary."""
-    return _bounded(request.param, LETTERS, monkeypatch)
+    return _bounded(request.param, LETTERS)
 
 
 @pytest.fixture
-def large_grammar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def large_grammar(request: pytest.FixtureRequest) -> Any:
     """Over a vocabulary as large as those of models."""
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_letters + " .,", k=rng.randint(2, 9))) for _ in range(60_000)]
-    return _bounded(request.param, LETTERS + words, monkeypatch)
+    return _bounded(request.param, LETTERS + words)
 
 
 def _num_accepted(grammar: Any, text: str) -> int:

@@ -91,13 +91,12 @@ def test_what_is_aborted_is_forgotten() -> None:
     assert held.release() == []
 
 
-def test_no_token_is_told_of_under_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_is_told_of_under_another_version() -> None:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.core import EngineCore
 
-    for name in ("_attach_weight_version", "set_weight_version"):
-        monkeypatch.setattr(EngineCore, name, getattr(EngineCore, name))  # to be put back
     hold_outputs()
+    hold_outputs()  # vLLM loads plug-ins in a process that registered them itself
     core: Any = SimpleNamespace(
         _weight_version="1", scheduler=SimpleNamespace(requests=requests("a")), output_queue=queue.Queue()
     )
