@@ -33,7 +33,11 @@ SEED ?=
 ARGS ?=
 # Seconds of fuzzing for each target.
 FUZZ_SECONDS ?= 60
-# Arguments of pytest: `make test ARGS="tests/unit -k packing"`.
+# Arguments of pytest: `make test ARGS="tests/unit -k packing"`. Most tests wait for processes to start: WORKERS run files
+# of tests side by side, in the order of the folders, in which the short ones come last.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest
+PYTEST_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
@@ -95,16 +99,16 @@ demo: setup  ## a vision-language model learns to read handwriting: two actors a
 	@$(BIN)/python -m examples.digits $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: setup  ## unit, contract, integration and fault tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(PYTEST_WORKERS) $(ARGS)
 
 test-slow: setup  ## the tests that take many minutes
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(PYTEST) $(PYTEST_WORKERS) -m slow $(ARGS)
 
 fuzz: setup  ## look for bytes that break the parsers of the actor, FUZZ_SECONDS for each of them
 	@for target in generate stage; do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS); done
 
 test-gpu: setup  ## the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@$(PYTEST) -m gpu $(ARGS)
 
 check: setup $(BUF)  ## format, lint, types, imports, generated code, protocol compatibility
 	@failed=; step() { echo "== $$1"; shift; "$$@" || failed=1; }; \

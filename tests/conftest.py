@@ -1,13 +1,15 @@
-"""What holds for every test: markers and time limits by folder, and no process left behind.
+"""What holds for every test: markers and time limits by folder, who runs beside whom, and no process left behind.
 
 A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration/`, `faults/`, `fuzz/`, `gpu/`) and gets
 the marker of that name. GPU tests and slow ones are left out unless asked for with `-m gpu`, `-m slow`.
 """
 
+import fcntl
 import os
 import signal
 import time
 import uuid
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
@@ -30,8 +32,14 @@ _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 _EXIT_GRACE_S = 10.0
 
 
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is a process of pytest-xdist, which another one has started and will end."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ[_SESSION_VARIABLE] = uuid.uuid4().hex
+    if not _is_worker(config):
+        os.environ[_SESSION_VARIABLE] = uuid.uuid4().hex
     # In the background a shell has SIGINT ignored, and processes inherit that. Not by a `preexec_fn` of those that need
     # it: with one, Python forks where it would not, and gRPC's threads do not survive that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,6 +55,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(folder)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_TIMEOUT_S[folder]))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # its time limit does not count while it waits
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test marked `alone` run beside no test of another worker, and the others beside each other."""
+    is_alone = item.get_closest_marker("alone") is not None
+    turn, place = os.open(_TESTS, os.O_RDONLY), os.open(__file__, os.O_RDONLY)
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # behind one that waits to be alone, all others wait
+        fcntl.flock(place, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
+    finally:
+        for held in (place, turn):
+            fcntl.flock(held, fcntl.LOCK_UN)  # a process that the test forked may still have it open
+            os.close(held)
 
 
 def _leaked_processes() -> list[psutil.Process]:
@@ -67,8 +91,11 @@ def _leaked_processes() -> list[psutil.Process]:
     return leaked
 
 
+@pytest.hookimpl(trylast=True)  # when pytest-xdist has ended its workers
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session if a process that it started is still there after a grace period, and end that process."""
+    if _is_worker(session.config):
+        return
     deadline = time.monotonic() + _EXIT_GRACE_S
     while (leaked := _leaked_processes()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -109,8 +109,8 @@ def launching(directory: Path) -> Iterator[Callable[..., Launched]]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody uses."""
-    for base in range(20000 + os.getpid() % 10000, 64000, count):
+    """The first of `count` neighbouring ports that nobody uses; tests of another process look elsewhere."""
+    for base in range(20000 + os.getpid() * 100 % 10000, 64000, count):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(base, base + count):

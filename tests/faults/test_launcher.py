@@ -125,6 +125,7 @@ def test_a_run_whose_images_do_not_add_up_stops(launch: Launch) -> None:
     assert not launched.left()
 
 
+@pytest.mark.alone
 def test_a_killed_launcher_leaves_no_learner_and_its_actors_are_found_again(launch: Launch, tmp_path: Path) -> None:
     port = f"local.base_port={free_ports(2)}"
     first = launch(SLOW, port)
@@ -145,6 +146,7 @@ def test_a_killed_launcher_leaves_no_learner_and_its_actors_are_found_again(laun
     assert not (run_dir / "actors.json").exists()
 
 
+@pytest.mark.alone
 def test_the_same_command_twice_disturbs_nothing(launch: Launch, tmp_path: Path) -> None:
     port = f"local.base_port={free_ports(2)}"
     first = launch(SLOW, port)
@@ -192,6 +194,7 @@ def pid_of_rank(launched: Launched, rank: int) -> int:
     return pid
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_everything_loads(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
     launched = launch(SLOW)
@@ -200,7 +203,7 @@ def test_a_signal_while_everything_loads(launch: Launch, tmp_path: Path, number:
 
 
 def check_stops(launched: Launched, *also: Launched, number: signal.Signals = signal.SIGINT) -> None:
-    """The signal to the launcher ends every process within 5 s, with exit code 130."""
+    """The signal to the launcher ends every process within 5 s, with exit code 130. For tests that run alone."""
     started_at = time.monotonic()
     launched.process.send_signal(number)
     wait_for(lambda: not any(one.left() for one in (launched, *also)), 5)
