@@ -75,7 +75,10 @@ class VllmEngine:
         arguments = engine_arguments(self._model, self._config, takes_updates=self._takes_updates)
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from actor.engine_vllm.groups import send_groups
+
         self._engine = AsyncLLM.from_engine_args(arguments)
+        send_groups(self._engine)
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
