@@ -33,7 +33,7 @@ def test_a_container_is_confined_as_its_manifest_says(confinement: dict[str, Any
     assert inside["writable"] == ["/cache", "/tmp", "/dev/shm"]
     assert inside["shared_memory_bytes"] == 2 * GIB
     assert inside["service_variables"] == []
-    assert inside["config"] == ["actor.yaml", "run.yaml"]
+    assert inside["config"] == ["actor.yaml"]
 
 
 def test_a_stranger_reaches_nobody_and_resolves_nothing(confinement: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from os.path import relpath
 from pathlib import Path
@@ -47,21 +48,34 @@ def tool(name: str, hint: str) -> str:
 
 @cache
 def _render_text(overlay: str, *components: str) -> str:
+    return _render_own_text(overlay, components, {}, {}) if components else _kustomize(K8S / "overlays" / overlay)
+
+
+def _render_own_text(
+    overlay: str, components: Sequence[str], config: dict[str, dict[str, str]], more: dict[str, Any]
+) -> str:
+    with tempfile.TemporaryDirectory() as made:
+        kustomization = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [relpath(K8S / "overlays" / overlay, made)],
+            "components": [relpath(K8S / "components" / name, made) for name in components],
+            "configMapGenerator": [
+                {"name": name, "behavior": "merge", "files": list(files)} for name, files in config.items()
+            ],
+        }
+        for files in config.values():
+            for file, text in files.items():
+                (Path(made) / file).write_text(text)
+        (Path(made) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | more))
+        return _kustomize(Path(made))
+
+
+def _kustomize(folder: Path) -> str:
     kubectl = tool(
         "kubectl", "the tests of deploy/ render the manifests with it; see https://kubernetes.io/docs/tasks/tools/"
     )
-    folder = K8S / "overlays" / overlay
-    with tempfile.TemporaryDirectory() as made:
-        if components:
-            kustomization = {
-                "apiVersion": "kustomize.config.k8s.io/v1beta1",
-                "kind": "Kustomization",
-                "resources": [relpath(folder, made)],
-                "components": [relpath(K8S / "components" / name, made) for name in components],
-            }
-            folder = Path(made)
-            (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        done = subprocess.run([kubectl, "kustomize", folder], check=False, capture_output=True, text=True)
+    done = subprocess.run([kubectl, "kustomize", folder], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -74,6 +88,20 @@ def render(overlay: str, *components: str) -> list[Manifest]:
 @cache
 def _render(overlay: str, *components: str) -> list[Manifest]:
     return list(yaml.safe_load_all(_render_text(overlay, *components)))
+
+
+def render_own(
+    overlay: str, *components: str, config: dict[str, dict[str, str]] | None = None, **more: Any
+) -> list[Manifest]:
+    """A kustomization of a user's own on top of an overlay, as docs/operations.md has it.
+
+    Args:
+        overlay: what it is on top of.
+        components: added to it.
+        config: files by the ConfigMap that they go into, as `{"outrider-run": {"run.yaml": "name: mine"}}`.
+        more: further keys of the kustomization.
+    """
+    return list(yaml.safe_load_all(_render_own_text(overlay, components, config or {}, more)))
 
 
 def render_text(overlay: str, *components: str) -> str:
@@ -93,6 +121,14 @@ def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
         manifest for manifest in manifests if manifest["kind"] == kind and name in ("", manifest["metadata"]["name"])
     ]
     return found
+
+
+def config_data(manifests: list[Manifest], file: str) -> dict[str, str]:
+    """The data of the ConfigMap that has this file."""
+    [data] = [
+        manifest["data"] for manifest in manifests if manifest["kind"] == "ConfigMap" and file in manifest["data"]
+    ]
+    return data
 
 
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:

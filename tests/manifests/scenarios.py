@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.manifests.rendered import ROOT, Manifest, find, render
+from tests.manifests.rendered import ROOT, Manifest, config_data, find, render
 from tests.manifests.runner.cluster import Cluster, enter_node
 from tests.manifests.runner.network import METADATA, Network
 from tests.manifests.runner.pod import Pod
@@ -142,7 +142,7 @@ async def mistake(folder: Path, network: Network) -> dict[str, Any]:
     """The learner of cpu-demo alone, with a key in run.yaml that does not exist."""
     manifests = render("cpu-demo")
     find(manifests, "Deployment", _ACTOR)["spec"]["replicas"] = 0
-    find(manifests, "ConfigMap")["data"]["run.yaml"] += "batch_promts: 8\n"
+    config_data(manifests, "run.yaml")["run.yaml"] += "batch_promts: 8\n"
     del find(manifests, "Job")["spec"]["template"]["spec"]["initContainers"]  # the mistake is found without a model
     cluster = Cluster(manifests, folder, network)
     await cluster.apply()
@@ -206,7 +206,7 @@ def _use_fake_engine(deployment: Manifest) -> None:
 
 
 def _take_small_steps(manifests: list[Manifest]) -> None:
-    data = find(manifests, "ConfigMap")["data"]
+    data = config_data(manifests, "run.yaml")
     for old, new in _SMALL_STEPS.items():
         assert old in data["run.yaml"]
         data["run.yaml"] = data["run.yaml"].replace(old, new)

@@ -15,7 +15,18 @@ from actor.metrics import ActorMetrics
 from learner.config import LearnerConfig
 from learner.metrics import LearnerMetrics
 from tests.manifests import policies
-from tests.manifests.rendered import K8S, ROOT, VARIANTS, Manifest, containers, find, pod_templates, render
+from tests.manifests.rendered import (
+    K8S,
+    ROOT,
+    VARIANTS,
+    Manifest,
+    config_data,
+    containers,
+    find,
+    pod_templates,
+    render,
+    render_own,
+)
 
 # Who reads a variable: a module that says its name.
 READERS = {
@@ -82,7 +93,7 @@ def test_every_variable_is_read_by_somebody() -> None:
 def test_the_demo_runs_the_file_that_runs_locally() -> None:
     local = ROOT / "examples" / "digits" / "config.yaml"
     assert (K8S / "overlays" / "cpu-demo" / "run.yaml").read_bytes() == local.read_bytes()
-    assert find(render("cpu-demo"), "ConfigMap")["data"]["run.yaml"] == local.read_text()
+    assert config_data(render("cpu-demo"), "run.yaml")["run.yaml"] == local.read_text()
 
 
 def test_actors_of_the_demo_are_configured_as_local_ones() -> None:
@@ -164,14 +175,25 @@ def test_autoscaled_actors_have_no_number_in_the_manifest() -> None:
     assert find(render("gpu"), "Deployment")["spec"]["replicas"] == 4
 
 
-def test_a_changed_file_makes_a_new_config_map() -> None:
-    """So that actors are rolled when their configuration changes."""
-    names = {
-        variant: find(render(*variant), "Deployment")["spec"]["template"]["spec"]["volumes"] for variant in VARIANTS[:3]
-    }
-    maps = {volume["configMap"]["name"] for volumes in names.values() for volume in volumes if "configMap" in volume}
-    assert len(maps) == 3
-    assert all(re.fullmatch(r"outrider-config-[a-z0-9]{10}", name) for name in maps)
+@pytest.mark.parametrize(
+    ("variant", "learner"), [(("gpu",), "Job"), (("gpu-multinode",), "Job"), (("gpu-multinode", "jobset"), "JobSet")]
+)
+@pytest.mark.parametrize(
+    ("name", "file", "text", "changes"),
+    [
+        ("outrider-actor", "actor.yaml", "model: /models/other", "actor"),
+        ("outrider-run", "run.yaml", "name: other", "learner"),
+        ("outrider-run", "my_rewards.py", "def reward(**_): ...", "learner"),
+    ],
+)
+def test_a_changed_file_changes_the_side_that_reads_it_alone(
+    variant: tuple[str, ...], learner: str, name: str, file: str, text: str, changes: str
+) -> None:
+    """The actors are rolled for a changed actor.yaml, and a Job, which cannot be changed, stays as it is."""
+    before = render(*variant)
+    after = render_own(*variant, config={name: {file: text}})
+    same = {kind: find(before, kind) == find(after, kind) for kind in ("Deployment", learner)}
+    assert same == {"Deployment": changes == "learner", learner: changes == "actor"}
 
 
 def test_every_overlay_and_component_is_rendered_somewhere() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.manifests import policies
-from tests.manifests.rendered import VARIANTS, Manifest, containers, find, loader, pod_templates, render
+from tests.manifests.rendered import VARIANTS, Manifest, config_data, containers, find, loader, pod_templates, render
 
 Rule = Callable[[list[Manifest]], list[str]]
 
@@ -48,15 +48,9 @@ def _actor(manifests: list[Manifest]) -> Any:
     return containers(pod_templates(manifests)["outrider-actor"], init=False)[0]
 
 
-def _config(manifests: list[Manifest]) -> Any:
-    return find([manifest for manifest in manifests if "dashboard" not in manifest["metadata"]["name"]], "ConfigMap")[
-        "data"
-    ]
-
-
 def _replace(key: str, old: str, new: str) -> Callable[[list[Manifest]], None]:
     def change(manifests: list[Manifest]) -> None:
-        config = _config(manifests)
+        config = config_data(manifests, key)
         assert old in config[key]
         config[key] = config[key].replace(old, new)
 
