@@ -261,7 +261,7 @@ def _writable(container: Manifest) -> set[str]:
 
 
 def references_exist(manifests: list[Manifest]) -> list[str]:
-    """Accounts, claims, ConfigMaps, priority classes, volumes and subdomains that pods name are there."""
+    """Accounts, claims, ConfigMaps, volumes and subdomains that pods name are there."""
     known = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     sets = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "JobSet"}
     problems = []
@@ -279,7 +279,6 @@ def references_exist(manifests: list[Manifest]) -> list[str]:
 
 def _references(spec: Manifest) -> Iterator[tuple[str, str]]:
     yield "ServiceAccount", spec["serviceAccountName"]
-    yield "PriorityClass", spec["priorityClassName"]
     if "subdomain" in spec:
         yield "Service", spec["subdomain"]
     for volume in spec["volumes"]:
@@ -344,7 +343,7 @@ def nothing_leaves(manifests: list[Manifest]) -> list[str]:
 def names_are_plain(manifests: list[Manifest]) -> list[str]:
     """No Service would make variables that vLLM reads; everything is in one namespace and carries the label."""
     problems = []
-    cluster_wide = {"Namespace", "PriorityClass"}
+    cluster_wide = {"Namespace"}  # of anything else, the end of one run would take away another's
     for manifest in manifests:
         kind, metadata = manifest["kind"], manifest["metadata"]
         if kind == "Service" and re.match("(?i)vllm", metadata["name"]):

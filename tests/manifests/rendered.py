@@ -28,12 +28,16 @@ VARIANTS = (
     ("gpu", "hpa", "monitoring"),
     ("gpu", "keda", "monitoring"),
     ("gpu", "spot-actors"),
+    ("gpu", "priority"),
     ("gpu", "tracing"),
     ("cpu-demo", "monitoring"),
     ("cpu-demo", "mtls"),
     ("gpu-multinode", "mtls"),
     ("gpu-multinode", "jobset"),
 )
+
+# What is applied by itself, and is in no overlay.
+ALONE = ("loader.yaml", "reader.yaml", "download.yaml", "components/priority/priority-class.yaml")
 
 
 def tool(name: str, hint: str) -> str:
@@ -48,7 +52,7 @@ def tool(name: str, hint: str) -> str:
 
 @cache
 def _render_text(overlay: str, *components: str) -> str:
-    return _render_own_text(overlay, components, {}, {}) if components else _kustomize(K8S / "overlays" / overlay)
+    return _render_own_text(overlay, components, {}, {}) if components else kustomize(K8S / "overlays" / overlay)
 
 
 def _render_own_text(
@@ -68,10 +72,11 @@ def _render_own_text(
             for file, text in files.items():
                 (Path(made) / file).write_text(text)
         (Path(made) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | more))
-        return _kustomize(Path(made))
+        return kustomize(Path(made))
 
 
-def _kustomize(folder: Path) -> str:
+def kustomize(folder: Path) -> str:
+    """What `kubectl apply -k` would apply."""
     kubectl = tool(
         "kubectl", "the tests of deploy/ render the manifests with it; see https://kubernetes.io/docs/tasks/tools/"
     )
@@ -109,10 +114,9 @@ def render_text(overlay: str, *components: str) -> str:
     return _render_text(overlay, *components)
 
 
-def loader() -> Manifest:
-    """The pod that fills the claim of models, which is in no overlay."""
-    pod: Manifest = yaml.safe_load((K8S / "loader.yaml").read_text())
-    return pod
+def read(path: str) -> list[Manifest]:
+    """One of `ALONE`."""
+    return list(yaml.safe_load_all((K8S / path).read_text()))
 
 
 def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
@@ -125,9 +129,8 @@ def find(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
 
 def config_data(manifests: list[Manifest], file: str) -> dict[str, str]:
     """The data of the ConfigMap that has this file."""
-    [data] = [
-        manifest["data"] for manifest in manifests if manifest["kind"] == "ConfigMap" and file in manifest["data"]
-    ]
+    maps: list[dict[str, str]] = [manifest["data"] for manifest in manifests if manifest["kind"] == "ConfigMap"]
+    [data] = [data for data in maps if file in data]
     return data
 
 

@@ -24,6 +24,7 @@ from tests.manifests.rendered import (
     containers,
     find,
     pod_templates,
+    read,
     render,
     render_own,
 )
@@ -194,6 +195,17 @@ def test_a_changed_file_changes_the_side_that_reads_it_alone(
     after = render_own(*variant, config={name: {file: text}})
     same = {kind: find(before, kind) == find(after, kind) for kind in ("Deployment", learner)}
     assert same == {"Deployment": changes == "learner", learner: changes == "actor"}
+
+
+def test_the_learner_takes_the_place_of_actors_and_of_nobody_else() -> None:
+    """Pods without a class have the priority 0; the class is of no run, for all share it."""
+    pods, [priority] = pod_templates(render("gpu", "priority")), read("components/priority/priority-class.yaml")
+    assert pods["outrider-actor"]["spec"]["priorityClassName"] == priority["metadata"]["name"]
+    assert "priorityClassName" not in pods["outrider-learner"]["spec"]
+    assert -10 <= priority["value"] < 0
+    assert priority["preemptionPolicy"] == "Never"
+    cluster_wide = {manifest["kind"] for variant in VARIANTS for manifest in render(*variant)} & {"PriorityClass"}
+    assert cluster_wide == set()
 
 
 def test_every_overlay_and_component_is_rendered_somewhere() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.manifests import policies
-from tests.manifests.rendered import VARIANTS, Manifest, config_data, containers, find, loader, pod_templates, render
+from tests.manifests.rendered import VARIANTS, Manifest, config_data, containers, find, pod_templates, render
 
 Rule = Callable[[list[Manifest]], list[str]]
 
@@ -15,29 +15,6 @@ Rule = Callable[[list[Manifest]], list[str]]
 @pytest.mark.parametrize("variant", VARIANTS, ids="+".join)
 def test_rule_holds(variant: tuple[str, ...], rule: Rule) -> None:
     assert rule(render(*variant)) == []
-
-
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant[0] != "cpu-demo"], ids="+".join)
-def test_the_loader_alone_writes_the_models(variant: tuple[str, ...]) -> None:
-    pod, manifests = loader(), render(*variant)
-    assert policies.pods_are_confined([pod]) == []
-    assert policies.names_are_plain([pod]) == []
-    [claim] = [volume["persistentVolumeClaim"] for volume in pod["spec"]["volumes"] if volume["name"] == "models"]
-    assert find(manifests, "PersistentVolumeClaim", claim["claimName"])["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert not claim.get("readOnly")
-    others = [
-        volume["persistentVolumeClaim"]
-        for template in pod_templates(manifests).values()
-        for volume in template["spec"]["volumes"]
-        if volume["name"] == "models"
-    ]
-    assert others == [{**claim, "readOnly": True}] * 2
-    # What `kubectl apply -l` makes before there is a pod.
-    storage = [m for m in manifests if m["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "storage"]
-    assert [(m["kind"], m["metadata"]["name"]) for m in storage] == [
-        ("PersistentVolumeClaim", "outrider-models"),
-        ("PersistentVolumeClaim", "outrider-runs"),
-    ]
 
 
 def _pod(manifests: list[Manifest], name: str = "outrider-actor") -> Any:

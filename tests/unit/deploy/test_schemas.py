@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 from kubernetes_validate.utils import all_versions
 
-from tests.manifests.rendered import K8S, VARIANTS, Manifest, find, loader, render, render_text, tool
+from tests.manifests.rendered import ALONE, K8S, VARIANTS, Manifest, find, read, render, render_text, tool
 
 # checkov alone takes seconds, and more on a busy machine.
 pytestmark = pytest.mark.timeout(300)
@@ -41,10 +41,10 @@ def test_five_versions_are_known() -> None:
 
 @pytest.fixture(scope="module")
 def manifests() -> list[Manifest]:
-    """Those of all variants, each once: most are the same in several. And the loader."""
+    """Those of all variants, each once: most are the same in several. And what is applied by itself."""
     rendered = [render(*variant) for variant in VARIANTS]
     assert all(len(manifests) > 15 for manifests in rendered)
-    rendered.append([loader()])
+    rendered += [read(path) for path in ALONE]
     return list({json.dumps(manifest): manifest for manifests in rendered for manifest in manifests}.values())
 
 
@@ -94,7 +94,8 @@ def checkov_report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("rendered")
     for variant in VARIANTS:
         (folder / f"{'+'.join(variant)}.yaml").write_text(render_text(*variant))
-    shutil.copy(K8S / "loader.yaml", folder)
+    for path in ALONE:
+        shutil.copy(K8S / path, folder)
     (folder / "broken.yaml").write_text(
         render_text("gpu").replace("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false")
     )
@@ -122,10 +123,8 @@ def test_checkov_has_looked(checkov_report: dict[str, Any]) -> None:
         if check["file_path"] == "/broken.yaml"
     }
     assert broken == {("CKV_K8S_22", "Deployment"), ("CKV_K8S_22", "Job")}
-    assert any(
-        check["file_path"] == "/loader.yaml" and check["check_id"] == "CKV_K8S_22"
-        for check in checkov_report["passed_checks"]
-    )
+    looked_at = {check["file_path"] for check in checkov_report["passed_checks"] if check["check_id"] == "CKV_K8S_22"}
+    assert {"/loader.yaml", "/reader.yaml", "/download.yaml"} <= looked_at
 
 
 def test_checks_that_are_skipped_say_why(checkov_report: dict[str, Any]) -> None:
