@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import uvloop
@@ -200,6 +200,10 @@ class Control:
                 version=version,
             )
         )
+
+    def measured(self, values: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`, for Prometheus."""
+        self._metrics.measured(values)
 
     def members(self) -> tuple[Member, ...]:
         """The actors, for the display."""

@@ -14,10 +14,14 @@
 | `outrider_learner_update_stage_seconds` | histogram | until all actors had staged a weight update |
 | `outrider_learner_update_pause_seconds` | histogram | longest pause of generation of a weight update |
 | `outrider_learner_update_failures_total` | counter | weight updates that failed |
+
+Beside these, gauges of the last values in `metrics.jsonl` under their names there, as `outrider_learner_reward`: the
+keys of `_MEASURED`. One that was not measured is not shown.
 """
 
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -31,6 +35,16 @@ from learner.weights.epoch import UpdateTimes
 _PREFIX = "outrider_learner_"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _VERSIONS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
+_MEASURED = {
+    "reward": "Mean reward of the completions of the last step.",
+    "accuracy": "Mean reward of the held-out rows in the last evaluation.",
+    "loss": "Loss of the last step.",
+    "grad_norm": "Norm of the gradient of the last step, before clipping.",
+    "clip_fraction": "Share of the last step's tokens that the clip took out of the gradient.",
+    "kl": "Estimate of KL(actor || learner) over the last step's tokens.",
+    "entropy": "Mean entropy of the last step's tokens, in nats.",
+    "parity_max_abs_diff": "Largest logprob difference of actor and learner where the current policy sampled.",
+}
 
 
 class LearnerMetrics:
@@ -54,7 +68,8 @@ class LearnerMetrics:
         self._version.set(version)
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
-        self.registry.register(_Asked(members, stats, num_buffered))
+        self._measured: dict[str, float | None] = {}
+        self.registry.register(_Asked(members, stats, num_buffered, self._measured))
 
     def trained(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
         """The step that led to `version` is done; the trainer had waited for its groups."""
@@ -62,6 +77,10 @@ class LearnerMetrics:
         self._wait_s.observe(wait_s)
         for group in groups:
             self._staleness.observe(version - 1 - group.oldest_version)
+
+    def measured(self, values: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`, of a step or of an evaluation. None: not measured this time."""
+        self._measured |= {key: values[key] for key in _MEASURED.keys() & values.keys()}
 
     def fleet_event(self, event: FleetEvent) -> None:
         """A transition of an actor."""
@@ -88,10 +107,12 @@ class _Asked(Collector):
         members: Callable[[], Sequence[Member]],
         stats: Callable[[], DispatchStats],
         num_buffered: Callable[[], int],
+        measured: Mapping[str, float | None],
     ) -> None:
         self._members = members
         self._stats = stats
         self._num_buffered = num_buffered
+        self._measured = measured
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
@@ -100,6 +121,8 @@ class _Asked(Collector):
         for state, number in states.items():
             actors.add_metric([state], number)
         yield actors
+        for key, text in _MEASURED.items():
+            yield GaugeMetricFamily(f"{_PREFIX}{key}", text, self._measured.get(key))
         stats = self._stats()
         yield GaugeMetricFamily(f"{_PREFIX}running_groups", "Groups being sampled.", stats.running)
         yield GaugeMetricFamily(f"{_PREFIX}buffered_groups", "Groups that wait for the trainer.", self._num_buffered())

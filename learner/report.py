@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,17 @@ class Progress:
 class Reporter:
     """Collects and shows. The clock of a step runs from the end of the step before, whatever lay between."""
 
-    def __init__(self, display: Display, metrics: MetricsWriter, progress: Progress) -> None:
+    def __init__(
+        self,
+        display: Display,
+        metrics: MetricsWriter,
+        progress: Progress,
+        also: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        """`also` gets what is written to `metrics`."""
         self._display = display
         self._metrics = metrics
+        self._also = also
         self._progress = progress
         self._said_no_parity = False
         self._started_at = time.monotonic() - progress.wall_s
@@ -82,7 +90,7 @@ class Reporter:
                 entropy=stats.entropy,
             )
         )
-        self._metrics.write(
+        self._write(
             {
                 "step": version,
                 "reward": reward,
@@ -121,7 +129,7 @@ class Reporter:
         self._display.accuracy(version, result.accuracy)
         if rates:
             self._display.note("  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items()))
-        self._metrics.write(
+        self._write(
             {
                 "step": version,
                 "accuracy": result.accuracy,
@@ -153,3 +161,7 @@ class Reporter:
             checkpoint=str(export),
             extra={"resumed_from": progress.resumed_from, "seed": seed} | rates,
         )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._metrics.write(values)
+        self._also(values)

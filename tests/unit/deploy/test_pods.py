@@ -154,14 +154,13 @@ def metric_names() -> set[str]:
 
 def test_dashboard_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[str]) -> None:
     dashboard = json.loads((K8S / "components" / "monitoring" / "dashboard.json").read_text())
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"outrider_\w+", target["expr"])
-    }
+    targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    asked = {name for target in targets for name in re.findall(r"outrider_\w+", target)}
     actors_own = {name for name in metric_names if name.startswith("outrider_actor_") and not name.endswith("_sum")}
-    assert asked == actors_own
+    assert {name for name in asked if name.startswith("outrider_actor_")} == actors_own
+    assert {f"outrider_learner_{key}" for key in ("reward", "accuracy", "loss", "kl", "parity_max_abs_diff")} <= asked
+    assert asked <= metric_names
+    assert [expression for expression in targets if '{namespace="$namespace"}' not in expression] == []
     [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     rule = (K8S / "components" / "hpa" / "kustomization.yaml").read_text()
     assert f"name: {{as: {metric['external']['metric']['name']}}}" in rule
