@@ -78,6 +78,14 @@ def _words(cpus: int, gib: int, gpus: int) -> str:
     return f"{cpus} CPU{'s' if cpus > 1 else ''}, {gib} GiB" + (f", {gpus} GPUs" if gpus else "")
 
 
+@pytest.mark.parametrize("name", ["operations.md", "your-task.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", (ROOT / "docs" / name).read_text()):
+        titles = re.findall(r"^#+ (.+)$", (ROOT / "docs" / (path or name)).read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert anchor in anchors, f"{path}#{anchor}"
+
+
 def test_files_that_commands_name_are_there() -> None:
     files = set(re.findall(r"kubectl (?:apply|delete) -f (\S+\.yaml)", TEXT))
     assert {"deploy/k8s/loader.yaml", "deploy/k8s/reader.yaml", "deploy/k8s/download.yaml"} <= files
