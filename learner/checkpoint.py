@@ -144,7 +144,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     """
     settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
+    reader = dcp.FileSystemReader(checkpoint)
+    saved = reader.read_metadata().state_dict_metadata
+    # To load into, a fresh optimizer has been given moments of all parameters; what no forward uses never had any.
+    moments: Any = optimizer_state["state"]
+    optimizer_state["state"] = {name: own for name, own in moments.items() if f"optimizer.state.{name}.step" in saved}
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader)
     set_state_dict(
         model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_WHAT_TRAINS
     )

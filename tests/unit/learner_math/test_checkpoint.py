@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import structlog
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import ConfigError
 from learner.batch.packing import pack_batch
@@ -19,23 +20,28 @@ from learner.checkpoint import latest_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import TIMEOUT, Ranks, join_ranks
 from learner.policy import Policy
-from tests.unit.learner_math.groups import centred, mixed_groups
+from tests.families import FAMILIES, build
+from tests.unit.learner_math.groups import centred, group, image_bytes, mixed_groups, sample
 
 Train = Callable[[Policy], None]
+
+
+def config_of(model_dir: Path, **optimizer: Any) -> LearnerConfig:
+    return LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 10, "batch_prompts": 4, "keep_checkpoints": 2},
+            "optimizer": {"lr": 1e-2} | optimizer,
+        }
+    )
 
 
 @pytest.fixture
 def make_policy(model_dir: Path) -> Iterator[Callable[..., Policy]]:
     """Takes settings of the optimizer."""
-    config = {
-        "model": {"path": model_dir},
-        "data": {"train": "unused"},
-        "trainer": {"total_steps": 10, "batch_prompts": 4, "keep_checkpoints": 2},
-    }
     with join_ranks("cpu") as ranks:
-        yield lambda **optimizer: Policy(
-            LearnerConfig.model_validate(config | {"optimizer": {"lr": 1e-2} | optimizer}), ranks
-        )
+        yield lambda **optimizer: Policy(config_of(model_dir, **optimizer), ranks)
 
 
 @pytest.fixture
@@ -104,6 +110,51 @@ def test_a_resumed_optimizer_has_its_state_and_the_settings_of_now(
     assert [(group["betas"], group["eps"]) for group in now.param_groups] == [((0.8, 0.9), 1e-6)] * 2
     for old, new in zip(before.model.parameters(), after.model.parameters(), strict=True):
         assert torch.equal(then.state[old]["exp_avg"].full_tensor(), now.state[new]["exp_avg"].full_tensor())
+
+
+def moments(policy: Policy) -> dict[str, torch.Tensor]:
+    states = {name: policy._optimizer.state.get(value, {}) for name, value in policy.model.named_parameters()}
+    return {
+        f"{name}.{key}": getattr(value, "full_tensor", lambda value=value: value)().clone()
+        for name, state in states.items()
+        for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_goes_on_as_the_one_before(family: str, tmp_path: Path) -> None:
+    """Also where the model has parameters that its forward leaves out, as the last layer of a LLaVA's tower."""
+    config = config_of(build(family, tmp_path / "model"), weight_decay=0.5)
+    processor = PromptProcessor(config.model.path)
+    groups = [group(processor, sample(0, "what is this?", [image_bytes(1)]), (3, 2))]
+    packs = pack_batch(groups, centred(groups), filler=processor.filler)
+    parts = [[encode_packs(pack) for pack in packs]]
+    with join_ranks("cpu") as ranks:
+        before, after = Policy(config, ranks), Policy(config, ranks)
+        before.step(parts)
+        before.save(tmp_path, {})
+        before.finish()
+        assert after.restore(tmp_path) == {"version": 1}
+        for _ in range(2):
+            for of_policy in (parameters, moments):
+                expected, resumed = of_policy(before), of_policy(after)
+                assert expected.keys() == resumed.keys()
+                assert [name for name, value in expected.items() if not torch.equal(value, resumed[name])] == []
+            before.step(parts)
+            after.step(parts)
+
+
+def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    train(policy)
+    policy.save(tmp_path, {})
+    policy.finish()
+    again = make_policy()
+    again.model.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: model\.more"):
+        again.restore(tmp_path)
 
 
 def test_a_rank_that_does_not_see_the_checkpoint_says_so(
