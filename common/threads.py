@@ -1,4 +1,6 @@
-"""Jobs that may be stuck for as long as somebody else is: on threads that nothing waits for."""
+"""Jobs on threads of their own, which nothing waits for: those that may be stuck for as long as somebody else is, and
+those that must not queue for the few threads of an event loop.
+"""
 
 import threading
 from collections.abc import Callable

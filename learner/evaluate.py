@@ -6,11 +6,13 @@ It goes beside the credits of training: nothing that is sampled here is trained 
 """
 
 import asyncio
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from common.threads import run_in_thread
 from common.types import Completion, FloatArray, SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
@@ -18,8 +20,11 @@ from learner.rewards.base import Rewards
 from learner.rollouts.sampler import Sampler, build_request
 from learner.types import ProcessedPrompt, PromptSample
 
-# Their images and tensors are in memory at the same time.
+# Their images are in memory at the same time.
 _MAX_ROWS_AT_ONCE = 512
+# One is read while another goes through the processor. They have threads of their own: so many rows would keep the
+# loop's threads from everybody else.
+_PREPARED_AT_ONCE = 2
 
 
 class Rows(Protocol):
@@ -77,11 +82,14 @@ async def evaluate(
     Raises what sampling and rewards raise: an evaluation with holes in it would be a wrong number.
     """
     room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
+    turns = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
     async def ask(row: int) -> tuple[float, int, int]:
         """(greedy reward, its tokens, sampled completions that passed)."""
         async with room:
-            sample, expected = await asyncio.to_thread(_prepare, rows, row, processor)
+            async with turns:
+                preparing = run_in_thread(functools.partial(_prepare, rows, row, processor), f"evaluate-{row}")
+                sample, expected = await asyncio.wrap_future(preparing)
 
             async def answers(name: str, sampling: SamplingParams) -> tuple[FloatArray, Sequence[Completion]]:
                 request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
@@ -108,5 +116,6 @@ async def evaluate(
 
 
 def _prepare(rows: Rows, row: int, processor: PromptProcessor) -> tuple[PromptSample, ProcessedPrompt]:
+    """The row, and what its answers are held against, which needs no tensors."""
     sample = rows[row]
-    return sample, processor.process(sample)
+    return sample, replace(processor.process(sample), media={})

@@ -7,6 +7,7 @@ largest bucket, which is encoded first. In float32 nearly every element changes 
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from common import delta
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, OutriderError
 from common.log import get_logger
+from common.threads import run_in_thread
 from common.types import Manifest
 from learner.rollouts.members import Member
 from learner.weights.buckets import Buckets
@@ -54,7 +56,8 @@ class Deltas:
             return None
         if not base.actor_ids.issuperset(member.actor_id for member in members):
             return None
-        return await asyncio.to_thread(_encode, base, snapshot, link)
+        encoding = run_in_thread(functools.partial(_encode, base, snapshot, link), "encode-delta")
+        return await asyncio.wrap_future(encoding)
 
     def sent(self, snapshot: Snapshot, members: Sequence[Member], times: UpdateTimes) -> None:
         """All members have it."""

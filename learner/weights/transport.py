@@ -74,7 +74,8 @@ class TorchSender:
 
     async def send(self, buffers: Sequence[torch.Tensor]) -> None:
         """See `Sender.send`."""
-        await asyncio.to_thread(self._send, buffers)
+        # On a thread of its own: the members wait for it against the clock.
+        await asyncio.wrap_future(run_in_thread(functools.partial(self._send, buffers), "send-weights"))
 
     def _send(self, buffers: Sequence[torch.Tensor]) -> None:
         with self._group.stream():

@@ -1,18 +1,24 @@
 """Held-out evaluation: greedy accuracy and pass@k."""
 
+import asyncio
+import dataclasses
 import itertools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.types import Completion, FloatArray, RolloutRequest, SamplingParams
 from learner.config import EvaluationConfig
 from learner.evaluate import Evaluation, evaluate, pass_at_k
+from learner.types import ProcessedPrompt, PromptSample
 from tests.fakes import FakeProcessor, make_completion, make_sample
 
 ROWS = 4
@@ -34,6 +40,7 @@ class CountingSampler:
 
     async def sample(self, request: RolloutRequest, *, min_version: Any, expected: Any) -> Any:
         assert min_version() == 7
+        assert expected.media == {}  # nothing looks at it, and it is large
         self.requests.append(request)
         n = request.sampling.n
         return SimpleNamespace(completions=[make_completion(request.group_id, i, "a") for i in range(n)])
@@ -48,10 +55,26 @@ class RowsOftenPass:
         return np.array([1.0 if i < sample.row else 0.25 for i in range(len(completions))], np.float32)
 
 
-async def run(settings: EvaluationConfig) -> tuple[Evaluation, list[RolloutRequest]]:
+class GatedProcessor(FakeProcessor):
+    """Goes on with a row once the gate is open. Its prompts have tensors."""
+
+    def __init__(self) -> None:
+        self.num_begun = 0
+        self.begun = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.gate = threading.Event()
+
+    def process(self, sample: PromptSample) -> ProcessedPrompt:
+        self.num_begun += 1
+        self._loop.call_soon_threadsafe(self.begun.set)
+        self.gate.wait()
+        return dataclasses.replace(super().process(sample), media={"pixel_values": torch.zeros(1)})
+
+
+async def run(settings: EvaluationConfig, processor: Any = None) -> tuple[Evaluation, list[RolloutRequest]]:
     sampler: Any = CountingSampler()
     rewards: Any = RowsOftenPass()
-    processor: Any = FakeProcessor()
+    processor = processor or FakeProcessor()
     result = await evaluate(
         Rows(),
         sampler=sampler,
@@ -85,6 +108,34 @@ async def test_pass_at_k_over_the_rows() -> None:
 async def test_what_passes_is_a_setting() -> None:
     result, _ = await run(EvaluationConfig(samples=3, k=(1,), pass_reward=0.2))
     assert result.pass_at_k == {1: 1.0}
+
+
+async def test_rows_that_are_being_processed_keep_no_thread_from_others() -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    processor = GatedProcessor()
+    evaluating = asyncio.create_task(run(EvaluationConfig(), processor))
+    try:
+        async with asyncio.timeout(20):
+            await processor.begun.wait()
+            await asyncio.to_thread(lambda: None)
+    finally:
+        processor.gate.set()
+    result, _ = await evaluating
+    assert result.num_rows == ROWS
+
+
+async def test_an_evaluation_that_is_given_up_leaves_no_rows_to_be_processed() -> None:
+    processor = GatedProcessor()
+    evaluating = asyncio.create_task(run(EvaluationConfig(), processor))
+    await processor.begun.wait()
+    evaluating.cancel()
+    await asyncio.wait([evaluating])
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("evaluate")]
+    processor.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert threads
+    assert processor.num_begun < ROWS
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

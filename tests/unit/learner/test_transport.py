@@ -27,7 +27,7 @@ def receive(spec: EpochSpec, buffer: torch.Tensor) -> None:
         group.abort()
 
 
-async def test_a_join_takes_no_thread_that_others_need() -> None:
+async def test_joining_and_sending_take_no_thread_that_others_need() -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     transport = TorchTransport("127.0.0.1")
     spec = replace(SPEC, master_port=transport.port)
@@ -38,7 +38,7 @@ async def test_a_join_takes_no_thread_that_others_need() -> None:
     buffer = torch.zeros(3)
     receiving = asyncio.create_task(asyncio.to_thread(receive, spec, buffer))
     sender = await joining
-    await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), sender._send, [torch.arange(3.0)])
+    await sender.send([torch.arange(3.0)])  # the receiver has the only thread of the loop
     await receiving
     sender.abort()
     assert buffer.tolist() == [0, 1, 2]
