@@ -15,6 +15,7 @@ import concurrent.futures
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ log = get_logger(__name__)
 _STATE = "state.json"
 # What is frozen is in `model.path`, as it was.
 _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
-# Of a checkpoint directory of transformers: what `save_pretrained` of the model writes anew.
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+# Of a checkpoint directory of transformers: what `save_pretrained` of the model writes anew, and what is nobody's.
+_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", ".*")
 
 
 class CheckpointWriter:
@@ -163,19 +164,35 @@ def export_model(model: Any, source: Path, target: Path) -> Path:
     A LoRA adapter is merged into it, and lies in its folder `adapter` too, as PEFT writes it. `source` is the directory
     that training started from: tokenizer, processor and templates are copied from it.
     """
+    from transformers import GenerationConfig
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     if _is_main():
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"))
+        model.generation_config = GenerationConfig()  # many that can be read are refused when they are to be written
         model.save_pretrained(partial, state_dict=merged_state(model, state))
+        (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
+        _copy(source, partial)
         if hasattr(model, "peft_config"):
             save_adapter(model, state, source, partial / "adapter")
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
     dist.barrier()
     return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All files but `_NOT_COPIED`, without their modes: a source is often read-only, and its copy must not be."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
+            continue
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def _directory(run_dir: Path, version: int) -> Path:

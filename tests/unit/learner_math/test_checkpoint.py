@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import resource
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -224,3 +226,40 @@ def test_a_checkpoint_is_told_of_once_it_is_on_disk(
 def test_ranks_wait_for_a_slow_disk_as_long_as_for_anything_else(make_policy: Callable[[], Policy]) -> None:
     backend = make_policy()._checkpoints._group._get_backend(torch.device("cpu"))
     assert backend.options._timeout == TIMEOUT
+
+
+def test_what_the_source_says_of_sampling_goes_along_unread(model_dir: Path, tmp_path: Path) -> None:
+    """As in many public checkpoints: transformers itself would refuse to write it."""
+    from transformers import AutoModelForImageTextToText
+
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    text = '{\n  "temperature": 0.2, "top_p": 0.9, "eos_token_id": [257]\n}'
+    (source / "generation_config.json").write_text(text)
+    with join_ranks("cpu") as ranks:
+        export = Policy(config_of(source), ranks).export(tmp_path / "export")
+    assert (export / "generation_config.json").read_text() == text
+    loaded = AutoModelForImageTextToText.from_pretrained(export)
+    assert loaded.generation_config.eos_token_id == [257]
+
+
+def test_an_export_says_nothing_of_sampling_where_the_source_does_not(model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(model_dir, tmp_path / "source", ignore=shutil.ignore_patterns("generation_config.json"))
+    with join_ranks("cpu") as ranks:
+        export = Policy(config_of(source), ranks).export(tmp_path / "export")
+    assert {path.name for path in export.iterdir()} == {path.name for path in source.iterdir()}
+
+
+def test_an_export_of_a_read_only_source_can_be_written_to(model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    (source / "more" / "deeper").mkdir(parents=True)
+    (source / "more" / "deeper" / "notes.txt").write_text("kept")
+    (source / ".cache").mkdir()
+    for path in (source, *source.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with join_ranks("cpu") as ranks:
+        export = Policy(config_of(source), ranks).export(tmp_path / "export")
+    for path in (source, *source.rglob("*")):
+        path.chmod(0o755)  # for whoever clears up
+    assert (export / "more" / "deeper" / "notes.txt").read_text() == "kept"
+    assert not (export / ".cache").exists()
+    assert [path for path in (export, *export.rglob("*")) if not path.stat().st_mode & stat.S_IWUSR] == []
