@@ -41,8 +41,10 @@ log = get_logger(__name__)
 _STATE = "state.json"
 # What is frozen is in `model.path`, as it was.
 _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
-# Of a checkpoint directory of transformers: what `save_pretrained` of the model writes anew, and what is nobody's.
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", ".*")
+# The folder of an exported adapter.
+_ADAPTER = "adapter"
+# Of a checkpoint directory of transformers: what an export writes anew, and what is nobody's.
+_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", _ADAPTER, ".*")
 
 
 class CheckpointWriter:
@@ -176,7 +178,7 @@ def export_model(model: Any, source: Path, target: Path) -> Path:
         (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
         _copy(source, partial)
         if hasattr(model, "peft_config"):
-            save_adapter(model, state, source, partial / "adapter")
+            save_adapter(model, state, source, partial / _ADAPTER)
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
     dist.barrier()

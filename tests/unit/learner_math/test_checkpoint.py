@@ -263,3 +263,20 @@ def test_an_export_of_a_read_only_source_can_be_written_to(model_dir: Path, tmp_
     assert (export / "more" / "deeper" / "notes.txt").read_text() == "kept"
     assert not (export / ".cache").exists()
     assert [path for path in (export, *export.rglob("*")) if not path.stat().st_mode & stat.S_IWUSR] == []
+
+
+def test_the_adapter_of_an_earlier_run_is_not_the_one_of_this_run(model_dir: Path, tmp_path: Path) -> None:
+    """A run may begin with the export of another."""
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    (source / "adapter").mkdir()
+    (source / "adapter" / "README.md").write_text("of another run")
+    with join_ranks("cpu") as ranks:
+        whole = Policy(config_of(source), ranks).export(tmp_path / "whole")
+        config = config_of(source)
+        lora = config.model_copy(update={"model": config.model.model_copy(update={"lora_rank": 2})})
+        adapted = Policy(lora, ranks).export(tmp_path / "adapted")
+    assert not (whole / "adapter").exists()
+    assert {path.name for path in (adapted / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
