@@ -33,7 +33,8 @@ class ModelConfig(Config):
     # LoRA: train an adapter of this rank and nothing else. 0: off.
     lora_rank: int = Field(0, ge=0)
     lora_alpha: int = Field(16, gt=0)
-    # "all-linear", ends of module names, or one regular expression.
+    # "all-linear" or ends of module names: in the text model, never in the vision tower or the projector. Or one
+    # regular expression for whole names: what it matches in the vision tower and the projector has an adapter too.
     target_modules: str | tuple[str, ...] = "all-linear"
     # Ends of module names.
     exclude_modules: tuple[str, ...] = ()

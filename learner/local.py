@@ -130,8 +130,10 @@ def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerC
 def _lora_rank(config: "LearnerConfig") -> int:
     """Of the adapter that the learner will send as it is; 0 if it will send none."""
     adapter = config.model.adapter
-    if adapter is None or config.weights.merge_adapter or not config.model.freeze_vision_tower:
+    if adapter is None or config.weights.merge_adapter:
         return 0
+    if adapter.reaches_vision and not config.model.freeze_vision_tower:
+        return 0  # actors apply no adapter there
     return adapter.rank  # of one from a directory nothing is known here: `local.actor` can say it
 
 

@@ -42,11 +42,17 @@ class Adapter:
     rank: int = 8
     alpha: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear`: every linear layer but the output layer. Ends of module names, or one regular expression."""
+    """`all-linear`: every linear layer of the text model but the output layer. Ends of names of the text model's
+    modules. Or one regular expression, matched against the whole names of all modules, the vision tower's too."""
     exclude_modules: tuple[str, ...] = ()
     """Ends of module names."""
     path: Path | None = None
     """Begin with this adapter, a directory as PEFT writes it; everything else here is then read from it."""
+
+    @property
+    def reaches_vision(self) -> bool:
+        """Whether layers that an image passes before the text model may have the adapter: with a regular expression."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -23,7 +23,8 @@ _MODULES: Mapping[Part, tuple[str, ...]] = {
     "projector": ("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner"),
     "language_model": ("language_model", "text_model", "lm_head"),
 }
-
+# What an image passes before the text model.
+_VISION: tuple[Part, ...] = ("vision_tower", "projector")
 
 # What `learner.model.attention` computes.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -56,7 +57,7 @@ def load_policy(
         model_dir: config and safetensors of a model that `AutoModelForImageTextToText` knows.
         dtype: of the parameters. Rotary frequencies stay float32 in any case.
         frozen: parts whose parameters get no gradient.
-        adapter: train this LoRA adapter, in the parts that are not frozen, and nothing else.
+        adapter: train this LoRA adapter, in the parts that are not frozen and that it reaches, and nothing else.
         gradient_checkpointing: recompute layers in the backward pass.
 
     Returns:
@@ -95,8 +96,10 @@ def prepare_policy(
     _remove_dropout(model)
     num_adapted = 0
     if adapter is not None:
+        # Actors apply no adapter to what an image passes, and would get all weights merged at each update.
+        left_out = frozen if adapter.reaches_vision else dict.fromkeys((*_VISION, *frozen))
         num_adapted = add_adapter(
-            model, adapter, frozen=[name for part in frozen for name in find_modules(model, part)]
+            model, adapter, left_out=[name for part in left_out for name in find_modules(model, part)]
         )
     return replace(freeze(model, frozen), num_adapted=num_adapted)
 

@@ -27,7 +27,7 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 FILE_PREFIX = "base_model.model."
 
 
-def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> int:
+def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -> int:
     """Put the adapter into a model of transformers, in place, and freeze everything else.
 
     A fresh adapter changes nothing (B = 0); A comes from torch's generator, so equal seeds give equal ranks.
@@ -35,7 +35,7 @@ def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> 
     Args:
         model: not sharded yet.
         adapter: what to add.
-        frozen: modules without adapter.
+        left_out: modules without adapter; not with `adapter.path`, which says itself where it is.
 
     Returns:
         The number of adapted layers.
@@ -47,21 +47,26 @@ def add_adapter(model: Any, adapter: Adapter, *, frozen: Sequence[str] = ()) -> 
     from peft.tuners.lora import LoraLayer
 
     excluded = [rf"(?:.*\.)?{re.escape(name)}" for name in adapter.exclude_modules]
-    excluded += [rf"{re.escape(name)}(?:\..*)?" for name in frozen]
+    excluded += [rf"{re.escape(name)}(?:\..*)?" for name in left_out]
     if adapter.path is not None:
+        where = str(adapter.path)
         config: Any = LoraConfig.from_pretrained(str(adapter.path))
         _require_plain(config, adapter.path)
         config.inference_mode = False  # it would not train
         config.lora_dropout = 0.0  # actors have none: what is trained would not be what was sampled
     else:
         targets: Any = adapter.target_modules
+        where = f"target_modules {targets}" + (f" outside {', '.join(left_out)}" if left_out else "")
         config = LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
             exclude_modules="|".join(excluded) or None,
         )
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    except ValueError as error:
+        raise ValueError(f"no layer for {where}: {error}") from error
     if adapter.path is not None:
         _load(model, adapter.path / _WEIGHTS_FILE)
     for parameter in model.parameters():

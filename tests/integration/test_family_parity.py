@@ -31,7 +31,7 @@ from learner.batch.processing import PromptProcessor
 from learner.batch.transport import decode_packs, encode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
-from learner.model.lora import save_adapter
+from learner.model.lora import add_adapter, save_adapter
 from learner.types import Group
 from tests.families import FAMILIES, build
 from tests.integration.parity_ranks import LOSS, MODES
@@ -210,8 +210,9 @@ def with_likely_logprobs(model_dir: Path, processor: Any, groups: list[Group]) -
 
 
 def make_adapter(directory: Path) -> None:
-    """An adapter in every linear layer whose B is not zero, for all layouts of ranks."""
-    model, _ = load_policy(directory / "model", adapter=Adapter(rank=2, alpha=4))
+    """An adapter in every linear layer, the vision tower's too, whose B is not zero, for all layouts of ranks."""
+    model, _ = load_policy(directory / "model")
+    add_adapter(model, Adapter(rank=2, alpha=4))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:

@@ -17,12 +17,14 @@ from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.distributed import Ranks, join_ranks
+from learner.local import _lora_rank
 from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter
-from learner.policy import Policy
+from learner.policy import Policy, vision_parts
 from learner.weights.snapshot import Snapshotter
+from tests.families import build
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups
 
 
@@ -76,7 +78,7 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    policy = Policy(make_config(large_model_dir, lora_rank=4, lora_alpha=8, freeze_vision_tower=True), ranks)
+    policy = Policy(make_config(large_model_dir, lora_rank=4, lora_alpha=8), ranks)
     began = load_policy(large_model_dir)[0]
     torch.testing.assert_close(logprobs(policy.model, pack), logprobs(began, pack), atol=0, rtol=0)
     names = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
@@ -193,11 +195,34 @@ def test_gradients_are_those_of_the_product(large_model_dir: Path, pack: PackedB
         torch.testing.assert_close(b.grad, 2.0 * gradient @ a.T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "idefics3"])
+def test_what_an_image_passes_has_an_adapter_only_where_a_pattern_reaches_it(family: str, tmp_path: Path) -> None:
+    """Else each update would be merged, although nobody asked for more than `lora_rank`."""
+    build(family, tmp_path)
+
+    def adapted(**settings: Any) -> set[bool]:
+        model, _ = load_policy(tmp_path, adapter=Adapter(rank=2, **settings))
+        parts = tuple(f"{part}." for part in vision_parts(model))
+        return {name.startswith(parts) for name, _ in model.named_parameters() if ".lora_A." in name}
+
+    assert adapted() == adapted(target_modules=("q_proj", "v_proj")) == {False}
+    assert adapted(target_modules=r".*\.(qkv|q_proj)") == {False, True}
+
+
+def test_the_launcher_asks_actors_for_adapters_that_they_can_take(model_dir: Path) -> None:
+    def rank(**model: Any) -> int:
+        return _lora_rank(make_config(model_dir, **model))
+
+    assert (rank(), rank(lora_rank=4)) == (0, 4)
+    pattern = {"lora_rank": 4, "target_modules": ".*attn.*"}
+    assert (rank(**pattern), rank(**pattern, freeze_vision_tower=True)) == (0, 4)
+
+
 def test_parts_and_modules_are_left_out(model_dir: Path) -> None:
     model = load_policy(model_dir)[0]
     adapter = Adapter(rank=2, exclude_modules=("mlp.up_proj",))
     with_vision = add_adapter(copy.deepcopy(model), adapter)
-    assert add_adapter(model, adapter, frozen=["model.visual"]) < with_vision
+    assert add_adapter(model, adapter, left_out=["model.visual"]) < with_vision
     names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
     assert any("gate_proj" in name for name in names)
     assert not any("up_proj" in name or "visual" in name or "lm_head" in name for name in names)
@@ -207,6 +232,11 @@ def test_parts_and_modules_are_left_out(model_dir: Path) -> None:
     ("settings", "match"),
     [
         ({"target_modules": ["no_such_layer"], "lora_rank": 2}, "no_such_layer"),
+        ({"target_modules": ["qkv"], "lora_rank": 2}, r"no layer for .*qkv.* outside model\.visual, "),
+        (
+            {"freeze_language_model": True, "lora_rank": 2},
+            r"outside model\.visual, .*, model\.language_model, lm_head: ",
+        ),
         ({"lora_alpha": 3}, "lora_alpha needs lora_rank"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules needs lora_rank"),
         ({"lora_rank": 2, "lora_adapter_path": "x"}, "set one of them"),
@@ -263,7 +293,7 @@ def test_a_snapshot_without_adapter_is_the_plain_one(model_dir: Path) -> None:
 
 
 def test_an_adapter_of_the_vision_tower_is_merged(model_dir: Path) -> None:
-    model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
+    model = load_policy(model_dir, adapter=Adapter(rank=2, target_modules=r".*\.(qkv|q_proj)"))[0]
     taken = Snapshotter(model, ["model.visual"], is_sender=True, bucket_bytes=2**20).take(0)
     assert taken is not None
     assert taken.adapter is not None
