@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from common.types import FloatArray
+from common.types import FloatArray, IntArray
 from learner.algorithms.advantages import advantages
 from learner.algorithms.shaping import overlong_penalty
 from learner.batch.balance import ModelCost
@@ -94,7 +94,9 @@ class BatchFeed:
         groups = self._control.take_batch(version, lambda groups: self._asked >= version or self._are_next(groups))
         taken_at = time.monotonic()
         self._check(groups)
-        values = advantages([self._shaped_rewards(group) for group in groups], self._config.algorithm.advantage)
+        lengths = [np.array([len(completion.token_ids) for completion in group.completions]) for group in groups]
+        rewards = [self._shaped(group.rewards, of_group) for group, of_group in zip(groups, lengths, strict=True)]
+        values = advantages(rewards, lengths, self._config.algorithm.advantage)
         mini_batches = self._split(groups)
         parts = [self._pack(*pair) for pair in zip(mini_batches, self._split(values), strict=True)]
         return Batch(mini_batches, parts, taken_at)
@@ -132,10 +134,9 @@ class BatchFeed:
         parts = [encode_packs(of_group) for of_group in packs]
         return [part for part in parts for _ in range(num_copies)]  # neighbours share their sequences
 
-    def _shaped_rewards(self, group: Group) -> FloatArray:
+    def _shaped(self, rewards: FloatArray, lengths: IntArray) -> FloatArray:
         settings = self._config.algorithm
         if not settings.overlong_buffer:
-            return group.rewards
-        lengths = np.array([len(completion.token_ids) for completion in group.completions])
+            return rewards
         punishment = overlong_penalty(lengths, self._config.rollout.max_tokens, settings.overlong_buffer)
-        return group.rewards + np.float32(settings.overlong_penalty) * punishment
+        return rewards + np.float32(settings.overlong_penalty) * punishment

@@ -1,7 +1,7 @@
 """Advantages from rewards alone: completions against each other; no value network.
 
-An estimator looks at the rewards of one group, and may be followed by a normalisation over the whole batch. A new one
-is a function and an entry in `ESTIMATORS`.
+An estimator looks at the rewards of one group, and may be followed by a normalisation over all tokens of the batch. A
+new one is a function and an entry in `ESTIMATORS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.types import FloatArray
+from common.types import FloatArray, IntArray
 from learner.algorithms.config import AdvantageEstimator
 
 Rewards = npt.NDArray[np.float64]
@@ -18,11 +18,14 @@ Rewards = npt.NDArray[np.float64]
 _EPSILON = 1e-6
 
 
-def advantages(rewards: Sequence[FloatArray], estimator: AdvantageEstimator) -> list[FloatArray]:
+def advantages(
+    rewards: Sequence[FloatArray], lengths: Sequence[IntArray], estimator: AdvantageEstimator
+) -> list[FloatArray]:
     """Advantages of every completion of a batch.
 
     Args:
         rewards: of each group, `[n]`, n >= 2, finite.
+        lengths: tokens of each completion, int `[n]` for each group.
         estimator: a key of `ESTIMATORS`.
 
     Returns:
@@ -39,7 +42,9 @@ def advantages(rewards: Sequence[FloatArray], estimator: AdvantageEstimator) -> 
     values = [chosen.within_group(_checked(group)) for group in rewards]
     if chosen.normalise_batch and values:
         everything = np.concatenate(values)
-        mean, std = everything.mean(), everything.std()
+        tokens = np.concatenate(lengths)  # each of them has its completion's advantage
+        mean = np.average(everything, weights=tokens)
+        std = np.sqrt(np.average((everything - mean) ** 2, weights=tokens))
         values = [(group - mean) / (std + _EPSILON) for group in values]
     return [group.astype(np.float32) for group in values]
 
@@ -81,7 +86,7 @@ def plain(rewards: Rewards) -> Rewards:
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """How rewards of one group are compared, and whether the outcome is brought to mean 0 and std 1 over the batch."""
+    """How rewards of one group are compared; whether the outcome gets mean 0 and std 1 over all tokens of the batch."""
 
     within_group: Callable[[Rewards], Rewards]
     normalise_batch: bool = False
@@ -91,7 +96,7 @@ ESTIMATORS: Mapping[AdvantageEstimator, Estimator] = {
     "grpo": Estimator(grpo),
     "dr_grpo": Estimator(dr_grpo),
     "rloo": Estimator(rloo),
-    # REINFORCE++, arXiv 2501.03262: equation 8, and its variant with the group's mean as the baseline, equation 10.
+    # REINFORCE++, arXiv 2501.03262, without its KL, and its variant with the group's mean as the baseline.
     "reinforce_plus_plus": Estimator(plain, normalise_batch=True),
     "reinforce_plus_plus_baseline": Estimator(dr_grpo, normalise_batch=True),
 }

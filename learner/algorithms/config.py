@@ -31,7 +31,8 @@ class LossConfig(Config):
     """Weight of the KL to the reference policy, which is `model.path` as it was: a frozen copy, which takes as much
     memory again, or with LoRA the model without its adapter, which takes none."""
     kl_penalty: Literal["loss", "reward"] = "loss"
-    """Where that KL goes: into the loss of each token, or, as a penalty, into the rewards from each token on."""
+    """Where that KL goes: into the loss of each token (k3), or, as a penalty for each token, off the advantages of that
+    token and those before it, once rewards have been compared (k1). Not with `reinforce_plus_plus`."""
     old_policy: Literal["actor", "learner"] = "actor"
     """What the clipped ratio is relative to. `actor`: the log-probabilities that came with the rollout, so that
     clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the
@@ -56,6 +57,12 @@ class LossConfig(Config):
             )
         if self.kl_penalty == "reward" and not self.kl_coef:
             raise ValueError("kl_penalty: reward needs a kl_coef")
+        if self.kl_penalty == "reward" and self.advantage.startswith("reinforce_plus_plus"):
+            # The paper brings rewards and penalties together to mean 0; here rewards alone are, before there is a KL.
+            raise ValueError(
+                f"kl_penalty: reward does not go with advantage: {self.advantage}, whose normalisation would have to "
+                "include the penalties; use kl_penalty: loss"
+            )
         if self.overlong_penalty != 1.0 and not self.overlong_buffer:
             raise ValueError("overlong_penalty needs an overlong_buffer")
         if self.clip_dual is not None and self.policy_loss != "ppo":

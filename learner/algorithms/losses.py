@@ -13,8 +13,8 @@ with c = clip(r, 1 - clip_low, 1 + clip_high), |x| = x without gradient, and as 
                                                                arXiv 2507.18071, equations 7 and 14
     cispo   |c| * A * log p                                    arXiv 2506.13585, equations 4 and 5
 
-With `kl_penalty: reward` the KL is not a term of the loss: the rewards of a token and of those after it are lowered by
-kl_coef * log(old p / m) each (the token-level penalty of arXiv 2501.03262):
+With `kl_penalty: reward` the KL is not a term of the loss: each token has a reward of -kl_coef * log(old p / m) of its
+own (arXiv 1909.08593, equation 2), which counts for it and the tokens before it, and is not compared within the group:
 
     A_t = A - kl_coef * sum over i >= t of log(old p_i / m_i)
 

@@ -19,7 +19,7 @@ from learner.algorithms.shaping import overlong_penalty
 
 def group_advantages(rewards: FloatArray, estimator: Any) -> FloatArray:
     """Of a batch of one group."""
-    (values,) = advantages([rewards], estimator)
+    (values,) = advantages([rewards], [np.ones(len(rewards), np.int32)], estimator)
     return values
 
 
@@ -54,18 +54,25 @@ def test_equal_rewards_teach_exactly_nothing(estimator: Any) -> None:
     assert group_advantages(np.full(7, 0.1, np.float32), estimator).tolist() == [0.0] * 7
 
 
-@given(batch=st.lists(REWARDS, min_size=1, max_size=4))
-def test_advantages_over_the_batch_are_those_of_a_naive_loop(batch: list[list[float]]) -> None:
+COMPLETIONS = st.lists(st.tuples(st.floats(-10, 10, width=32), st.integers(1, 9)), min_size=2, max_size=12)
+
+
+@given(batch=st.lists(COMPLETIONS, min_size=1, max_size=4))
+def test_advantages_over_the_batch_are_those_of_a_naive_loop(batch: list[list[tuple[float, int]]]) -> None:
+    """Each token has an advantage, and all of them together mean 0 and std 1: a long completion counts for more."""
+    rewards = [np.array([reward for reward, _ in group], np.float32) for group in batch]
+    lengths = [np.array([length for _, length in group]) for group in batch]
     for estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
-        centred = batch
-        if estimator == "reinforce_plus_plus_baseline":
-            centred = [[r - statistics.fmean(group) for r in group] for group in batch]
-        flat = [r for group in centred for r in group]
+        tokens = []  # of each completion
+        for group in batch:
+            baseline = statistics.fmean(reward for reward, _ in group) if "baseline" in estimator else 0.0
+            tokens += [[reward - baseline] * length for reward, length in group]
+        flat = [value for completion in tokens for value in completion]
         mean, std = statistics.fmean(flat), statistics.pstdev(flat)
-        actual = advantages([np.array(group, np.float32) for group in batch], estimator)  # type: ignore[arg-type]
+        actual = advantages(rewards, lengths, estimator)  # type: ignore[arg-type]
         assert [len(group) for group in actual] == [len(group) for group in batch]
         if std > 1e-3:  # else rounding decides
-            expected = [(r - mean) / (std + 1e-6) for r in flat]
+            expected = [(completion[0] - mean) / (std + 1e-6) for completion in tokens]
             np.testing.assert_allclose(np.concatenate(actual), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -152,7 +159,7 @@ CONFIGS = [
     LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.05, clip_high=0.1, kl_coef=0.1),
     LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5, entropy_coef=0.01),
     LossConfig(clip_dual=1.5),
-    LossConfig(advantage="reinforce_plus_plus", kl_coef=0.2, kl_penalty="reward"),
+    LossConfig(kl_coef=0.2, kl_penalty="reward"),
     LossConfig(old_policy="learner", kl_coef=0.2, kl_penalty="reward", clip_dual=2.0),
     LossConfig(importance_mask=(0.5, 2.0)),
     LossConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
@@ -231,6 +238,10 @@ def test_no_token_loses_its_gradient_to_cispo() -> None:
     [
         ({"clip_dual": 3.0, "policy_loss": "cispo"}, "clip_dual belongs to"),
         ({"policy_loss": "gspo"}, "needs aggregation: seq-mean-token-mean"),
+        (
+            {"advantage": "reinforce_plus_plus", "kl_coef": 0.1, "kl_penalty": "reward"},
+            "kl_penalty: reward does not go with advantage: reinforce_plus_plus.*; use kl_penalty: loss",
+        ),
         ({"importance_mask": [1.1, 2.0]}, "0 <= low <= 1 <= high"),
     ],
 )
