@@ -193,7 +193,8 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
             advantage = naive_advantage(of_sequence, sequence[i:], config)
             ratio = naive_ratio(t, sequence, config)
             above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low
-            one_sided = above if advantage > 0 else below
+            beyond = config.clip_dual is not None and ratio > config.clip_dual
+            one_sided = above if advantage > 0 else below or beyond
             clipped.append(float(above or below if config.policy_loss == "cispo" else one_sided))
             masked.append(float(is_masked(t, config)))
     assert terms.clipped.tolist() == clipped

@@ -98,6 +98,8 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
 
     snapshot = policy.snapshot()
     assert snapshot is not None
+    assert snapshot.adapter is not None
+    assert snapshot.adapter.merged_because == ""
     own = load_file(large_model_dir / "model.safetensors")  # under the names of the checkpoint
     # To actors that take adapters: the adapter alone, as in PEFT's files, the scaling (8 / 4) in B.
     manifest, buffers = snapshot.update(full=False)
