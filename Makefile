@@ -24,9 +24,12 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
 # What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,dev TORCH=torch`.
 EXTRAS ?= cpu,dev
 TORCH ?= torch==2.13.0+cpu
-# An additional package index that has the CPU build of torch, where pip does not know one already.
+# pip goes first: it knows the mirrors of this machine, and an additional package index where this is its address.
 OUTRIDER_TORCH_INDEX ?=
-PIP_INSTALL = $(BIN)/pip install $(if $(OUTRIDER_TORCH_INDEX),--extra-index-url $(OUTRIDER_TORCH_INDEX))
+PIP_TORCH = $(BIN)/pip install $(if $(OUTRIDER_TORCH_INDEX),--extra-index-url $(OUTRIDER_TORCH_INDEX)) '$(TORCH)'
+# The default index of Python has no CPU builds; uv knows the one of PyTorch that has.
+UV_TORCH = $(if $(OUTRIDER_TORCH_INDEX),false,$(if $(filter %+cpu,$(TORCH)),\
+	$(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu '$(TORCH:+cpu=)',false))
 
 # Arguments of the demo: `make demo SEED=2`, `make demo ARGS="--help"`.
 SEED ?=
@@ -57,13 +60,15 @@ $(VENV)/.installed: pyproject.toml
 	@[ -n "$(PYTHON)" ] || $(call die,"Python 3.11 or 3.12 is needed and not on PATH: install it or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'.")
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		$(call die,"$(PYTHON) comes without its venv module: on Debian and Ubuntu 'apt-get install python3-venv'.")
-	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+	@case ",$(EXTRAS)," in *,cpu,*) $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null;; esac || \
 		$(call die,"vLLM's CPU build needs the system library libnuma.so.1: on Debian and Ubuntu 'apt-get install libnuma1'.")
 	@echo "[1/5] virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
 	@echo "[2/5] $(TORCH)"
-	@$(PIP_INSTALL) '$(TORCH)' uv 2>&1 | tee $(VENV)/setup.log | $(PROGRESS) || $(call die,"pip found no $(TORCH) (details: $(VENV)/setup.log). Set OUTRIDER_TORCH_INDEX to the address of PyTorch's CPU index: choose pip and CPU on https://pytorch.org/get-started/locally/ and copy the address from the command there.")
-# uv takes a tenth of pip's time, and leaves the torch that is there alone; pip finds CPU builds that uv does not look for.
+	@$(BIN)/pip install uv >$(VENV)/setup.log 2>&1 || $(call die,"pip found no uv: $(VENV)/setup.log says why.")
+	@log() { tee -a $(VENV)/setup.log | $(PROGRESS); }; $(PIP_TORCH) 2>&1 | log || $(UV_TORCH) 2>&1 | log || \
+		$(call die,"No $(TORCH) was found (details: $(VENV)/setup.log). Set OUTRIDER_TORCH_INDEX to the address of a package index that has it: PyTorch's own is in the command for pip and CPU on https://pytorch.org/get-started/locally/")
+# uv takes a tenth of pip's time, and leaves the torch that is there alone.
 	@echo "[3/5] vLLM, the learner's libraries and the tools ($(EXTRAS))"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRAS)]' 2>&1 | tee -a $(VENV)/setup.log || \
 		$(call die,"The install failed: $(VENV)/setup.log says why.")
@@ -77,11 +82,11 @@ $(VENV)/.installed: pyproject.toml
 	@case ",$(EXTRAS)," in *,dev,*) $(MAKE) --no-print-directory $(CHECKOV)/bin/checkov;; esac
 	@command -v kubectl >/dev/null || echo "kubectl is not installed: the tests of deploy/ will need it, nothing else does."
 	@touch $@
-	@echo "ready: $(VENV)"
+	@echo "ready: 'source $(BIN)/activate' puts outrider on the PATH"
 
-# pip's output, without its noise.
+# What pip and uv say, without their noise and without what failed: the log has that.
 PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing collected packages\).*/  \1 .../p' \
-	-e '/^ERROR/p' -e '/^Successfully built/p'
+	-e '/^Successfully built/p'
 
 $(BUF):
 	@command -v npm >/dev/null || $(call die,"npm is needed for buf (it lints the proto files): install Node.js.")

@@ -1,0 +1,57 @@
+"""Where `make setup` looks for PyTorch, with a pip and an uv that write down what they are asked."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_TOOL = """#!/bin/sh
+echo "${0##*/} $*" >>"$(dirname "$0")/asked"
+echo "ERROR: nothing of the kind here" >&2
+case "$*" in "install uv" | *%s*) exit 0;; *) exit 1;; esac
+"""
+UV = "uv pip install --python {bin}/python --torch-backend cpu torch==2.13.0"
+
+
+def setup(venv: Path, *variables: str, succeeds: str = "nothing") -> tuple[list[str], str]:
+    """(what pip and uv were asked, standard error); installs of what is not called `succeeds` fail."""
+    bin_dir = venv / "bin"
+    bin_dir.mkdir(parents=True)
+    for name in ("pip", "uv"):
+        (bin_dir / name).write_text(_TOOL % succeeds)
+        (bin_dir / name).chmod(0o755)
+    command = ["make", "setup", f"VENV={venv}", "EXTRAS=gpu", "OUTRIDER_TORCH_INDEX=", *variables]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    return (bin_dir / "asked").read_text().splitlines(), result.stderr
+
+
+def test_where_pip_finds_no_cpu_build_uv_asks_pytorchs_index(tmp_path: Path) -> None:
+    asked, _ = setup(tmp_path, succeeds="--torch-backend")
+    assert asked[:3] == ["pip install uv", "pip install torch==2.13.0+cpu", UV.format(bin=tmp_path / "bin")]
+    assert asked[3].startswith("uv pip install --quiet")  # on with the rest
+
+
+def test_where_pip_finds_it_uv_does_not_look(tmp_path: Path) -> None:
+    asked, _ = setup(tmp_path, succeeds="torch==2.13.0+cpu")
+    assert asked[1] == "pip install torch==2.13.0+cpu"
+    assert asked[2].startswith("uv pip install --quiet")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ((), ["pip install torch==2.13.0+cpu", UV]),
+        # Whoever names an index has that one asked, and no other.
+        (("OUTRIDER_TORCH_INDEX=mirror",), ["pip install --extra-index-url mirror torch==2.13.0+cpu"]),
+        (("TORCH=torch",), ["pip install torch"]),  # with CUDA: never the CPU build in its place
+    ],
+)
+def test_a_torch_that_nobody_has_is_one_line(tmp_path: Path, variables: tuple[str, ...], expected: list[str]) -> None:
+    asked, stderr = setup(tmp_path, *variables)
+    assert asked == ["pip install uv", *(line.format(bin=tmp_path / "bin") for line in expected)]
+    said, _ = (line for line in stderr.splitlines() if line)  # the second is make's own
+    assert said.startswith(f"No {expected[0].rpartition(' ')[2]} was found (details: {tmp_path}/setup.log).")
+    assert "Set OUTRIDER_TORCH_INDEX" in said
+    assert "nothing of the kind here" in (tmp_path / "setup.log").read_text()
