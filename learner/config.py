@@ -10,12 +10,17 @@ from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
 from learner.model.config import Adapter, OptimizerConfig
 
+# Half the distance from one bfloat16 number to the next around 0.02, where most weights are. A step of AdamW is about as
+# long as the learning rate: a shorter one than this is rounded away.
+_MIN_LR_BFLOAT16 = 2**-14
+
 
 class ModelConfig(Config):
     """The policy. Names as users of verl know them."""
 
     # Checkpoint directory in Hugging Face format; the actors load the same one.
     path: Path
+    # Of the parameters. AdamW has no other copy of them: what trains in full is float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Parameters of dtype float32 are gathered and multiplied in bfloat16 (mixed precision).
     compute_bfloat16: bool = False
@@ -245,6 +250,16 @@ class LearnerConfig(Config):
     tracing: bool = False
     # Continue the newest unfinished run of this same configuration.
     resume: bool = True
+
+    @model_validator(mode="after")
+    def _weights_move(self) -> Self:
+        lr = self.optimizer.lr
+        if self.model.dtype == "bfloat16" and self.model.adapter is None and lr < _MIN_LR_BFLOAT16:
+            raise ValueError(
+                f"optimizer.lr: steps of {lr:g} are rounded away where bfloat16 weights train; leave model.dtype at "
+                "float32 and set model.compute_bfloat16, or train an adapter (model.lora_rank)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import ConfigError, load_config, parse_config
-from learner.config import LearnerConfig
+from learner.config import _MIN_LR_BFLOAT16, LearnerConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,9 +46,37 @@ _RUN: dict[str, Any] = {
         ),
         ({"trainer": {**_RUN["trainer"], "eval_every": 5}}, "trainer.eval_every needs rows to evaluate on"),
         ({"data": {"train": "t", "max_held_out": 5}}, "data.max_held_out needs rows to evaluate on"),
+        (
+            {"model": {"path": "m", "dtype": "bfloat16"}},  # at the learning rate that is the default
+            "optimizer.lr: steps of 1e-06 are rounded away where bfloat16 weights train; leave model.dtype at float32",
+        ),
     ],
 )
 def test_what_would_fail_late_or_has_no_effect_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         parse_config(LearnerConfig, _RUN | changes, "run.yaml")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "lr"),
+    [
+        ({"compute_bfloat16": True}, 1e-6),
+        ({"dtype": "bfloat16", "lora_rank": 8}, 1e-6),  # an adapter is float32
+        ({"dtype": "bfloat16", "lora_adapter_path": "adapter"}, 1e-6),
+        ({"dtype": "bfloat16"}, 1e-4),
+    ],
+)
+def test_bfloat16_is_for_what_does_not_train_and_for_large_steps(model: dict[str, Any], lr: float) -> None:
+    values = _RUN | {"model": {"path": "m", **model}, "optimizer": {"lr": lr}}
+    assert parse_config(LearnerConfig, values, "run.yaml").optimizer.lr == lr
+
+
+@pytest.mark.parametrize(("lr", "at_least", "at_most"), [(1e-6, 0.0, 0.03), (_MIN_LR_BFLOAT16 * 1.01, 0.8, 1.0)])
+def test_how_many_bfloat16_weights_a_step_of_adamw_moves(lr: float, at_least: float, at_most: float) -> None:
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter((torch.randn(100_000) * 0.02).bfloat16())
+    before = weights.detach().clone()
+    weights.grad = torch.randn(100_000).bfloat16()
+    torch.optim.AdamW([weights], lr=lr, weight_decay=0.0).step()
+    assert at_least <= (weights != before).float().mean().item() <= at_most
