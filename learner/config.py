@@ -10,8 +10,8 @@ from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
 from learner.model.config import Adapter, OptimizerConfig
 
-# Half the distance from one bfloat16 number to the next around 0.02, where most weights are. A step of AdamW is about as
-# long as the learning rate: a shorter one than this is rounded away.
+# Half the distance from one bfloat16 number to the next around 0.02, a usual size of weights. A step of AdamW is about
+# as long as the learning rate: a shorter one than this is rounded away.
 _MIN_LR_BFLOAT16 = 2**-14
 
 

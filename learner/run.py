@@ -61,7 +61,8 @@ def check(config: LearnerConfig) -> None:
     path = config.model.path
     if not (path / "config.json").is_file():
         raise ConfigError(
-            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format"
+            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
+            "`hf download NAME --local-dir DIRECTORY` makes it of a model of the hub"
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")

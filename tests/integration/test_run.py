@@ -125,6 +125,25 @@ def test_parquet_in_verls_columns_on_two_ranks_to_the_end(launch: Launch, tmp_pa
     check_export(Path(summary["checkpoint"]), model)
 
 
+@pytest.mark.timeout(600)
+def test_the_files_of_a_task_of_ones_own_to_the_end(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that they set, bfloat16 too, but for sizes: of the model, the batch, the fleet."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["examples/your_task", os.environ.get("PYTHONPATH", "")]))
+    train, _ = make_parquet(tmp_path, num_train=24, num_held_out=1)
+    launched = launch(
+        *("--config", "examples/your_task/run.yaml", f"runs_dir={tmp_path / 'runs'}", f"data.train={train}"),
+        *(f"model.path={build_model(tmp_path / 'model', seed=0)}", f"local.base_port={free_ports(1)}"),
+        *("local.num_ranks=1", "local.num_actors=1", "local.actor.vllm.max_model_len=128", "rollout.max_tokens=4"),
+        *("trainer.batch_prompts=4", "trainer.total_steps=3", "local.actor.vllm.enforce_eager=true"),
+    )
+    assert launched.exit_code(START_S) == 0, launched.said()
+    (run_dir,) = run_dirs(tmp_path / "runs")
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 3
+    assert len(set(trained(run_dir))) == 12
+
+
 def check_export(export: Path, source: Path) -> None:
     """Plain transformers loads it; its weights have the names of the checkpoint before, and are trained."""
     from transformers import AutoModelForImageTextToText, AutoProcessor

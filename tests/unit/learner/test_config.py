@@ -12,7 +12,7 @@ from learner.config import _MIN_LR_BFLOAT16, LearnerConfig
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/*/config.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: path.parent.name)
 def test_a_configuration_written_out_in_full_is_the_same_configuration(file: Path) -> None:
     """The launcher hands it to the learner like that."""
     config = load_config(LearnerConfig, file, [])
