@@ -74,7 +74,7 @@ def install() -> None:
 def _define_missing_operators() -> None:
     import torch
 
-    if _compiled_operators_load():
+    if _libraries or _compiled_operators_load():  # already defined where torchvision was looked for and not imported
         return
     library = torch.library.Library("torchvision", "DEF")
     for schema in _SCHEMAS:
