@@ -23,7 +23,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data import load_datasets
 from learner.local import learner_environment
-from learner.local_actors import LocalActors
+from learner.local_actors import LocalActors, addresses
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yaml"
 _BASE_PORT = 52451
@@ -70,7 +70,7 @@ class OutriderSide:
         run_dir = self._folder / f"turn-{self._num_turns}"
         (run_dir / "logs").mkdir(parents=True)
         trainer = self._config.trainer.model_copy(update={"total_steps": steps})
-        rollout = self._config.rollout.model_copy(update={"actors": self._actors.addresses})
+        rollout = self._config.rollout.model_copy(update={"actors": addresses(self._config.local)})
         config = self._config.model_copy(update={"run_dir": run_dir, "trainer": trainer, "rollout": rollout})
         path = run_dir / "learner.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pydantic
 
 from common.config import Config, ConfigError
-from learner.rewards.load import load_object
+from learner.rewards.load import load_object, mistake
 from learner.rows import RowReader
 from learner.types import PromptSample
 
@@ -155,8 +155,11 @@ def _python_rows(where: str) -> _Rows:
     function = load_object(where, "data")
     if not callable(function):
         raise ConfigError(f"data: {where} is no function")
-    rows: Iterable[Mapping[str, Any] | PromptSample] = function()
-    return rows if isinstance(rows, Sequence) else list(rows)
+    try:
+        rows: Iterable[Mapping[str, Any] | PromptSample] = function()
+        return rows if isinstance(rows, Sequence) else list(rows)
+    except Exception as error:
+        raise mistake(f"data: {where} failed", error) from error
 
 
 def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:

@@ -23,6 +23,7 @@ from common.lifecycle import end_with_parent
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
+    from learner.local_gpus import GpuShares
 
 EPILOG = """\
 examples:
@@ -71,34 +72,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
     from learner import run_folder
+    from learner.local_actors import addresses
+    from learner.local_gpus import share_gpus
+    from learner.run import check_actors, check_checkpoint, load_task
 
     signal.signal(signal.SIGTERM, _interrupt)
+    actors = addresses(config.local) or config.rollout.actors
+    listed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"actors": actors})})
+    # A mistake leaves neither a run folder nor an actor behind.
+    gpus = share_gpus(listed)
+    if prepare is None:
+        check_checkpoint(listed.model.path)
+    check_actors(listed.rollout)
+    load_task(listed)
     with run_folder.held(config, "launcher") as run_dir:
-        return _run_in(run_dir, config, prepare)
+        if prepare is not None:
+            model = listed.model.model_copy(update={"path": prepare(config, run_dir)})
+            listed = listed.model_copy(update={"model": model})
+        return _run_in(run_dir, listed.model_copy(update={"run_dir": run_dir}), gpus)
 
 
-def _run_in(run_dir: Path, config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
+def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
     from learner import run_folder
     from learner.local_actors import LocalActors
-    from learner.local_gpus import share_gpus
-    from learner.run import check
 
-    shares = share_gpus(config)
-    if prepare is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": prepare(config, run_dir)})})
-    actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=shares.actors)
-    config = config.model_copy(
-        update={
-            "run_dir": run_dir,
-            "rollout": config.rollout.model_copy(update={"actors": actors.addresses or config.rollout.actors}),
-        }
-    )
-    check(config)
+    actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=gpus.actors)
     learner: subprocess.Popen[bytes] | None = None
     was_killed = False
     try:
         actors.start()
-        learner = _start_learner(config, run_dir, shares.learner)
+        learner = _start_learner(config, run_dir, gpus.learner)
         words = None
         while learner.poll() is None and words is None:
             actors.restart_dead()

@@ -43,6 +43,11 @@ class _Actor:
     started_at: float = 0.0
 
 
+def addresses(config: LocalConfig) -> tuple[str, ...]:
+    """Where the actors will listen."""
+    return tuple(f"{_HOST}:{config.base_port + i}" for i in range(config.num_actors))
+
+
 class LocalActors:
     """`config.num_actors` actors on ascending ports of the loopback interface."""
 
@@ -61,12 +66,7 @@ class LocalActors:
         self._gpus = gpus
         self._model = model
         self._run_dir = run_dir
-        self._actors = [_Actor(i, f"{_HOST}:{config.base_port + i}") for i in range(config.num_actors)]
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Where they listen."""
-        return tuple(actor.address for actor in self._actors)
+        self._actors = [_Actor(i, address) for i, address in enumerate(addresses(config))]
 
     def start(self) -> None:
         """Start them, or take over those that an earlier command of this run has left. Raises ConfigError.

@@ -16,7 +16,7 @@ from common.lifecycle import end_with_parent
 from common.rpc.tls import read_certificates
 from learner import run_folder
 from learner.batch.processing import PromptProcessor
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, RolloutConfig
 from learner.control import Control
 from learner.data import PromptDataset, load_datasets
 from learner.display import make_display
@@ -25,16 +25,20 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
+from learner.rewards.load import load_rewards
 from learner.rollouts.discovery import SCHEME
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
 
+Rows = tuple[PromptDataset, PromptDataset | None]
+
 
 def run(config: LearnerConfig) -> int:
     """Run this rank to the end; the exit code. Raises ConfigError for mistakes of the user."""
-    check(config)
+    check_checkpoint(config.model.path)
+    check_actors(config.rollout)
     signal.signal(signal.SIGTERM, _stop)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
@@ -44,21 +48,21 @@ def run(config: LearnerConfig) -> int:
         )
         on_silence = functools.partial(_end_job, config.run_dir)
         stack.enter_context(watching(ranks.num_ranks, ranks.rank, config.trainer.rank_timeout_s, on_silence))
+        rows = load_task(config) if ranks.is_main else None
         own = stack.enter_context(run_folder.held(config, "learner")) if ranks.is_main else None
         run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
         stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))
         logging.configure("info", stream, rank=str(ranks.rank))
         policy = Policy(config, ranks)
         state = policy.restore(run_dir)
-        if ranks.is_main:
-            return _run_rank_zero(config, ranks, policy, run_dir, state)
+        if rows is not None:
+            return _run_rank_zero(config, ranks, policy, run_dir, state, rows)
         Trainer(config, ranks, policy, run_dir, None).run()
         return 0
 
 
-def check(config: LearnerConfig) -> None:
-    """What can be known to be wrong before anything is loaded. Raises ConfigError."""
-    path = config.model.path
+def check_checkpoint(path: Path) -> None:
+    """Whether it looks like one. Raises ConfigError."""
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
@@ -66,22 +70,33 @@ def check(config: LearnerConfig) -> None:
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
-    if config.rollout.tls is not None:
-        read_certificates(config.rollout.tls)
-    if not config.rollout.actors:
+
+
+def check_actors(config: RolloutConfig) -> None:
+    """Whether some are named, and certificates can be read where they are asked for. Raises ConfigError."""
+    if config.tls is not None:
+        read_certificates(config.tls)
+    if not config.actors:
         raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
-    has_names = any(target.startswith(SCHEME) for target in config.rollout.actors)
-    if not has_names and config.rollout.min_actors > len(config.rollout.actors):
-        raise ConfigError(
-            f"rollout.min_actors is {config.rollout.min_actors}, but there are {len(config.rollout.actors)} actors"
-        )
+    has_names = any(target.startswith(SCHEME) for target in config.actors)
+    if not has_names and config.min_actors > len(config.actors):
+        raise ConfigError(f"rollout.min_actors is {config.min_actors}, but there are {len(config.actors)} actors")
+
+
+def load_task(config: LearnerConfig) -> Rows:
+    """The rows, (train, held-out or None). Rewards are tried alone: they load in processes of their own.
+
+    Comes before all that takes long: the user's mistakes are here. Raises ConfigError.
+    """
+    load_rewards(config.reward.functions)
+    return load_datasets(config.data)
 
 
 def _run_rank_zero(
-    config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None
+    config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None, rows: Rows
 ) -> int:
     """The loop, and everything around it that talks."""
-    train, held_out = load_datasets(config.data)
+    train, held_out = rows
     processor = PromptProcessor(config.model.path)
     progress, ledger = _resume_state(config, train, state)
     with contextlib.ExitStack() as stack:

@@ -167,7 +167,7 @@ def _unfinished(config: LearnerConfig, patience_s: float) -> Path | None:
             continue
         if is_free and not odd:
             return run_dir
-        if is_free:
+        if is_free and any(run_dir.glob("checkpoints/step-*")):
             hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}; run_dir={run_dir} continues it"
         elif not odd:
             hint = hint or f"{run_dir} is unfinished, and another learner is at work in it"

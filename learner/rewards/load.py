@@ -8,9 +8,11 @@ A package offers its rewards under short names in its pyproject.toml, as this on
 
 import importlib
 import importlib.metadata
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
 from learner.rewards.base import GroupReward
 from learner.rewards.forms import as_group_reward
 
@@ -26,10 +28,23 @@ def load_object(path: str, what: str) -> object:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{what}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise mistake(f"{what}: cannot import {module_name!r}", error) from error
     try:
         return getattr(module, name)
     except AttributeError:
         raise ConfigError(f"{what}: module {module_name!r} has no {name!r}") from None
+
+
+def mistake(what: str, error: Exception) -> ConfigError:
+    """What a user's own code has raised, in one line with its place; of an OSError it may be gone the next time."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    # The place of a SyntaxError is in its text.
+    where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
+    return (NotYet if isinstance(error, OSError) else ConfigError)(f"{what}: {said}{where}")
 
 
 def load_rewards(names: Sequence[str]) -> tuple[GroupReward, ...]:

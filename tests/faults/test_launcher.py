@@ -78,26 +78,50 @@ def test_mistakes_are_one_line_and_exit_code_2(launch: Launch, tmp_path: Path) -
         for launched, line in running.items():
             assert launched.exit_code(START_S) == 2, launched.said()
             check_one_line(launched, line)
+        assert len(run_dirs(tmp_path / "runs")) == 1  # who has the port is known from the folder only
 
 
-def test_mistakes_that_the_learner_finds_are_one_line_and_exit_code_2(launch: Launch, tmp_path: Path) -> None:
+def test_mistakes_in_rows_and_rewards_are_one_line_before_anything_starts(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "hello", "answer": "1"}\n')
-    slow = (SLOW,)
     mistakes = {
         (
             f"data.train={tmp_path / 'train.jsonl'}",
             *("data.held_out=''", "trainer.eval_every=0"),
-            *slow,
         ): "no image column 'images' (it has prompt, answer)",
-        (
-            "reward.functions=[examples.digits.reward:exact]",
-            *slow,
-        ): "reward: module 'examples.digits.reward' has no 'exact'",
+        ("reward.functions=[examples.digits.reward:exact]",): "reward: module 'examples.digits.reward' has no 'exact'",
     }
     for overrides, line in mistakes.items():
-        launched = launch(*overrides)
+        launched = launch(SLOW, *overrides)
         assert launched.exit_code(START_S) == 2, launched.said()
         check_one_line(launched, line)
+        assert launched.stdout == ""
+    assert not (tmp_path / "runs").exists()  # nor is there a log of an actor
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("reward.functions=[examples.digits.reward:exact]", "module 'examples.digits.reward' has no 'exact'"),
+        ("data.train=examples.digits.data:trian", "module 'examples.digits.data' has no 'trian'"),
+    ],
+)
+def test_a_learner_without_launcher_finds_them_before_it_loads(tmp_path: Path, override: str, line: str) -> None:
+    """The checkpoint is none that could be loaded, and nobody is at the address of the actor."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "weights.safetensors").touch()
+    arguments = ("--config", CONFIG, f"runs_dir={tmp_path / 'runs'}", f"model.path={tmp_path / 'model'}")
+    launched = Launched(tmp_path, (*arguments, "rollout.actors=['127.0.0.1:1']", override), module="learner")
+    assert launched.exit_code(START_S) == 2, launched.said()
+    [said] = launched.stderr.splitlines()
+    assert said.endswith(line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_that_only_the_learner_can_find_is_one_line(launch: Launch) -> None:
+    launched = launch(SLOW, "model.cpu_offload=true", "trainer.device=cpu")
+    assert launched.exit_code(START_S) == 2, launched.said()
+    check_one_line(launched, "model.cpu_offload moves what trains from a GPU to the CPU")
 
 
 def test_actors_that_are_not_there_yet_are_one_line_and_no_mistake(launch: Launch) -> None:

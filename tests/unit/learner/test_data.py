@@ -14,7 +14,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from PIL import ExifTags, Image
 
-from common.config import ConfigError, parse_config
+from common.config import ConfigError, NotYet, parse_config
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.data import DataConfig, PromptDataset, load_datasets
 from learner.types import PromptSample
@@ -257,6 +257,18 @@ def test_mistakes_in_paths_are_one_line(tmp_path: Path, train: str, message: str
     with pytest.raises(ConfigError, match=message) as caught:
         load_datasets(DataConfig(train=train), base_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("error", "may_come"), [(KeyError("x"), False), (ConnectionError("no route"), True)])
+def test_a_function_that_fails_is_one_line(module: types.ModuleType, error: Exception, may_come: bool) -> None:
+    def rows() -> list[Any]:
+        raise error
+
+    module.rows = rows  # type: ignore[attr-defined]
+    message = rf"data: {MODULE}:rows failed: {type(error).__name__}: .* \(test_data.py, line \d+\)$"
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(f"{MODULE}:rows")
+    assert isinstance(caught.value, NotYet) == may_come
 
 
 def test_text_only_by_choice(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.config import ConfigError, load_config
+from common.config import ConfigError, NotYet, load_config
 from learner.config import LearnerConfig, RewardConfig
 from learner.rewards import RewardRunner
 from learner.rewards.load import load_reward
@@ -77,6 +78,24 @@ def test_bad_names_are_one_line(module: types.ModuleType, name: str, message: st
     with pytest.raises(ConfigError, match=message) as caught:
         load_reward(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def reward(:", r"cannot import 'own_reward': SyntaxError: .* \(own_reward.py, line 1\)"),
+        ("\nsize = 1 / 0", r"cannot import 'own_reward': ZeroDivisionError: .* \(own_reward.py, line 2\)"),
+    ],
+)
+def test_a_module_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "own_reward.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_reward("own_reward:reward")
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, NotYet)
 
 
 def test_math_equal_without_its_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

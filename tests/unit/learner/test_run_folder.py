@@ -29,6 +29,10 @@ def _chosen(config: LearnerConfig) -> Path:
         return run_dir
 
 
+def _checkpoint(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
+
+
 def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path) -> None:
     first = _chosen(_config(tmp_path))
     assert _chosen(_config(tmp_path)) == first
@@ -51,14 +55,24 @@ def test_a_run_that_an_earlier_version_has_begun_is_continued(tmp_path: Path) ->
 
 def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = _chosen(_config(tmp_path))
+    _checkpoint(first)
     assert capsys.readouterr().out == ""
     _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
     hint = f"{first} is unfinished and has another seed, trainer.total_steps; run_dir={first} continues it"
     assert capsys.readouterr().out == f"a new run: {hint}\n"
 
 
+def test_a_run_that_has_nothing_to_continue_is_not_spoken_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a mistake that was corrected."""
+    _chosen(_config(tmp_path))
+    _chosen(_config(tmp_path, seed=1))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_run_of_another_name_is_not_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _chosen(_config(tmp_path, name="task-big"))
+    _checkpoint(_chosen(_config(tmp_path, name="task-big")))
     _chosen(_config(tmp_path))
     assert capsys.readouterr().out == ""
 
@@ -97,7 +111,7 @@ def test_a_launchers_learner_leaves_the_configuration_as_it_is(tmp_path: Path) -
 def test_without_resume_no_checkpoint_is_resumed(tmp_path: Path) -> None:
     config = _config(tmp_path, run_dir=tmp_path / "here", resume=False)
     assert _chosen(config) == tmp_path / "here"
-    (tmp_path / "here" / "checkpoints" / "step-000001").mkdir(parents=True)
+    _checkpoint(tmp_path / "here")
     with pytest.raises(ConfigError, match=r"resume: is false, but .*here has checkpoints"):
         _chosen(config)
     assert _chosen(config.model_copy(update={"resume": True})) == tmp_path / "here"
