@@ -129,15 +129,19 @@ def policy_loss(
     if config.kl_penalty == "loss":
         token_loss = token_loss + config.kl_coef * reference_kl
     with torch.no_grad():
-        clipped = clipped_ratio * token_advantages < ratio * token_advantages
-        if config.clip_dual is not None:
-            clipped |= (token_advantages < 0) & (ratio > config.clip_dual)
-        if config.policy_loss == "cispo":
-            clipped = clipped_ratio != ratio
+        clipped = _is_clipped(ratio, clipped_ratio, token_advantages, config).float()
         actor_kl = k3(logprobs - actor_logprobs)
-    return LossTerms(
-        (weights * token_loss).sum(), clipped.float(), ratio.detach(), actor_kl, reference_kl.detach(), masked
-    )
+    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), actor_kl, reference_kl.detach(), masked)
+
+
+def _is_clipped(ratio: Tensor, clipped_ratio: Tensor, token_advantages: Tensor, config: LossConfig) -> Tensor:
+    """bool `[N]`: where the ratio itself is not in the objective."""
+    if config.policy_loss == "cispo":
+        return clipped_ratio != ratio
+    clipped = clipped_ratio * token_advantages < ratio * token_advantages
+    if config.clip_dual is not None:
+        clipped |= (token_advantages < 0) & (ratio > config.clip_dual)
+    return clipped
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
