@@ -56,7 +56,7 @@ def main() -> None:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         # The same distribution as the actor's, so that the tokens can be compared.
-        logits_processors=["actor.engine_vllm.worker:SuppressPlaceholders"],
+        logits_processors=["actor.engine_vllm.suppression:SuppressPlaceholders"],
         **settings,
     )
     print(json.dumps({"ready": {}}), file=answers)

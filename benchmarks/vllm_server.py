@@ -38,7 +38,7 @@ def serve(
         *("--limit-mm-per-prompt", json.dumps({"image": settings.pop("max_images"), "video": 0})),
         *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--skip-mm-profiling"),
         # The same distribution as the actor's, so that the tokens can be compared.
-        *("--logits-processors", "actor.engine_vllm.worker:SuppressPlaceholders"),
+        *("--logits-processors", "actor.engine_vllm.suppression:SuppressPlaceholders"),
     ]
     environment = {
         **os.environ,

@@ -4,6 +4,6 @@ In the actor's own process: `engine`, started by `arguments`, on GPUs with `upda
 for their images and videos `media`, `videos` and `foreign_tensors`. What comes out: `sampling`, `outputs` and `beams`.
 Weights: `updates`.
 
-In vLLM's processes: `plugin`, which they load first, and `worker`, with `shadow`, `adapters` and `cpu_reload`. Between
-them and the actor: `groups` on the way there, `held_outputs` on the way back.
+In vLLM's processes: `plugin`, which they load first, and `worker`, with `shadow`, `adapters` and `cpu_reload`, and
+`suppression`. Between them and the actor: `groups` on the way there, `held_outputs` on the way back.
 """

@@ -31,6 +31,7 @@ def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = T
     from vllm.platforms import current_platform
 
     from actor.engine_vllm.plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
+    from actor.engine_vllm.suppression import SUPPRESSION
 
     os.environ[ACTOR_VARIABLE] = str(os.getpid())
     register()
@@ -57,7 +58,7 @@ def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = T
         enable_return_routed_experts=config.return_routed_experts,
         generation_config="vllm",
         stream_interval=_FIRST_AND_LAST_ONLY,
-        logits_processors=["actor.engine_vllm.worker:SuppressPlaceholders"],
+        logits_processors=[SUPPRESSION],
         worker_extension_cls="actor.engine_vllm.worker.WorkerExtension",
         weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
         **_lora_arguments(config),

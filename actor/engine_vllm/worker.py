@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: staging of weights, the swap, and the mask over placeholder tokens.
+"""What runs inside vLLM's worker processes: staging of weights, and the swap.
 
 `WorkerExtension` adds the calls of the stage phase to vLLM's worker (reached by `collective_rpc`); they only start and
 watch a background job, so that generation goes on. `StagedWeightTransfer` is the swap, in the form that vLLM's weight
@@ -17,13 +17,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from actor.engine_vllm.adapters import WorkerAdapters
 from actor.engine_vllm.shadow import ReloadedModel, ShadowModel, can_shadow
 from actor.transfer import NamedTensors, WeightReceiver
 from common.errors import InvalidRequest
-from common.placeholders import placeholder_ids
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora
 
 
@@ -168,24 +166,6 @@ class WorkerExtension:
     def leave_epoch(self) -> None:
         """Drop what is staged and leave the group; ends a job under way."""
         self.weight_transfer_engine.receiver.leave()
-
-
-class SuppressPlaceholders(LogitsProcessor):
-    """Gives media placeholder ids probability 0, so that no completion holds an image that does not exist."""
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._ids = torch.tensor(placeholder_ids(vllm_config.model_config.hf_config), dtype=torch.long, device=device)
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`logits`: [num_requests, vocab], changed in place."""
-        return logits.index_fill_(1, self._ids, -float("inf"))
-
-    def is_argmax_invariant(self) -> bool:
-        """A placeholder can be the most likely token."""
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """The mask is the same for every request."""
 
 
 def _manifest_from_dict(fields: dict[str, Any]) -> Manifest:
