@@ -1,6 +1,7 @@
 """Whether what a request says of sampling is within range, and whether its parts go together."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 from common.errors import InvalidRequest, TooLarge, Unimplemented
@@ -8,7 +9,12 @@ from common.types import Constraint, RepetitionDetection, SamplingParams, Server
 
 _MAX_STRINGS = 16
 _MAX_STRING_CHARS = 128
-_MAX_BAD_IDS = 4096
+# What vLLM's model runner on GPUs has room for; the engine dies of more. The ids that end the model's own completions
+# count among those that stop.
+_MAX_IDS = 1024
+_MAX_STOP_IDS = 96
+# There: 1,024 tokens in all, of each word with and without a space before it. A token is a byte or more.
+_MAX_BAD_WORD_BYTES = 1024 // 2 - _MAX_STRINGS
 _MAX_CHOICES = 1024
 _MAX_REGEX_CHARS = 4096
 # Parsing a schema of this length takes some tenths of a second, compiling it seconds.
@@ -67,6 +73,9 @@ def check_sampling(
     _check_token_ids(params, vocab_size, suppressed_token_ids)
     _check_strings("stop", params.stop)
     _check_strings("bad_words", params.bad_words)
+    num_bytes = sum(len(unicodedata.normalize("NFKC", text).encode()) for text in params.bad_words)
+    if num_bytes > _MAX_BAD_WORD_BYTES:
+        raise InvalidRequest("sampling.bad_words", f"{num_bytes} bytes; the limit is {_MAX_BAD_WORD_BYTES}")
     _check_logprobs(params, limits)
     if params.structured_output is not None:
         _check_structured(params, params.structured_output, limits)
@@ -111,8 +120,11 @@ def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_i
     check_ids(params.stop_token_ids, "sampling.stop_token_ids", vocab_size)
     check_ids(params.allowed_token_ids, "sampling.allowed_token_ids", vocab_size)
     check_ids(params.bad_token_ids, "sampling.bad_token_ids", vocab_size)
-    if len(params.bad_token_ids) > _MAX_BAD_IDS:
-        raise InvalidRequest("sampling.bad_token_ids", f"{len(params.bad_token_ids)} ids; the limit is {_MAX_BAD_IDS}")
+    _check_num_ids("stop_token_ids", len(params.stop_token_ids), _MAX_STOP_IDS)
+    _check_num_ids("allowed_token_ids", len(params.allowed_token_ids), _MAX_IDS)
+    _check_num_ids("bad_token_ids", len(params.bad_token_ids), _MAX_IDS)
+    biased = {*params.bad_token_ids, *(token_id for token_id, _ in params.logit_bias)}  # vLLM gets them as one
+    _check_num_ids("logit_bias", len(biased), _MAX_IDS)
     for token_id, bias in params.logit_bias:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"sampling.logit_bias[{token_id}]", f"the vocabulary has {vocab_size} ids")
@@ -121,6 +133,11 @@ def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_i
     if never.issuperset(params.allowed_token_ids) if params.allowed_token_ids else len(never) >= vocab_size:
         name = "allowed_token_ids" if params.allowed_token_ids else "bad_token_ids"
         raise InvalidRequest(f"sampling.{name}", "no id is left to sample")
+
+
+def _check_num_ids(name: str, num_ids: int, limit: int) -> None:
+    if num_ids > limit:
+        raise InvalidRequest(f"sampling.{name}", f"{num_ids} ids; the limit is {limit}")
 
 
 def _check_strings(name: str, texts: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from actor.validation import check_request
 from actor.validation_sampling import check_prompt_logprobs
-from common.errors import OutriderError, TooLarge
+from common.errors import InvalidRequest, OutriderError, TooLarge
 from common.tensors import NamedTensor, Tensor
 from common.types import (
     ChatMessage,
@@ -171,7 +171,11 @@ def test_logprobs_of_one_prompt_are_bounded() -> None:
         ({"temperature": 0.005}, "sampling.temperature: is 0.005; must be 0, or 0.01 or more"),
         ({"bad_words": ("x", "")}, "sampling.bad_words[1]: must have 1 to 128 characters"),
         ({"bad_token_ids": (1, 320)}, "sampling.bad_token_ids[1]: is 320; the vocabulary has 320 ids"),
-        ({"bad_token_ids": (1,) * 4097}, "sampling.bad_token_ids: 4097 ids; the limit is 4096"),
+        ({"bad_token_ids": (1,) * 1025}, "sampling.bad_token_ids: 1025 ids; the limit is 1024"),
+        ({"allowed_token_ids": (1,) * 1025}, "sampling.allowed_token_ids: 1025 ids; the limit is 1024"),
+        ({"stop_token_ids": (1,) * 97}, "sampling.stop_token_ids: 97 ids; the limit is 96"),
+        ({"bad_words": ("x" * 125,) * 4}, "sampling.bad_words: 500 bytes; the limit is 496"),
+        ({"bad_words": ("\u00e4" * 125,) * 2}, "sampling.bad_words: 500 bytes; the limit is 496"),
         ({"bad_token_ids": tuple(range(318))}, "sampling.bad_token_ids: no id is left to sample"),
         ({"allowed_token_ids": (318, 319)}, "sampling.allowed_token_ids: no id is left to sample"),
         ({"allowed_token_ids": (5,), "bad_token_ids": (5,)}, "sampling.allowed_token_ids: no id is left to sample"),
@@ -231,6 +235,20 @@ def test_logprobs_of_one_prompt_are_bounded() -> None:
 )
 def test_the_sampling_field_is_named(values: dict[str, Any], problem: str) -> None:
     assert _problem(_request(sampling=dataclasses.replace(SamplingParams(), **values))) == problem
+
+
+def test_ids_that_are_bad_count_among_those_with_a_bias() -> None:
+    """vLLM gets them as biases."""
+    limits, bad = ServerLimits(), tuple(range(1000))
+    for num_ids in (1024, 1025):
+        bias = tuple((token_id, 1.0) for token_id in range(900, num_ids))
+        request = _request(sampling=SamplingParams(bad_token_ids=bad, logit_bias=bias))
+        if num_ids == 1024:
+            check_request(request, limits, 2000)
+            continue
+        with pytest.raises(InvalidRequest) as refused:
+            check_request(request, limits, 2000)
+        assert str(refused.value) == "sampling.logit_bias: 1025 ids; the limit is 1024"
 
 
 def test_the_tokens_of_a_structure_are_bounded() -> None:

@@ -543,16 +543,20 @@ class SamplingParams(_message.Message):
     skip_special_tokens: _builtins.bool
     """Completion.text leaves out special tokens."""
     @_builtins.property
-    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Up to 96."""
+
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only these ids may be sampled. Empty: all."""
+        """Only these ids may be sampled, up to 1,024. Empty: all."""
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these ids, before penalties and temperature; each -100 to 100."""
+        """Added to the logits of these ids, before penalties and temperature; each -100 to 100. Up to 1,024 with
+        bad_token_ids.
+        """
 
     @_builtins.property
     def bad_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -560,7 +564,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """These words, tokenized with and without a space before them, are never completed."""
+        """These words, tokenized with and without a space before them, are never completed. Up to 16, of 496 bytes together."""
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
