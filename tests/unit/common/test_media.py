@@ -181,6 +181,35 @@ def test_too_many_parts_are_refused_before_the_header_is_read(data: bytes, monke
         check_image(data, "f", 1000)
 
 
+def _in_scans(num_scans: int) -> bytes:
+    """A good file that sends its pixels in so many scans, by hand: the last one again and again."""
+    data = _encode(Image.fromarray(PIXELS), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xc4") : -2]  # with the table that it refers to
+    assert last.count(b"\xff\xda") == 1
+    return data[:-2] + last * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_too_many_scans_are_refused_before_the_header_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Image.open(io.BytesIO(_in_scans(65))) as image:  # or this would say nothing
+        image.load()
+    assert decode_image(_in_scans(64), "f", 1000).size == (7, 5)
+    monkeypatch.delattr(Image, "open")
+    with pytest.raises(InvalidRequest) as refused:
+        check_image(_in_scans(65), "f", 1000)
+    assert str(refused.value) == "f: 65 scans, more than the limit of 64; save the image again"
+    with pytest.raises(InvalidRequest, match="f: more than 300 segments or chunks beside the pixels"):
+        check_image(_in_scans(10_000), "f", 1000)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_looks_like_a_scan_in_or_behind_a_picture_is_none(progressive: bool) -> None:
+    """As in a profile, and in the film that a phone puts behind a photo."""
+    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
+    options = {"progressive": progressive, "restart_marker_blocks": 1, "icc_profile": b"\xff\xda" * 1000}
+    data = _encode(Image.fromarray(noise), "JPEG", **options) + b"\xff\xda\0\2" * 1000
+    assert decode_image(data, "f", 10**6).size == (400, 400)
+
+
 def _chunk(kind: bytes, body: bytes = b"") -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
