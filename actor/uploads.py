@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from actor.media_store import MediaStore
@@ -13,8 +14,9 @@ from common.types import Frames, ServerLimits
 
 _MAX_CHUNK_BYTES = 2**20
 _MAX_ITEMS_PER_CALL = 4096
-# How long a caller that is there may take for its next chunk.
+# How long a caller that is there may take for its next chunk, and for how long it may send less than this.
 _CHUNK_S = 60.0
+_MIN_BYTES_PER_S = 2**16
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -62,7 +64,7 @@ class Uploads:
         upload: _Upload | None = None
         checking: asyncio.Task[None] | None = None
         try:
-            async for request in _in_time(requests):
+            async for request, chunk in _in_time(requests):
                 if request.sha256:
                     checking = await self._ended(upload, checking)
                     upload = self._begin(request)
@@ -71,7 +73,6 @@ class Uploads:
                         raise TooLarge("sha256", f"more than {_MAX_ITEMS_PER_CALL} items in one call")
                 elif upload is None:
                     raise InvalidRequest("sha256", "is missing in the first chunk")
-                chunk = request.chunk  # a copy, each time that it is asked for
                 self._check_room(len(chunk))
                 upload.append(chunk)
             checking = await self._ended(upload, checking)
@@ -123,17 +124,26 @@ class Uploads:
             raise QueueFull(RETRY_AFTER_S, f"{len(self._under_way)} uploads of {num_held} bytes are under way")
 
 
-async def _in_time(requests: AsyncIterator[pb.PutMediaRequest]) -> AsyncIterator[pb.PutMediaRequest]:
-    """The requests. Raises DeadlineExceeded if the next one takes too long: calls need not have a deadline."""
+async def _in_time(requests: AsyncIterator[pb.PutMediaRequest]) -> AsyncIterator[tuple[pb.PutMediaRequest, bytes]]:
+    """The requests and their chunks. Raises DeadlineExceeded if they come too slowly: calls need not have a deadline.
+
+    Waiting uses up what is left of the time, and bytes give it back; what is done with a request does not count.
+    """
+    left_s = _CHUNK_S
     while True:
+        waits_since = time.monotonic()
         try:
-            async with asyncio.timeout(_CHUNK_S):
+            async with asyncio.timeout(left_s):
                 request = await anext(requests)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise DeadlineExceeded(f"no chunk has come for {_CHUNK_S:g} s") from None
-        yield request
+            raise DeadlineExceeded(
+                f"no chunk has come for {_CHUNK_S:g} s, or fewer than {_MIN_BYTES_PER_S} bytes/s of them"
+            ) from None
+        chunk = request.chunk  # a copy, each time that it is asked for
+        left_s = min(_CHUNK_S, left_s - (time.monotonic() - waits_since) + len(chunk) / _MIN_BYTES_PER_S)
+        yield request, chunk
 
 
 def _check_frame_sizes(sizes: Sequence[int], num_bytes: int, max_frames: int) -> None:

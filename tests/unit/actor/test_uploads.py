@@ -123,3 +123,40 @@ async def test_who_announces_much_and_sends_nothing_keeps_nobody_out(
         with pytest.raises(DeadlineExceeded, match=r"no chunk has come for 2 s"):
             await call
     assert not uploads._under_way
+
+
+@pytest.mark.parametrize("sends_items", [False, True])
+async def test_who_sends_next_to_nothing_again_and_again_is_let_go(
+    uploads: Uploads, sends_items: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty chunks of one item, or a small item ever again: each in time, and all too slow."""
+    monkeypatch.setattr(uploads_module, "_CHUNK_S", 0.5)
+    num_sent = 0
+
+    async def trickle() -> AsyncIterator[pb.PutMediaRequest]:
+        nonlocal num_sent
+        yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(_IMAGES[0]), chunk=_IMAGES[0] if sends_items else b"")
+        while num_sent < 40:
+            await asyncio.sleep(0.1)
+            num_sent += 1
+            if sends_items:
+                yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(_IMAGES[0]), chunk=_IMAGES[0])
+            else:
+                yield pb.PutMediaRequest()
+
+    with pytest.raises(DeadlineExceeded, match=r"no chunk has come for 0.5 s, or fewer than 65536 bytes/s of them"):
+        await uploads.receive(trickle())
+    assert num_sent < 10
+    assert not uploads._under_way
+
+
+async def test_who_sends_enough_may_take_longer(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads_module, "_CHUNK_S", 0.5)
+    monkeypatch.setattr(uploads_module, "_MIN_BYTES_PER_S", len(_IMAGES[0]))
+
+    async def steady() -> AsyncIterator[pb.PutMediaRequest]:
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            yield pb.PutMediaRequest(sha256=_HASHES[0], num_bytes=len(_IMAGES[0]), chunk=_IMAGES[0])
+
+    assert await uploads.receive(steady()) == [_HASHES[0]]
