@@ -5,8 +5,10 @@ object. So a limit that leaves room for images would let a message without any f
 from a socket looks first: the contents of `bytes` fields are skipped, and what is left has a limit of its own.
 """
 
+import contextlib
 import functools
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -16,9 +18,9 @@ from common.errors import InvalidRequest, TooLarge
 MAX_STRUCTURE_BYTES = 2**23
 # Of messages that hold `bytes` somewhere: media items and their tensors.
 MAX_FIELDS = 2**13
-_CONTENT = None
-# By wire type; groups are read through.
-_FIXED_BYTES = {1: 8, 5: 4, 3: 0, 4: 0}
+# What a field is that holds none of those messages: `bytes`, and anything else.
+_CONTENT, _PLAIN = None, 0
+_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 
 def check_bounds(data: bytes, descriptor: Descriptor) -> None:
@@ -28,29 +30,16 @@ def check_bounds(data: bytes, descriptor: Descriptor) -> None:
     """
     num_fields, num_bytes = 0, len(data)
     parts = [(0, len(data), descriptor)]
-    try:
-        while parts:
-            position, end, kind = parts.pop()
-            inner = _inner(kind)
-            while position < end:
+    while parts:
+        with contextlib.suppress(IndexError):  # ends within a number
+            for start, end, kind in _fields(data, *parts.pop()):
                 num_fields += 1
                 if num_fields > MAX_FIELDS:
                     raise TooLarge("", f"more than {MAX_FIELDS} fields")
-                tag, position = _varint(data, position)
-                if tag & 7 == 2:
-                    size, position = _varint(data, position)
-                    field = inner.get(tag >> 3, kind)
-                    if field is _CONTENT:
-                        num_bytes -= min(size, end - position)
-                    elif field is not kind:
-                        parts.append((position, min(position + size, end), field))
-                    position += size
-                elif tag & 7 == 0:
-                    _, position = _varint(data, position)
-                else:  # a group is no field of ours: whatever is in it counts as if it were not in one
-                    position += _FIXED_BYTES.get(tag & 7, len(data))
-    except IndexError:  # ends within a number
-        pass
+                if kind is _CONTENT:
+                    num_bytes -= end - start
+                elif kind is not _PLAIN:
+                    parts.append((start, end, kind))
     if num_bytes > MAX_STRUCTURE_BYTES:
         raise TooLarge("", f"{num_bytes} bytes beside media and tensors; the limit is {MAX_STRUCTURE_BYTES}")
 
@@ -59,6 +48,32 @@ def check_count(items: Sized, field: str, limit: int) -> None:
     """Before Python objects are made of them. Raises InvalidRequest for more than `limit`."""
     if len(items) > limit:
         raise InvalidRequest(field, f"{len(items)} items; the limit is {limit}")
+
+
+def _fields(data: bytes, position: int, end: int, message: Descriptor) -> Iterator[tuple[int, int, Any]]:
+    """Where each field of a message begins and ends, and what it is.
+
+    A group is no field of ours: all in it is skipped, as the parser does. Raises IndexError.
+    """
+    inner, num_open_groups = _inner(message), 0
+    while position < end:
+        tag, position = _varint(data, position)
+        start = position
+        kind: Descriptor | int | None = _PLAIN
+        match tag & 7:
+            case 0:
+                _, position = _varint(data, position)
+            case 2:
+                size, start = _varint(data, position)
+                position = start + size
+                kind = _PLAIN if num_open_groups else inner.get(tag >> 3, _PLAIN)
+            case 3:
+                num_open_groups += 1
+            case 4:
+                num_open_groups -= 1
+            case wire_type:
+                position += _FIXED_BYTES.get(wire_type, len(data))
+        yield start, min(position, end), kind
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

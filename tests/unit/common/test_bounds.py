@@ -20,6 +20,9 @@ def length_delimited(number: int, data: bytes) -> bytes:
 
 
 EMPTY_MESSAGES = b"\x0a\x00"  # field 1, length 0
+MANY_TENSORS = pb.GenerateRequest(
+    media=[pb.MediaItem(processed=pb.ProcessedMedia(tensors=[pb.NamedTensor()] * MAX_FIELDS))]
+).SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,14 @@ def test_honest_messages_pass(message: Message) -> None:
         ),
         # Within a group, which the parser reads through.
         (b"\x7b" + length_delimited(2, EMPTY_MESSAGES * (MAX_STRUCTURE_BYTES // 2)) + b"\x7c", "bytes beside media"),
+        (MANY_TENSORS + length_delimited(5, b"\x80"), "more than 8192 fields"),  # a damaged part ends only itself
+        # What is in a group is no field of ours: it is skipped by its length, here behind and before what counts.
+        (MANY_TENSORS + b"\x7b" + length_delimited(5, b"\x80") + b"\x7c", "more than 8192 fields"),
+        (b"\x7b\x7b\x7c" + length_delimited(5, b"\x80") + b"\x7c" + MANY_TENSORS, "more than 8192 fields"),
+        (
+            b"\x7b" + length_delimited(5, length_delimited(2, bytes(MAX_STRUCTURE_BYTES))) + b"\x7c",
+            "bytes beside media",
+        ),
     ],
 )
 def test_what_would_fill_the_memory_is_refused(data: bytes, problem: str) -> None:
