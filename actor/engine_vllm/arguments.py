@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from actor.config import VllmConfig, parse_cores
 from actor.engine_vllm.update_room import utilization_beside_updates
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
 # what is new (DELTA): in the other modes each token comes with all tokens before it.
 _FIRST_AND_LAST_ONLY = 2**30
+# Said, or the engine takes the one that fits its first structured request, and its front end another for each.
+# `actor.engine_vllm.grammars` bounds this one.
+STRUCTURE_BACKEND: Literal["xgrammar"] = "xgrammar"
 # What vLLM takes as the largest rank.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -27,6 +30,7 @@ def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = T
     # Its processes speak msgpack to each other; what that does not know would go as a pickle.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -57,6 +61,7 @@ def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = T
         max_logprobs=config.max_logprobs,
         enable_return_routed_experts=config.return_routed_experts,
         generation_config="vllm",
+        structured_outputs_config=StructuredOutputsConfig(backend=STRUCTURE_BACKEND),
         stream_interval=_FIRST_AND_LAST_ONLY,
         logits_processors=[SUPPRESSION],
         worker_extension_cls="actor.engine_vllm.worker.WorkerExtension",

@@ -274,7 +274,7 @@ class VllmEngine:
                     self._check_policy(request.model, lora)
                     yield output
         except (ValueError, VLLMClientError) as error:  # only while it looks at the request
-            raise refusal(error) from error
+            raise refusal(error, is_structured=parameters.structured_outputs is not None) from error
 
     def _lora_request(self, model: str) -> "LoRARequest | None":
         """The adapter that answers. Raises InvalidRequest for one that is not here."""

@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
 
 # vLLM's names of parameters that have another one here.
-_FIELDS = {"logprobs": "top_logprobs", "prompt_logprobs": "prompt_top_logprobs"}
+_FIELDS = {
+    "logprobs": "top_logprobs",
+    "prompt_logprobs": "prompt_top_logprobs",
+    "structured_outputs": "structured_output",
+}
 
 
 def sampling_params(wanted: SamplingParams, *, return_text: bool) -> "VllmSamplingParams":
@@ -71,11 +75,11 @@ def extending_params(wanted: SamplingParams) -> "VllmSamplingParams":
     )
 
 
-def refusal(error: Exception) -> InvalidRequest:
-    """vLLM's objection to a parameter."""
+def refusal(error: Exception, *, is_structured: bool = False) -> InvalidRequest:
+    """vLLM's objection to a parameter. Of a structure that it cannot make it says no name."""
     name = getattr(error, "parameter", None)
     name = _FIELDS.get(name, name) if isinstance(name, str) else None
-    if name == "structured_outputs":
+    if name is None and is_structured:
         name = "structured_output"
     field = f"sampling.{name}" if name in SamplingParams.__slots__ else "sampling"
     return InvalidRequest(field, " ".join(str(error).split()))
