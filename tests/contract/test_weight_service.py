@@ -223,3 +223,18 @@ async def test_requests_name_adapters(start_actor: StartActor) -> None:
     await learner.stage(1, _manifest(3))
     await learner.commit(1, 3)
     assert isinstance(await _error(versions("judge")), errors.InvalidRequest)
+
+
+async def test_a_stage_waits_for_no_thread_that_decodes_images(start_actor: StartActor) -> None:
+    actor = await start_actor(standalone=False, fake={"token_s": 0.0})
+    release = threading.Event()
+    busy = [asyncio.create_task(asyncio.to_thread(release.wait)) for _ in range(64)]
+    manifest = manifest_to_proto(dataclasses.replace(_manifest(1), parameters=()))
+    request = pb.StageRequest(run_id="run", epoch=1, manifest=manifest, timeout_ms=5000)
+    try:
+        error = await asyncio.wait_for(_error(actor.weights.Stage(request)), 10)
+    finally:
+        release.set()
+        await asyncio.gather(*busy)
+    assert isinstance(error, errors.InvalidRequest)
+    assert error.field == "manifest.parameters"
