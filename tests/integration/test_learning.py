@@ -39,7 +39,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "cispo": {"algorithm": {"policy_loss": "cispo", "clip_low": 1.0, "clip_high": 5.0}},
     "mini_batches": {"trainer": {"mini_batch_prompts": 32, "epochs": 2}},
-    "lora": {"model": {"lora_rank": 16, "lora_alpha": 32}, "optimizer": {"lr": 5.0e-3}},
+    # In the vision tower too: it has to learn to tell strokes apart.
+    "lora": {
+        "model": {
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "target_modules": r".*\.(qkv|[qkvo]_proj|(attn\.|gate_|up_|down_)proj|mlp\.[02])",
+        },
+        "optimizer": {"lr": 5.0e-3},
+    },
 }
 
 
