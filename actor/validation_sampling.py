@@ -5,13 +5,18 @@ import unicodedata
 from collections.abc import Sequence
 
 from common.errors import InvalidRequest, TooLarge, Unimplemented
-from common.types import Constraint, RepetitionDetection, SamplingParams, ServerLimits, StructuredOutput
+from common.types import (
+    MAX_TOKEN_IDS,
+    Constraint,
+    RepetitionDetection,
+    SamplingParams,
+    ServerLimits,
+    StructuredOutput,
+)
 
 _MAX_STRINGS = 16
 _MAX_STRING_CHARS = 128
-# What vLLM's model runner on GPUs has room for; the engine dies of more. The ids that end the model's own completions
-# count among those that stop.
-_MAX_IDS = 1024
+# Of these too there is a limit to what fits (see MAX_TOKEN_IDS); the ids that end the model's own completions count.
 _MAX_STOP_IDS = 96
 # There: 1,024 tokens in all, of each word with and without a space before it. A token is a byte or more.
 _MAX_BAD_WORD_BYTES = 1024 // 2 - _MAX_STRINGS
@@ -121,10 +126,10 @@ def _check_token_ids(params: SamplingParams, vocab_size: int, suppressed_token_i
     check_ids(params.allowed_token_ids, "sampling.allowed_token_ids", vocab_size)
     check_ids(params.bad_token_ids, "sampling.bad_token_ids", vocab_size)
     _check_num_ids("stop_token_ids", len(params.stop_token_ids), _MAX_STOP_IDS)
-    _check_num_ids("allowed_token_ids", len(params.allowed_token_ids), _MAX_IDS)
-    _check_num_ids("bad_token_ids", len(params.bad_token_ids), _MAX_IDS)
+    _check_num_ids("allowed_token_ids", len(params.allowed_token_ids), MAX_TOKEN_IDS)
+    _check_num_ids("bad_token_ids", len(params.bad_token_ids), MAX_TOKEN_IDS)
     biased = {*params.bad_token_ids, *(token_id for token_id, _ in params.logit_bias)}  # vLLM gets them as one
-    _check_num_ids("logit_bias", len(biased), _MAX_IDS)
+    _check_num_ids("logit_bias", len(biased), MAX_TOKEN_IDS)
     for token_id, bias in params.logit_bias:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"sampling.logit_bias[{token_id}]", f"the vocabulary has {vocab_size} ids")

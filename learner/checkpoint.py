@@ -149,6 +149,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
     reader = dcp.FileSystemReader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
+    gone = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in model_state}
+    if gone:
+        raise ConfigError(
+            f"{checkpoint}: {min(gone).removeprefix('model.')} was trained there and does not train in this run; train "
+            "the same parts as before, or start a new run"
+        )
     # To load into, a fresh optimizer has been given moments of all parameters; what no forward uses never had any.
     moments: Any = optimizer_state["state"]
     optimizer_state["state"] = {name: own for name, own in moments.items() if f"optimizer.state.{name}.step" in saved}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
+from common.types import MAX_TOKEN_IDS
 from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
 from learner.model.config import Adapter, OptimizerConfig
@@ -105,7 +106,7 @@ class RolloutConfig(Config):
     # all of it is of one version; a group that this has happened to three times goes on.
     on_update: Literal["continue", "restart"] = "continue"
     # Restrict sampling to these ids; empty: all.
-    allowed_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = Field((), max_length=MAX_TOKEN_IDS)
     # Sample another group in place of one whose rewards are all equal (dynamic sampling).
     drop_uniform_groups: bool = False
     # Seed of the sampling; None leaves it to the actors.

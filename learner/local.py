@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
     """Entry point. `prepare(config, run_dir)` may make the checkpoint that the run starts from; it returns the path."""
     options = parse(arguments)
 
-    from common.config import ConfigError, load_config
+    from common.config import ConfigError, NotYet, load_config
     from learner.config import LearnerConfig
 
     try:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
         return _run(load_config(LearnerConfig, options.config, overrides), prepare)
     except ConfigError as error:
         print(f"outrider: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotYet) else 2
     except KeyboardInterrupt:
         print("\noutrider: stopped; the same command resumes at the last checkpoint", file=sys.stderr)
         return 130
@@ -74,7 +75,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner import run_folder
     from learner.local_actors import addresses
     from learner.local_gpus import share_gpus
-    from learner.run import check_actors, check_checkpoint, load_task
+    from learner.run import check_actors, check_checkpoint
 
     signal.signal(signal.SIGTERM, _interrupt)
     actors = addresses(config.local) or config.rollout.actors
@@ -84,12 +85,35 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     if prepare is None:
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
-    load_task(listed)
+    _try_task(listed, gpus.learner)
     with run_folder.held(config, "launcher") as run_dir:
         if prepare is not None:
             model = listed.model.model_copy(update={"path": prepare(config, run_dir)})
             listed = listed.model_copy(update={"model": model})
         return _run_in(run_dir, listed.model_copy(update={"run_dir": run_dir}), gpus)
+
+
+def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> None:
+    """Load rows and rewards as the learner will, in a process that ends with them. Raises ConfigError and NotYet."""
+    import yaml
+
+    from common.config import ConfigError, NotYet
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config.model_dump(mode="json"), file)
+        file.flush()
+        tried = subprocess.run(
+            [sys.executable, "-m", "learner.task", file.name],
+            env=_learner_variables(config, gpus),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=end_with_parent,
+        )
+    if tried.returncode:
+        lines = tried.stderr.splitlines() or [f"rows and rewards: their process ended with {tried.returncode}"]
+        raise (NotYet if tried.returncode == 1 else ConfigError)(lines[-1])
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
@@ -135,7 +159,7 @@ def _lora_rank(config: "LearnerConfig") -> int:
     adapter = config.model.adapter
     if adapter is None or config.weights.merge_adapter:
         return 0
-    if adapter.reaches_vision and not config.model.freeze_vision_tower:
+    if adapter.reaches_vision and not (config.model.freeze_vision_tower and config.model.freeze_projector):
         return 0  # actors apply no adapter there
     return adapter.rank  # of one from a directory nothing is known here: `local.actor` can say it
 
@@ -154,12 +178,16 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(
             command,
-            env=learner_environment(config) | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
+            env=_learner_variables(config, gpus),
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
             preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls the kernel and nothing else
         )
+
+
+def _learner_variables(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> dict[str, str]:
+    return learner_environment(config) | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
 
 
 def learner_environment(config: "LearnerConfig") -> dict[str, str]:

@@ -18,16 +18,16 @@ from learner import run_folder
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig, RolloutConfig
 from learner.control import Control
-from learner.data import PromptDataset, load_datasets
+from learner.data import PromptDataset
 from learner.display import make_display
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
-from learner.rewards.load import load_rewards
 from learner.rollouts.discovery import SCHEME
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
+from learner.task import load_task
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
@@ -81,15 +81,6 @@ def check_actors(config: RolloutConfig) -> None:
     has_names = any(target.startswith(SCHEME) for target in config.actors)
     if not has_names and config.min_actors > len(config.actors):
         raise ConfigError(f"rollout.min_actors is {config.min_actors}, but there are {len(config.actors)} actors")
-
-
-def load_task(config: LearnerConfig) -> Rows:
-    """The rows, (train, held-out or None). Rewards are tried alone: they load in processes of their own.
-
-    Comes before all that takes long: the user's mistakes are here. Raises ConfigError.
-    """
-    load_rewards(config.reward.functions)
-    return load_datasets(config.data)
 
 
 def _run_rank_zero(

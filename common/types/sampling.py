@@ -3,6 +3,9 @@
 import enum
 from dataclasses import dataclass
 
+# Of those that a request allows, forbids or favours: what vLLM's model runner on GPUs has room for; it dies of more.
+MAX_TOKEN_IDS = 1024
+
 
 class Constraint(enum.Enum):
     """Kinds of structured output."""

@@ -118,6 +118,17 @@ def test_a_learner_without_launcher_finds_them_before_it_loads(tmp_path: Path, o
     assert not (tmp_path / "runs").exists()
 
 
+def test_rows_that_may_come_yet_are_no_mistake(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows_from_afar.py").write_text("def rows():\n    raise ConnectionError('nobody there')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    launched = launch(SLOW, "data.train=rows_from_afar:rows")
+    assert launched.exit_code(START_S) == 1, launched.said()
+    check_one_line(launched, "nobody there")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_mistake_that_only_the_learner_can_find_is_one_line(launch: Launch) -> None:
     launched = launch(SLOW, "model.cpu_offload=true", "trainer.device=cpu")
     assert launched.exit_code(START_S) == 2, launched.said()

@@ -1,5 +1,6 @@
 """Where `make setup` looks for PyTorch, with a pip and an uv that write down what they are asked."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ echo "${0##*/} $*" >>"$(dirname "$0")/asked"
 echo "ERROR: nothing of the kind here" >&2
 case "$*" in "install uv" | *%s*) exit 0;; *) exit 1;; esac
 """
+# A `make test` hands its own variables on.
+_OF_THE_CALLER = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "TORCH", "EXTRAS", "OUTRIDER_TORCH_INDEX"}
 UV = "uv pip install --python {bin}/python --torch-backend cpu torch==2.13.0"
 
 
@@ -22,7 +25,8 @@ def setup(venv: Path, *variables: str, succeeds: str = "nothing") -> tuple[list[
         (bin_dir / name).write_text(_TOOL % succeeds)
         (bin_dir / name).chmod(0o755)
     command = ["make", "setup", f"VENV={venv}", "EXTRAS=gpu", "OUTRIDER_TORCH_INDEX=", *variables]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    own = {name: value for name, value in os.environ.items() if name not in _OF_THE_CALLER}
+    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     return (bin_dir / "asked").read_text().splitlines(), result.stderr
 

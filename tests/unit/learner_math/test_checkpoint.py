@@ -159,6 +159,20 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(
         again.restore(tmp_path)
 
 
+def test_what_trained_and_does_not_train_any_more_is_not_dropped(
+    make_policy: Callable[..., Policy], train: Train, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    train(policy)
+    policy.save(tmp_path, {})
+    policy.finish()
+    again = make_policy()
+    name, parameter = next(iter(again.model.named_parameters()))
+    parameter.requires_grad = False
+    with pytest.raises(ConfigError, match=f"{name} was trained there and does not train in this run"):
+        again.restore(tmp_path)
+
+
 def test_a_rank_that_does_not_see_the_checkpoint_says_so(
     make_policy: Callable[[], Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
