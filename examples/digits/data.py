@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.types import ChatMessage, MediaPart, TextPart
-from examples.digits.model import IMAGE_SIZE
 from learner.types import PromptSample
 
+IMAGE_SIZE = 56  # pixels; 4 x 4 patches of 14, merged 2 x 2: 4 image tokens
 # Longer than one block of vLLM's KV cache (32 tokens with the image), so that the samples of a group share it.
 QUESTION = "Which digit?"
 # A line for each scan: its ink, 8 x 8 numbers from 0 to 16, and the digit.

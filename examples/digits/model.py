@@ -19,8 +19,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from examples.digits.data import IMAGE_SIZE
+
 VOCAB_SIZE = 320
-IMAGE_SIZE = 56  # pixels; 4 x 4 patches of 14, merged 2 x 2: 4 image tokens
 
 # The tokens that Qwen2-VL knows, after the 256 bytes and in Qwen's own order; the rest of the vocabulary is reserved
 # so that every id that a policy can sample also decodes.

@@ -118,9 +118,7 @@ def test_a_learner_without_launcher_finds_them_before_it_loads(tmp_path: Path, o
     assert not (tmp_path / "runs").exists()
 
 
-def test_rows_that_may_come_yet_are_no_mistake(
-    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_may_come_yet_are_no_mistake(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows_from_afar.py").write_text("def rows():\n    raise ConnectionError('nobody there')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     launched = launch(SLOW, "data.train=rows_from_afar:rows")

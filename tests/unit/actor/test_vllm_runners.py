@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from actor import validation_sampling
+from common.types import MAX_TOKEN_IDS
 
 
 @pytest.mark.parametrize("module", ["gpu_model_runner.py", "gpu/model_runner.py"])
@@ -31,8 +32,8 @@ def test_no_more_ids_and_words_pass_than_gpus_have_room_for() -> None:
     from vllm import envs
     from vllm.v1.worker.gpu.sample import logit_bias
 
-    assert validation_sampling.MAX_TOKEN_IDS <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
-    assert validation_sampling.MAX_TOKEN_IDS <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert MAX_TOKEN_IDS <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
+    assert MAX_TOKEN_IDS <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
     assert validation_sampling._MAX_STOP_IDS <= logit_bias.MAX_NUM_STOP_TOKEN_IDS - 32
     assert 2 * validation_sampling._MAX_STRINGS <= envs.VLLM_MAX_NUM_BAD_WORDS
     num_tokens = 2 * (validation_sampling._MAX_BAD_WORD_BYTES + validation_sampling._MAX_STRINGS)
