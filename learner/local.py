@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
     """Entry point. `prepare(config, run_dir)` may make the checkpoint that the run starts from; it returns the path."""
     options = parse(arguments)
 
-    from common.config import ConfigError, NotYet, load_config
+    from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
 
     try:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
         return _run(load_config(LearnerConfig, options.config, overrides), prepare)
     except ConfigError as error:
         print(f"outrider: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NotYet) else 2
+        return 2
     except KeyboardInterrupt:
         print("\noutrider: stopped; the same command resumes at the last checkpoint", file=sys.stderr)
         return 130
@@ -85,7 +85,10 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     if prepare is None:
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
-    _try_task(listed, gpus.learner)
+    if (words := _try_task(listed, gpus.learner)) is not None:
+        code, line = words
+        print(f"outrider: {line}", file=sys.stderr)
+        return code
     with run_folder.held(config, "launcher") as run_dir:
         if prepare is not None:
             model = listed.model.model_copy(update={"path": prepare(config, run_dir)})
@@ -93,11 +96,9 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
         return _run_in(run_dir, listed.model_copy(update={"run_dir": run_dir}), gpus)
 
 
-def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> None:
-    """Load rows and rewards as the learner will, in a process that ends with them. Raises ConfigError and NotYet."""
+def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
+    """Load rows and rewards as the learner will, in a process that ends with them; what it would end with if it fails."""
     import yaml
-
-    from common.config import ConfigError, NotYet
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(config.model_dump(mode="json"), file)
@@ -111,9 +112,10 @@ def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> None:
             check=False,
             preexec_fn=end_with_parent,
         )
-    if tried.returncode:
-        lines = tried.stderr.splitlines() or [f"rows and rewards: their process ended with {tried.returncode}"]
-        raise (NotYet if tried.returncode == 1 else ConfigError)(lines[-1])
+    if tried.returncode == 0:
+        return None
+    lines = tried.stderr.splitlines() or [f"rows and rewards: their process ended with {tried.returncode}"]
+    return abs(tried.returncode), lines[-1]
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
@@ -159,7 +161,7 @@ def _lora_rank(config: "LearnerConfig") -> int:
     adapter = config.model.adapter
     if adapter is None or config.weights.merge_adapter:
         return 0
-    if adapter.reaches_vision and not (config.model.freeze_vision_tower and config.model.freeze_projector):
+    if adapter.reaches_vision and not config.model.freeze_vision_tower:
         return 0  # actors apply no adapter there
     return adapter.rank  # of one from a directory nothing is known here: `local.actor` can say it
 
