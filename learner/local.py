@@ -97,7 +97,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
 
 
 def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
-    """Load rows and rewards as the learner will, in a process that ends with them; what it would end with if it fails."""
+    """Load rows and rewards as the learner will, in a process that ends with them; its last words if that fails."""
     import yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
