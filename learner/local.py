@@ -75,7 +75,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner import run_folder
     from learner.local_actors import addresses
     from learner.local_gpus import share_gpus
-    from learner.run import check_actors, check_checkpoint
+    from learner.task import check_actors, check_checkpoint
 
     signal.signal(signal.SIGTERM, _interrupt)
     actors = addresses(config.local) or config.rollout.actors

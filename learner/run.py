@@ -11,12 +11,10 @@ from typing import Any, NoReturn
 
 from common import log as logging
 from common import tracing
-from common.config import ConfigError
 from common.lifecycle import end_with_parent
-from common.rpc.tls import read_certificates
 from learner import run_folder
 from learner.batch.processing import PromptProcessor
-from learner.config import LearnerConfig, RolloutConfig
+from learner.config import LearnerConfig
 from learner.control import Control
 from learner.data import PromptDataset
 from learner.display import make_display
@@ -25,9 +23,8 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
-from learner.rollouts.discovery import SCHEME
 from learner.summary import MetricsWriter, format_summary, write_question, write_summary
-from learner.task import load_task
+from learner.task import check_actors, check_checkpoint, load_task
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
@@ -59,28 +56,6 @@ def run(config: LearnerConfig) -> int:
             return _run_rank_zero(config, ranks, policy, run_dir, state, rows)
         Trainer(config, ranks, policy, run_dir, None).run()
         return 0
-
-
-def check_checkpoint(path: Path) -> None:
-    """Whether it looks like one. Raises ConfigError."""
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
-            "`hf download NAME --local-dir DIRECTORY` makes it of a model of the hub"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
-
-
-def check_actors(config: RolloutConfig) -> None:
-    """Whether some are named, and certificates can be read where they are asked for. Raises ConfigError."""
-    if config.tls is not None:
-        read_certificates(config.tls)
-    if not config.actors:
-        raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
-    has_names = any(target.startswith(SCHEME) for target in config.actors)
-    if not has_names and config.min_actors > len(config.actors):
-        raise ConfigError(f"rollout.min_actors is {config.min_actors}, but there are {len(config.actors)} actors")
 
 
 def _run_rank_zero(

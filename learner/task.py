@@ -1,7 +1,7 @@
-"""What a run is about, its rows and rewards: loaded before all that takes long, for the user's mistakes are here.
+"""What a run is about, and what of it can be known to be wrong before anything that takes long: the user's mistakes.
 
-`python -m learner.task FILE` only tries, for the launcher: what the modules of the user leave behind, as the memory of
-a GPU, ends with the process.
+`python -m learner.task FILE` only tries rows and rewards, for the launcher: what the modules of the user leave behind,
+as the memory of a GPU, ends with the process.
 """
 
 import sys
@@ -9,10 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import ConfigError, NotYet, load_config
-from learner.config import LearnerConfig
+from common.rpc.tls import read_certificates
+from learner.config import LearnerConfig, RolloutConfig
+from learner.rollouts.discovery import SCHEME
 
 if TYPE_CHECKING:
     from learner.data import PromptDataset
+
+
+def check_checkpoint(path: Path) -> None:
+    """Whether it looks like one. Raises ConfigError."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
+            "`hf download NAME --local-dir DIRECTORY` makes it of a model of the hub"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
+
+
+def check_actors(config: RolloutConfig) -> None:
+    """Whether some are named, and certificates can be read where they are asked for. Raises ConfigError."""
+    if config.tls is not None:
+        read_certificates(config.tls)
+    if not config.actors:
+        raise ConfigError("rollout.actors is empty; give the actors' addresses, or start the run with `outrider`")
+    has_names = any(target.startswith(SCHEME) for target in config.actors)
+    if not has_names and config.min_actors > len(config.actors):
+        raise ConfigError(f"rollout.min_actors is {config.min_actors}, but there are {len(config.actors)} actors")
 
 
 def load_task(config: LearnerConfig) -> "tuple[PromptDataset, PromptDataset | None]":
