@@ -1,7 +1,5 @@
 """`weights.v1.WeightService`: the wire in front of `actor.weights.PolicyState`."""
 
-import asyncio
-import functools
 from typing import Any
 
 import grpc
@@ -12,7 +10,7 @@ from actor.weights import PolicyState
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
 from common.pb.weights.v1 import weights_pb2_grpc
-from common.threads import run_in_thread
+from common.threads import to_own_thread
 from common.types import ActorStatus
 from common.wire import epoch_from_proto, manifest_from_proto, status_to_proto
 
@@ -68,8 +66,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         """Receive one version."""
         # Thousands of parameters: checked off the event loop, which goes on streaming completions, and off its threads,
         # which may all be decoding images.
-        checked = run_in_thread(functools.partial(manifest_from_proto, request.manifest), "manifest")
-        manifest = await asyncio.wrap_future(checked)
+        manifest = await to_own_thread("manifest", manifest_from_proto, request.manifest)
         timeout_s = _timeout_s(request.timeout_ms)
         checksums, receive_s = await self._policy.stage(request.run_id, request.epoch, manifest, timeout_s)
         return pb.StageResponse(xxh3=checksums, receive_s=receive_s)

@@ -13,11 +13,15 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A user's mistake in the configuration: `__main__` prints it as one line and exits with 2."""
+    """A user's mistake in the configuration: `__main__` prints it as one line and exits with its code."""
+
+    exit_code = 2
 
 
 class NotYet(ConfigError):  # noqa: N818 - as ours are named
-    """What the configuration names is not there, and may come: `python -m learner` exits with 1, to be tried again."""
+    """What the configuration names is not there, and may come: `python -m learner` is to be tried again."""
+
+    exit_code = 1
 
 
 class Config(pydantic.BaseModel):

@@ -2,11 +2,14 @@
 those that must not queue for the few threads of an event loop.
 """
 
+import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -25,3 +28,8 @@ def run_in_thread(job: Callable[[], T], name: str) -> "Future[T]":
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+async def to_own_thread(name: str, job: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `asyncio.to_thread`, with `run_in_thread`."""
+    return await asyncio.wrap_future(run_in_thread(functools.partial(job, *args, **kwargs), name))

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from common.config import ConfigError, NotYet, load_config
+    from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
 
     run_dir = None
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return run(config)
     except ConfigError as error:
-        code, line = 1 if isinstance(error, NotYet) else 2, str(error)
+        code, line = error.exit_code, str(error)
     except KeyboardInterrupt:
         print("learner: stopped", file=sys.stderr, flush=True)
         return 130

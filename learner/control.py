@@ -24,7 +24,7 @@ from common.client import GrpcClient
 from common.collective import address_towards
 from common.log import get_logger
 from common.metrics import serve_metrics
-from common.threads import run_in_thread
+from common.threads import to_own_thread
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
@@ -287,7 +287,7 @@ class Control:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
-            await asyncio.wrap_future(run_in_thread(self._rewards.close, "close-rewards"))
+            await to_own_thread("close-rewards", self._rewards.close)
             await self._fleet.close()
 
     def _update_failed(self, line: str) -> None:

@@ -6,13 +6,12 @@ It goes beside the credits of training: nothing that is sampled here is trained 
 """
 
 import asyncio
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from common.threads import run_in_thread
+from common.threads import to_own_thread
 from common.types import Completion, FloatArray, SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
@@ -88,8 +87,7 @@ async def evaluate(
         """(greedy reward, its tokens, sampled completions that passed)."""
         async with room:
             async with turns:
-                preparing = run_in_thread(functools.partial(_prepare, rows, row, processor), f"evaluate-{row}")
-                sample, expected = await asyncio.wrap_future(preparing)
+                sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
 
             async def answers(name: str, sampling: SamplingParams) -> tuple[FloatArray, Sequence[Completion]]:
                 request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)

@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
         overrides = [*options.overrides, *([f"seed={options.seed}"] if options.seed is not None else [])]
         return _run(load_config(LearnerConfig, options.config, overrides), prepare)
     except ConfigError as error:
-        print(f"outrider: {error}", file=sys.stderr)
-        return 2
+        return _say(2, str(error))
     except KeyboardInterrupt:
         print("\noutrider: stopped; the same command resumes at the last checkpoint", file=sys.stderr)
         return 130
@@ -86,9 +85,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
     if (words := _try_task(listed, gpus.learner)) is not None:
-        code, line = words
-        print(f"outrider: {line}", file=sys.stderr)
-        return code
+        return _say(*words)
     with run_folder.held(config, "launcher") as run_dir:
         if prepare is not None:
             model = listed.model.model_copy(update={"path": prepare(config, run_dir)})
@@ -105,7 +102,7 @@ def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[
         file.flush()
         tried = subprocess.run(
             [sys.executable, "-m", "learner.task", file.name],
-            env=_learner_variables(config, gpus),
+            env=learner_environment(config, gpus),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -139,9 +136,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
             words = run_folder.read_last_words(run_dir) if learner.returncode > 0 else None
         was_killed = words is None
         killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
-        code, line = words or (1, killed)
-        print(f"outrider: {line}", file=sys.stderr)
-        return code
+        return _say(*(words or (1, killed)))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -154,6 +149,12 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
             _end_learner(learner, deadline)
         if not was_killed:
             actors.end(deadline)
+
+
+def _say(code: int, line: str) -> int:
+    """The last words of this command; its exit code."""
+    print(f"outrider: {line}", file=sys.stderr)
+    return code
 
 
 def _lora_rank(config: "LearnerConfig") -> int:
@@ -180,7 +181,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(
             command,
-            env=_learner_variables(config, gpus),
+            env=learner_environment(config, gpus),
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
@@ -188,11 +189,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
         )
 
 
-def _learner_variables(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> dict[str, str]:
-    return learner_environment(config) | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
-
-
-def learner_environment(config: "LearnerConfig") -> dict[str, str]:
+def learner_environment(config: "LearnerConfig", gpus: "tuple[str, ...] | None" = None) -> dict[str, str]:
     """Variables of a learner's process beside local actors.
 
     Threads that wait for each other at every operation are slow on cores that the actors use at the same time. With
@@ -200,7 +197,8 @@ def learner_environment(config: "LearnerConfig") -> dict[str, str]:
     """
     num_used = config.local.num_actors if config.trainer.max_staleness else 0
     num_threads = max(1, (len(os.sched_getaffinity(0)) - num_used) // config.local.num_ranks)
-    return {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+    visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {"OMP_NUM_THREADS": str(num_threads), **os.environ, **visible}
 
 
 def _end_learner(learner: subprocess.Popen[bytes], deadline: float) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import ConfigError, NotYet, load_config
+from common.config import ConfigError, load_config
 from common.rpc.tls import read_certificates
 from learner.config import LearnerConfig, RolloutConfig
 from learner.rollouts.discovery import SCHEME
@@ -57,7 +57,7 @@ def main() -> int:
         load_task(load_config(LearnerConfig, Path(sys.argv[1]), []))
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 1 if isinstance(error, NotYet) else 2
+        return error.exit_code
     return 0
 
 

@@ -6,8 +6,6 @@ Link is the speed at which the last update was staged; encoding and the size of 
 largest bucket, which is encoded first. In float32 nearly every element changes at every step, in bfloat16 few do.
 """
 
-import asyncio
-import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from common import delta
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, OutriderError
 from common.log import get_logger
-from common.threads import run_in_thread
+from common.threads import to_own_thread
 from common.types import Manifest
 from learner.rollouts.members import Member
 from learner.weights.buckets import Buckets
@@ -56,8 +54,7 @@ class Deltas:
             return None
         if not base.actor_ids.issuperset(member.actor_id for member in members):
             return None
-        encoding = run_in_thread(functools.partial(_encode, base, snapshot, link), "encode-delta")
-        return await asyncio.wrap_future(encoding)
+        return await to_own_thread("encode-delta", _encode, base, snapshot, link)
 
     def sent(self, snapshot: Snapshot, members: Sequence[Member], times: UpdateTimes) -> None:
         """All members have it."""

@@ -7,7 +7,6 @@ opens the next one with the others.
 """
 
 import asyncio
-import functools
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from common.errors import DeadlineExceeded, OutriderError, StageBlocked, StageTimeout, Unreachable
 from common.log import get_logger
-from common.threads import run_in_thread
+from common.threads import to_own_thread
 from common.types import EpochSpec, Manifest
 from learner.rollouts.members import Member
 from learner.weights.snapshot import Snapshot
@@ -63,8 +62,7 @@ class Epoch:
     async def update(self, snapshot: Snapshot, *, full: bool, merged: bool = False, keep: bool = False) -> UpdateTimes:
         """Bring every member to the snapshot's version, as `Snapshot.update` makes it. Raises as `send`."""
         if merged:
-            merging = run_in_thread(functools.partial(snapshot.update, full=full, merged=True), "merge-weights")
-            manifest, buffers = await asyncio.wrap_future(merging)
+            manifest, buffers = await to_own_thread("merge-weights", snapshot.update, full=full, merged=True)
         else:
             manifest, buffers = snapshot.update(full=full, keep=keep)
         return await self.send(manifest, buffers)

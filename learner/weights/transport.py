@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common.collective import BroadcastGroup
-from common.threads import run_in_thread
+from common.threads import run_in_thread, to_own_thread
 from common.types import EpochSpec
 
 
@@ -75,7 +75,7 @@ class TorchSender:
     async def send(self, buffers: Sequence[torch.Tensor]) -> None:
         """See `Sender.send`."""
         # On a thread of its own: the members wait for it against the clock.
-        await asyncio.wrap_future(run_in_thread(functools.partial(self._send, buffers), "send-weights"))
+        await to_own_thread("send-weights", self._send, buffers)
 
     def _send(self, buffers: Sequence[torch.Tensor]) -> None:
         with self._group.stream():

@@ -68,6 +68,15 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def trained_and_saved(make_policy: Callable[..., Policy], train: Train, run_dir: Path) -> Policy:
+    """A policy after a step, with a checkpoint in `run_dir`."""
+    policy = make_policy()
+    train(policy)
+    policy.save(run_dir, {})
+    policy.finish()
+    return policy
+
+
 def parameters(policy: Policy) -> dict[str, torch.Tensor]:
     state: dict[str, Any] = policy.model.state_dict()
     return {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in state.items()}
@@ -101,10 +110,7 @@ def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Trai
 def test_a_resumed_optimizer_has_its_state_and_the_settings_of_now(
     make_policy: Callable[..., Policy], train: Train, tmp_path: Path
 ) -> None:
-    before = make_policy()
-    train(before)
-    before.save(tmp_path, {})
-    before.finish()
+    before = trained_and_saved(make_policy, train, tmp_path)
     after = make_policy(weight_decay=0.5, betas=(0.8, 0.9), eps=1e-6)
     after.restore(tmp_path)
     then, now = before._optimizer, after._optimizer
@@ -149,10 +155,7 @@ def test_a_resumed_run_goes_on_as_the_one_before(family: str, tmp_path: Path) ->
 def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(
     make_policy: Callable[[], Policy], train: Train, tmp_path: Path
 ) -> None:
-    policy = make_policy()
-    train(policy)
-    policy.save(tmp_path, {})
-    policy.finish()
+    trained_and_saved(make_policy, train, tmp_path)
     again = make_policy()
     again.model.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: model\.more"):
@@ -162,10 +165,7 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(
 def test_what_trained_and_does_not_train_any_more_is_not_dropped(
     make_policy: Callable[..., Policy], train: Train, tmp_path: Path
 ) -> None:
-    policy = make_policy()
-    train(policy)
-    policy.save(tmp_path, {})
-    policy.finish()
+    trained_and_saved(make_policy, train, tmp_path)
     again = make_policy()
     name, parameter = next(iter(again.model.named_parameters()))
     parameter.requires_grad = False
@@ -190,10 +190,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_says_so(
 def test_a_full_disk_leaves_the_checkpoint_before(
     make_policy: Callable[[], Policy], train: Train, tmp_path: Path, room: int
 ) -> None:
-    policy = make_policy()
-    train(policy)
-    policy.save(tmp_path, {})
-    policy.finish()
+    policy = trained_and_saved(make_policy, train, tmp_path)
     train(policy)
     with full_disk(room):
         policy.save(tmp_path, {})
