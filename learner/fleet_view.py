@@ -38,7 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     if not rows:
         print(f"fleet: no actor behind {', '.join(options.targets)}", file=sys.stderr)
         return 1
-    widths = [max(len(row[i]) for row in (_COLUMNS, *rows) if i < len(row)) for i in range(len(_COLUMNS))]
+    whole = [_COLUMNS, *(row for row in rows if len(row) == len(_COLUMNS))]  # why one does not answer may be long
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    widths[0] = max(len(row[0]) for row in (_COLUMNS, *rows))
     for row in (_COLUMNS, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
     return 0 if all(len(row) == len(_COLUMNS) for row in rows) else 1

@@ -27,6 +27,8 @@ _IDLE_EXIT_S = 600.0
 # In a row: of one that has lived for so long, the count begins anew.
 _MAX_RESTARTS = 20
 _SETTLED_S = 300.0
+# Of one that has never been ready: what is in its way will not go.
+_MAX_FAILED_STARTS = 3
 # How long a killed process may take to be gone.
 _END_S = 10.0
 _POLL_S = 0.05
@@ -40,7 +42,9 @@ class _Actor:
     pid: int = 0
     process: subprocess.Popen[bytes] | None = None  # None: started by an earlier command
     num_restarts: int = 0
+    num_failed_starts: int = 0
     started_at: float = 0.0
+    log_offset: int = 0  # where in its log begins what it has said since its start
 
 
 def addresses(config: LocalConfig) -> tuple[str, ...]:
@@ -90,7 +94,7 @@ class LocalActors:
         self._write_known()
 
     def restart_dead(self) -> None:
-        """Start those again that have died. Raises ConfigError if one cannot live."""
+        """Start those again that have died, and say so. Raises ConfigError if one cannot live."""
         for actor in self._actors:
             code = self._exit_code(actor)
             if code is None:
@@ -98,8 +102,14 @@ class LocalActors:
             _kill_group(actor.pid)  # what it has left of vLLM's processes
             if time.monotonic() - actor.started_at > _SETTLED_S:
                 actor.num_restarts = 0
-            if code == _USER_ERROR or actor.num_restarts >= _MAX_RESTARTS:
-                raise ConfigError(f"actor {actor.address} does not start: {self._last_line(actor)}")
+            actor.num_failed_starts = 0 if self._was_ready(actor) else actor.num_failed_starts + 1
+            is_hopeless = actor.num_failed_starts >= _MAX_FAILED_STARTS or actor.num_restarts >= _MAX_RESTARTS
+            if code == _USER_ERROR or is_hopeless:
+                raise ConfigError(f"actor {actor.address} does not start: {self._last_words(actor)}")
+            print(
+                f"actor {actor.address} ended with {code}, and is started again; see {self._log_path(actor)}",
+                flush=True,
+            )
             actor.num_restarts += 1
             self._spawn(actor)
             self._write_known()
@@ -161,6 +171,7 @@ class LocalActors:
         command = [sys.executable, "-m", "actor", "--config", str(self._config_path(actor))]
         command += ["--model", str(self._model), "--listen", actor.address]
         with self._log_path(actor).open("ab") as log:
+            actor.log_offset = log.tell()
             actor.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -172,10 +183,18 @@ class LocalActors:
             return actor.process.poll()
         return None if _is_actor(actor.pid, actor.address) else -1
 
-    def _last_line(self, actor: _Actor) -> str:
-        path = self._log_path(actor)
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("actor: ")]
-        return lines[-1].removeprefix("actor: ") if lines else f"see {path}"
+    def _was_ready(self, actor: _Actor) -> bool:
+        return f" ready on {actor.address}" in self._said(actor)
+
+    def _last_words(self, actor: _Actor) -> str:
+        lines = [line for line in self._said(actor).splitlines() if line.startswith("actor: ")]
+        return lines[-1].removeprefix("actor: ") if lines else f"see {self._log_path(actor)}"
+
+    def _said(self, actor: _Actor) -> str:
+        """What it has logged since its start."""
+        with self._log_path(actor).open("rb") as log:
+            log.seek(actor.log_offset)
+            return log.read().decode(errors="replace")
 
     def _config_path(self, actor: _Actor) -> Path:
         return self._run_dir / f"actor-{actor.index}.yaml"

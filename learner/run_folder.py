@@ -90,6 +90,11 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
             raise NotYet(
                 f"{run_dir}: another {role} is at work in this run folder; stop it, or set resume=false"
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{run_dir}: its file system gives no locks (flock: {error.strerror}); "
+                "mount it with them (Lustre: the option flock), or take runs_dir elsewhere"
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -102,7 +107,7 @@ def _is_free(run_dir: Path, *roles: Role) -> bool:
             for role in roles or get_args(Role):
                 locks.enter_context(_lock(run_dir, role))
             return True
-    except ConfigError:
+    except NotYet:
         return False
 
 

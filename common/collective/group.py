@@ -5,6 +5,7 @@ and made again while training and generation go on. Gloo carries CPU tensors, NC
 the same.
 """
 
+import os
 import threading
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from common.collective.gloo import GlooChain
 from common.collective.nccl import NcclCommunicator
 from common.types import EpochSpec
+
+# torch asks the resolver for the name of whom it has connected to, if only for a message. One that does not answer
+# would hold up every join for ten seconds and more.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
 
 
 class _Wire(Protocol):

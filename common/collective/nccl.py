@@ -23,6 +23,8 @@ from common.types import EpochSpec
 _POLL_S = 0.0005
 # With it torch starts no watchdog for a group, and no monitor for the watchdog.
 _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
+# There from now on: adding and removing a variable while other threads of C read theirs is not safe, changing it is.
+os.environ.setdefault(_NO_WATCHDOG, "0")
 
 # ProcessGroupNCCL, whose collectives torch's stubs do not list.
 _Backend = Any
@@ -88,15 +90,12 @@ class NcclCommunicator:
 def _no_watchdog() -> Iterator[None]:
     """For groups that are made inside: torch reads the variable when it makes one."""
     with _environment:
-        before = os.environ.get(_NO_WATCHDOG)
+        before = os.environ.get(_NO_WATCHDOG, "0")
         os.environ[_NO_WATCHDOG] = "1"
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[_NO_WATCHDOG]
-            else:
-                os.environ[_NO_WATCHDOG] = before
+            os.environ[_NO_WATCHDOG] = before
 
 
 _environment = threading.Lock()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from common.config import ConfigError
 from learner import local_actors
 from learner.config import LocalConfig
 from learner.local_actors import LocalActors
@@ -79,3 +80,50 @@ def test_one_of_another_base_port_is_not_the_one_of_its_place(
     start(tmp_path, port, gpus=gpus)
     # The address of the first one is that of the second one before, which has another GPU.
     assert [*start(tmp_path, port + 1, gpus=gpus).values()] == [process.pid for process in started[2:]]
+
+
+@pytest.mark.parametrize(
+    ("script", "num_starts", "says"),
+    [
+        ("sys.exit(1)", 3, "does not start: see .*actor-0.log$"),
+        ("print('actor: no memory'); sys.exit(1)", 3, "does not start: no memory$"),
+        (
+            "print('actor: vllm.max_model_len: too long'); sys.exit(2)",
+            1,
+            "does not start: vllm.max_model_len: too long$",
+        ),
+    ],
+)
+def test_one_that_is_never_ready_is_not_started_for_ever(
+    tmp_path: Path,
+    started: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    num_starts: int,
+    says: str,
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SLEEPER", f"import sys; {script}")
+    with pytest.raises(ConfigError, match=says):
+        live(tmp_path, started, num_rounds=10)
+    assert len(started) == num_starts
+    assert capsys.readouterr().out.count(f"ended with 1, and is started again; see {tmp_path}") == num_starts - 1
+
+
+def test_one_that_has_been_ready_is_started_again_and_again(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SLEEPER", "import sys; print('actor a ready on', sys.argv[-1]); sys.exit(1)")
+    live(tmp_path, started, num_rounds=5)
+    assert len(started) == 6
+
+
+def live(run_dir: Path, started: list[subprocess.Popen[bytes]], num_rounds: int) -> None:
+    """An actor that ends so often, and the launcher that looks after each time."""
+    (run_dir / "logs").mkdir()
+    config = LocalConfig(num_actors=1, base_port=free_ports(1), actor={"engine": "fake"})
+    actors = LocalActors(config, run_dir, run_dir)
+    actors.start()
+    for _ in range(num_rounds):
+        started[-1].wait(10)
+        actors.restart_dead()

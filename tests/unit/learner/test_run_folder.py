@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,16 @@ def test_a_learner_leaves_the_last_words_of_another_rank_to_its_launcher(tmp_pat
         run_folder.leave_last_words(run_dir, 1, "OSError: disk full")
         with run_folder.held(_config(tmp_path, run_dir=run_dir), "learner"):
             assert run_folder.read_last_words(run_dir) == (1, "OSError: disk full")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(ConfigError, match=r"task-.*: its file system gives no locks \(flock: Function not") as caught,
+        run_folder.held(_config(tmp_path), "learner"),
+    ):
+        pass
+    assert caught.value.exit_code == 2
