@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from common.errors import InvalidRequest, TooLarge, Unimplemented
 from common.types import (
+    MAX_STRING_CHARS,
+    MAX_STRINGS,
     MAX_TOKEN_IDS,
     Constraint,
     RepetitionDetection,
@@ -14,12 +16,10 @@ from common.types import (
     StructuredOutput,
 )
 
-_MAX_STRINGS = 16
-_MAX_STRING_CHARS = 128
 # Of these too there is a limit to what fits (see MAX_TOKEN_IDS); the ids that end the model's own completions count.
 _MAX_STOP_IDS = 96
 # There: 1,024 tokens in all, of each word with and without a space before it. A token is a byte or more.
-_MAX_BAD_WORD_BYTES = 1024 // 2 - _MAX_STRINGS
+_MAX_BAD_WORD_BYTES = 1024 // 2 - MAX_STRINGS
 _MAX_CHOICES = 1024
 _MAX_REGEX_CHARS = 4096
 # Parsing a schema of this length takes some tenths of a second, compiling it seconds.
@@ -146,11 +146,11 @@ def _check_num_ids(name: str, num_ids: int, limit: int) -> None:
 
 
 def _check_strings(name: str, texts: tuple[str, ...]) -> None:
-    if len(texts) > _MAX_STRINGS:
-        raise InvalidRequest(f"sampling.{name}", f"{len(texts)} strings; the limit is {_MAX_STRINGS}")
+    if len(texts) > MAX_STRINGS:
+        raise InvalidRequest(f"sampling.{name}", f"{len(texts)} strings; the limit is {MAX_STRINGS}")
     for i, text in enumerate(texts):
-        if not 1 <= len(text) <= _MAX_STRING_CHARS:
-            raise InvalidRequest(f"sampling.{name}[{i}]", f"must have 1 to {_MAX_STRING_CHARS} characters")
+        if not 1 <= len(text) <= MAX_STRING_CHARS:
+            raise InvalidRequest(f"sampling.{name}[{i}]", f"must have 1 to {MAX_STRING_CHARS} characters")
 
 
 def _check_logprobs(params: SamplingParams, limits: ServerLimits) -> None:

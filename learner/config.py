@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
-from common.types import MAX_TOKEN_IDS
+from common.types import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS
 from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
 from learner.model.config import Adapter, OptimizerConfig
@@ -101,6 +101,10 @@ class RolloutConfig(Config):
     # As far as actors sample.
     temperature: float = Field(1.0, ge=0.01, le=2)
     max_tokens: int = Field(256, ge=1)
+    # Strings that end a completion, which they belong to: the reward sees them, and their tokens are trained.
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=MAX_STRING_CHARS)], ...] = Field(
+        (), max_length=MAX_STRINGS
+    )
     # What becomes of a group that is under way when its actor gets new weights. "continue": it goes on under them, and
     # its version spans say which token is whose. "restart": it is broken off and sampled again from its prompt, so that
     # all of it is of one version; a group that this has happened to three times goes on.

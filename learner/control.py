@@ -302,6 +302,7 @@ def sampling_params(config: LearnerConfig) -> SamplingParams:
         n=rollout.n,
         temperature=rollout.temperature,
         max_tokens=rollout.max_tokens,
+        stop=rollout.stop,
         allowed_token_ids=rollout.allowed_token_ids,
     )
 

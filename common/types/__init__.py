@@ -25,13 +25,23 @@ from common.types.responses import (
     TopLogprobs,
     VersionSpan,
 )
-from common.types.sampling import MAX_TOKEN_IDS, Constraint, RepetitionDetection, SamplingParams, StructuredOutput
+from common.types.sampling import (
+    MAX_STRING_CHARS,
+    MAX_STRINGS,
+    MAX_TOKEN_IDS,
+    Constraint,
+    RepetitionDetection,
+    SamplingParams,
+    StructuredOutput,
+)
 from common.types.server import ActorState, ActorStatus, ServerInfo, ServerLimits
 from common.types.weights import LORA_A, LORA_B, EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora
 
 __all__ = [
     "LORA_A",
     "LORA_B",
+    "MAX_STRINGS",
+    "MAX_STRING_CHARS",
     "MAX_TOKEN_IDS",
     "ActorState",
     "ActorStatus",

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 # Of those that a request allows, forbids or favours: what vLLM's model runner on GPUs has room for; it dies of more.
 MAX_TOKEN_IDS = 1024
+# Of strings that end a completion, or that it must not have.
+MAX_STRINGS = 16
+MAX_STRING_CHARS = 128
 
 
 class Constraint(enum.Enum):

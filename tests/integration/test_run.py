@@ -110,6 +110,7 @@ def test_parquet_in_verls_columns_on_two_ranks_to_the_end(launch: Launch, tmp_pa
         *("--config", "examples/verl_parquet/config.yaml", f"runs_dir={tmp_path / 'runs'}", f"model.path={model}"),
         *(f"data.train={train}", f"data.held_out={held_out}", f"local.base_port={free_ports(1)}"),
         *("local.num_ranks=2", "rollout.n=4", "trainer.batch_prompts=8", "trainer.total_steps=3"),
+        'rollout.stop=["0", "1", "2"]',
     )
     assert launched.exit_code(START_S) == 0, launched.said()
     assert not launched.left()

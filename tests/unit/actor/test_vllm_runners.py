@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actor import validation_sampling
-from common.types import MAX_TOKEN_IDS
+from common.types import MAX_STRINGS, MAX_TOKEN_IDS
 
 
 @pytest.mark.parametrize("module", ["gpu_model_runner.py", "gpu/model_runner.py"])
@@ -35,6 +35,6 @@ def test_no_more_ids_and_words_pass_than_gpus_have_room_for() -> None:
     assert MAX_TOKEN_IDS <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
     assert MAX_TOKEN_IDS <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
     assert validation_sampling._MAX_STOP_IDS <= logit_bias.MAX_NUM_STOP_TOKEN_IDS - 32
-    assert 2 * validation_sampling._MAX_STRINGS <= envs.VLLM_MAX_NUM_BAD_WORDS
-    num_tokens = 2 * (validation_sampling._MAX_BAD_WORD_BYTES + validation_sampling._MAX_STRINGS)
+    assert 2 * MAX_STRINGS <= envs.VLLM_MAX_NUM_BAD_WORDS
+    num_tokens = 2 * (validation_sampling._MAX_BAD_WORD_BYTES + MAX_STRINGS)
     assert num_tokens <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
