@@ -100,7 +100,10 @@ class Engine(Protocol):
         ...
 
     async def open_epoch(self, spec: EpochSpec) -> None:
-        """Join a broadcast group with every worker; leaves the previous one first."""
+        """Join a broadcast group with every worker; leaves the previous one first.
+
+        Raises `common.errors.StageTimeout`, and `common.errors.RendezvousUnreachable`.
+        """
         ...
 
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:

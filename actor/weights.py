@@ -98,7 +98,7 @@ class PolicyState:
     # ------------------------------------------------------------------------------------------------ operations
 
     async def open_epoch(self, spec: EpochSpec) -> None:
-        """Join a broadcast group. Raises StaleEpoch, StageTimeout, Draining or EngineDead."""
+        """Join a broadcast group. Raises StaleEpoch, StageTimeout, RendezvousUnreachable, Draining or EngineDead."""
         self._refuse_if_leaving()
         if spec.run_id in self._retired_runs:
             raise StaleEpoch(f"run {spec.run_id} has been replaced by run {self.run_id}")

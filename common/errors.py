@@ -193,6 +193,13 @@ class StageBlocked(StageTimeout):
     reason = "STAGE_BLOCKED"
 
 
+class RendezvousUnreachable(OutriderError):
+    """A member of a weight epoch has no way to the learner's rendezvous; the others wait for it."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "RENDEZVOUS_UNREACHABLE"
+
+
 class StageCorrupt(OutriderError):
     """The bytes received are not those of the manifest; nothing live was touched."""
 
@@ -252,6 +259,7 @@ _BY_REASON: dict[str, type[OutriderError]] = {
         TooManyStreams,
         StageTimeout,
         StageBlocked,
+        RendezvousUnreachable,
         StageCorrupt,
         Internal,
         PermissionDenied,

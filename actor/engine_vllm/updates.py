@@ -7,7 +7,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from actor.adapters import Adapters
-from common.errors import InvalidRequest, NotStaged, OutriderError, StageBlocked, StageCorrupt, StageTimeout
+from common.errors import (
+    InvalidRequest,
+    NotStaged,
+    OutriderError,
+    RendezvousUnreachable,
+    StageBlocked,
+    StageCorrupt,
+    StageTimeout,
+)
 from common.types import EpochSpec, Manifest
 
 if TYPE_CHECKING:
@@ -120,6 +128,7 @@ def _job_error(kind: str, error: str, field: str | None, late: type[StageTimeout
         return InvalidRequest(field, error)
     if kind == ValueError.__name__:  # no layer can be made of what came, and the next try would bring the same
         return InvalidRequest("manifest.parameters", error)
-    if kind == StageCorrupt.__name__:
-        return StageCorrupt(error)
+    for named in (StageCorrupt, RendezvousUnreachable):
+        if kind == named.__name__:
+            return named(error)
     return late(f"a worker could not finish its part: {kind}: {error}")

@@ -6,6 +6,7 @@ the same.
 """
 
 import os
+import socket
 import threading
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from common.collective.gloo import GlooChain
 from common.collective.nccl import NcclCommunicator
+from common.errors import RendezvousUnreachable
 from common.types import EpochSpec
 
 # torch asks the resolver for the name of whom it has connected to, if only for a message. One that does not answer
@@ -43,12 +45,10 @@ class BroadcastGroup:
         """Join the epoch as `rank`; blocks until all members are in. `device`: where NCCL's buffers lie.
 
         Raises:
-            RuntimeError: a member did not come within `spec.timeout_s`, or the store is unreachable.
+            RendezvousUnreachable: there is no way to the store. Said before those that wait for this member are late.
+            RuntimeError: a member did not come within `spec.timeout_s`.
         """
-        timeout = timedelta(seconds=spec.timeout_s)
-        store = dist.TCPStore(
-            spec.master_host, spec.master_port, is_master=False, timeout=timeout, wait_for_workers=False
-        )
+        store = _reach_store(spec)
         # Keys of one epoch are invisible to every other, so that a straggler of an old one can disturb nobody.
         scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
         self._aborted = threading.Event()
@@ -99,3 +99,16 @@ class BroadcastGroup:
         """
         self._aborted.set()
         self._wire.abort()
+
+
+def _reach_store(spec: EpochSpec) -> dist.TCPStore:
+    """The learner's. torch tries to connect for up to twice its timeout: whether there is a way is seen before."""
+    where = (spec.master_host, spec.master_port)
+    try:
+        socket.create_connection(where, spec.timeout_s / 2).close()
+        timeout = timedelta(seconds=spec.timeout_s)
+        return dist.TCPStore(*where, is_master=False, timeout=timeout, wait_for_workers=False)
+    except (OSError, dist.DistNetworkError) as error:
+        raise RendezvousUnreachable(
+            f"the rendezvous at {spec.master_host}:{spec.master_port} cannot be reached: {error}"
+        ) from error

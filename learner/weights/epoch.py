@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from common.errors import DeadlineExceeded, OutriderError, StageBlocked, StageTimeout, Unreachable
+from common.errors import (
+    DeadlineExceeded,
+    OutriderError,
+    RendezvousUnreachable,
+    StageBlocked,
+    StageTimeout,
+    Unreachable,
+)
 from common.log import get_logger
 from common.threads import to_own_thread
 from common.types import EpochSpec, Manifest
@@ -28,6 +35,8 @@ _COMMIT_TIMEOUT_S = 60.0
 _SPEAK_S = 3.0
 # It says so itself, or its engine does not even answer the server.
 _LATE = (StageTimeout, DeadlineExceeded)
+# Who never comes in, while all others wait for it.
+_ABSENT = (DeadlineExceeded, RendezvousUnreachable)
 
 
 class EpochFailed(Exception):  # noqa: N818 - says what happened
@@ -104,7 +113,7 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
 
     Raises:
-        EpochFailed: a member did not come in (`TooSlow`: nor did it answer in time, while others waited for it).
+        EpochFailed: a member did not come in (`TooSlow`: it held the others up, which waited for it).
     """
     joins, rank = [], 1
     for member in members:
@@ -116,11 +125,12 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     except BaseException as error:
         joined.add_done_callback(_abort_if_in)
         await abort_members(spec, members)
-        failed = error.culprits if isinstance(error, EpochFailed) else ()
-        silent = [culprit for culprit in failed if isinstance(culprit[1], DeadlineExceeded)]
-        if silent:
-            raise TooSlow(str(error), silent) from error
-        raise
+        if not isinstance(error, EpochFailed):
+            raise
+        absent = [culprit for culprit in error.culprits if isinstance(culprit[1], _ABSENT)]
+        if absent:
+            raise TooSlow(str(error), absent) from error
+        raise EpochFailed(str(error), at_fault(error.culprits)) from error
     return Epoch(spec, tuple(members), joined.result())
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,22 @@ async def test_an_actor_whose_engine_stands_still_delays_the_others_once(monkeyp
             goes_on.set()
         # When it can again, and its rest is over, it is caught up.
         await learner.all_serve(3, well, hangs)
+
+
+@pytest.mark.timeout(60)
+async def test_an_actor_that_cannot_reach_the_rendezvous_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It speaks gRPC with the learner; its way to the learner's TCPStore is closed, as by a network policy."""
+    async with _running(3, 3, timeout_s=2.0) as learner:
+        first, cut_off, last = learner.actors
+        open_epoch = cut_off.engine.open_epoch
+        monkeypatch.setattr(cut_off.engine, "open_epoch", lambda spec: open_epoch(replace(spec, master_port=1)))
+        for version in range(3):
+            learner.publish(version)
+            await learner.all_serve(version, first, last)
+        assert "the rendezvous at 127.0.0.1:1 cannot be reached" in learner.notes[0]
+        assert {event.address for event in learner.events if event.kind == "held"} == {cut_off.address}
+        monkeypatch.setattr(cut_off.engine, "open_epoch", open_epoch)
+        await learner.all_serve(2, first, cut_off, last)
 
 
 def _after(event: asyncio.Event, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:

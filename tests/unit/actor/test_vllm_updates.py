@@ -7,7 +7,14 @@ import pytest
 
 from actor.adapters import Adapters
 from actor.engine_vllm.updates import VllmUpdates
-from common.errors import InvalidRequest, OutriderError, StageBlocked, StageCorrupt, StageTimeout
+from common.errors import (
+    InvalidRequest,
+    OutriderError,
+    RendezvousUnreachable,
+    StageBlocked,
+    StageCorrupt,
+    StageTimeout,
+)
 from common.types import Manifest
 
 
@@ -20,6 +27,7 @@ from common.types import Manifest
             InvalidRequest("manifest.adapter", "odd"),
         ),
         ({"kind": "StageCorrupt", "error": "bucket 3"}, StageCorrupt("bucket 3")),
+        ({"kind": "RendezvousUnreachable", "error": "no route"}, RendezvousUnreachable("no route")),
         ({"kind": "OSError", "error": "gone"}, StageTimeout("a worker could not finish its part: OSError: gone")),
         (
             {"kind": "OSError", "error": "gone", "blocked": True},

@@ -1,7 +1,9 @@
 """The broadcast over real Gloo groups, each member in a thread of its own."""
 
 import contextlib
+import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.collective import BroadcastGroup, gloo
+from common.errors import RendezvousUnreachable
 from common.types import EpochSpec
 
 TIMEOUT_S = 20.0
@@ -104,3 +107,13 @@ def test_a_member_that_never_comes(store: dist.TCPStore) -> None:
     for thread in threads:
         thread.join(TIMEOUT_S)
     assert sorted(failed) == [1, 2]
+
+
+def test_who_cannot_reach_the_rendezvous_says_so_before_the_others_are_late() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        # Nothing listens there any more, and torch would try again and again for its whole timeout and longer.
+    started_at = time.monotonic()
+    with pytest.raises(RendezvousUnreachable, match=f"the rendezvous at 127.0.0.1:{port} cannot be reached: .*refused"):
+        BroadcastGroup(EpochSpec("run", 1, "127.0.0.1", port, 2, 0, "gloo", 5.0), 1)
+    assert time.monotonic() - started_at < 4.0

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from common.client import RolloutClient
-from common.errors import DeadlineExceeded, OutriderError, StageBlocked, StageTimeout, Unreachable
+from common.errors import (
+    DeadlineExceeded,
+    OutriderError,
+    RendezvousUnreachable,
+    StageBlocked,
+    StageTimeout,
+    Unreachable,
+)
 from common.types import ActorState, ActorStatus, EpochSpec
 from learner.rollouts.members import Member
 from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
@@ -110,6 +117,22 @@ async def test_who_does_not_even_answer_is_too_slow_and_not_those_that_wait_for_
     with pytest.raises(TooSlow) as caught:
         await open_epoch(SPEC, [waits, hangs], Transport(asyncio.Event()))
     assert [culprit for culprit, _ in caught.value.culprits] == [hangs]
+
+
+async def test_who_cannot_reach_the_rendezvous_is_at_fault_and_not_those_that_wait_for_it() -> None:
+    late = [member(Client("one#1", StageTimeout("late"))) for _ in range(2)]
+    cut_off = member(Client("one#1", RendezvousUnreachable("no route")))
+    with pytest.raises(TooSlow) as caught:
+        await open_epoch(SPEC, [late[0], cut_off, late[1]], Transport(asyncio.Event()))
+    assert [culprit for culprit, _ in caught.value.culprits] == [cut_off]
+
+
+async def test_of_members_that_are_all_late_to_an_epoch_not_all_are_blamed() -> None:
+    """They would rest together, and come back together into the same epoch."""
+    late = [member(Client("one#1", StageTimeout("late"))) for _ in range(3)]
+    with pytest.raises(EpochFailed) as caught:
+        await open_epoch(SPEC, late, Transport(asyncio.Event()))
+    assert [culprit for culprit, _ in caught.value.culprits] == late[:1]
 
 
 LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")

@@ -17,7 +17,9 @@ Fencing: every call carries `run_id` (random, one learner incarnation) and `epoc
 takes the actor over from the old one; after that, calls of an older run or a lower epoch fail with
 FAILED_PRECONDITION, reason STALE_EPOCH. Errors are as in rollout/v1/rollout.proto; further reasons: STAGE_CORRUPT
 (DATA_LOSS: a checksum differs), STAGE_TIMEOUT (DEADLINE_EXCEEDED), STAGE_BLOCKED (the same, where all that was sent
-has come and the next member does not take it: that one is too slow), NOT_STAGED (FAILED_PRECONDITION).
+has come and the next member does not take it: that one is too slow), RENDEZVOUS_UNREACHABLE (UNAVAILABLE: OpenEpoch
+found no way to the learner's TCPStore; said before those that wait for this member are late), NOT_STAGED
+(FAILED_PRECONDITION).
 """
 
 from collections import abc as _abc
