@@ -204,7 +204,8 @@ class WeightsConfig(Config):
 
     # None: nccl on CUDA, gloo on CPUs.
     backend: Literal["gloo", "nccl"] | None = None
-    # Address of this process as the actors reach it. None: the one on the route to the first actor.
+    # Address of this machine as the actors reach it, where it listens for them. None: the one on the route to the first
+    # actor that is not on loopback.
     host: str | None = None
     # Bound on opening an epoch and on staging one update.
     timeout_s: float = Field(30.0, gt=0)

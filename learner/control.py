@@ -11,6 +11,7 @@ A failure of any loop fails the trainer's next call.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -22,8 +23,10 @@ import uvloop
 
 from common.client import GrpcClient
 from common.collective import address_towards
+from common.config import ConfigError
 from common.log import get_logger
 from common.metrics import serve_metrics
+from common.rpc.server import is_loopback, split_address
 from common.threads import to_own_thread
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
@@ -271,7 +274,7 @@ class Control:
             self._publisher = Publisher(
                 self._fleet,
                 run_id=self.run_id,
-                host=self._config.weights.host or _own_address(self._fleet.live()[0].address),
+                host=self._config.weights.host or await self._own_address(),
                 backend=self._backend,
                 timeout_s=self._config.weights.timeout_s,
                 merge_adapter=self._config.weights.merge_adapter,
@@ -289,6 +292,11 @@ class Control:
         finally:
             await to_own_thread("close-rewards", self._rewards.close)
             await self._fleet.close()
+
+    async def _own_address(self) -> str:
+        """Towards the actors that answer, and those that may come later."""
+        members = sorted(self._fleet.members(), key=lambda member: not member.reachable)
+        return await to_own_thread("own-address", own_address, [member.address for member in members])
 
     def _update_failed(self, line: str) -> None:
         self._metrics.update_failed()
@@ -313,6 +321,15 @@ def describe(event: FleetEvent) -> str:
     return f"actor {event.address} {what}" + (f": {event.reason}" if event.reason else "")
 
 
-def _own_address(actor: str) -> str:
-    host, _, port = actor.rpartition(":")
-    return address_towards(host.strip("[]"), int(port))
+def own_address(actors: Sequence[str]) -> str:
+    """This machine's address on the route to the first of them that is not on loopback: those that are reach it too.
+
+    Raises ConfigError if none of them has an address itself.
+    """
+    addresses = []
+    for actor in actors:
+        with contextlib.suppress(OSError):  # a name without an address, or an address without a route, as yet
+            addresses.append(address_towards(*split_address(actor)))
+    if not addresses:
+        raise ConfigError(f"there is no address of this machine on a route to {', '.join(actors)}; give weights.host")
+    return next((address for address in addresses if not is_loopback(address)), addresses[0])

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common.collective import BroadcastGroup
+from common.config import ConfigError
 from common.threads import run_in_thread, to_own_thread
 from common.types import EpochSpec
 
@@ -48,8 +49,14 @@ class TorchTransport:
     """Gloo or NCCL, with a TCPStore at `host` as the rendezvous of all epochs."""
 
     def __init__(self, host: str) -> None:
+        """Raises ConfigError for a host that is not this machine."""
         # By itself the store would listen at every address.
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            raise ConfigError(
+                f"weights.host: {host} is no address of this machine: {error.strerror or error}"
+            ) from None
         self.port = listener.getsockname()[1]
         self._store = dist.TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()

@@ -9,7 +9,7 @@ import pytest
 
 from common.config import ConfigError
 from learner.config import LearnerConfig
-from learner.control import Control
+from learner.control import Control, own_address
 from learner.ledger import Ledger
 from tests.fakes import FakeActor, Rows, make_group
 
@@ -59,6 +59,40 @@ def test_a_start_that_fails_can_be_closed() -> None:
             control.start()
         control.close()
         assert control._loop.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("actors", "expected"),
+    [
+        (["127.0.0.1:1", "localhost:2"], "127.0.0.1"),
+        (["[::1]:1", "127.0.0.1:1"], "::1"),
+        (["127.0.0.1:1", "unknown:1", "10.0.0.7:1", "10.1.0.7:1"], "10.0.0.2"),  # the one on loopback reaches it too
+        (["10.1.0.7:1", "10.0.0.7:1"], "10.1.0.2"),
+    ],
+)
+def test_the_address_that_every_actor_reaches(
+    actors: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
+    routes |= {"10.0.0.7": "10.0.0.2", "10.1.0.7": "10.1.0.2"}
+
+    def towards(host: str, _port: int) -> str:
+        if host not in routes:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return routes[host]
+
+    monkeypatch.setattr("learner.control.address_towards", towards)
+    assert own_address(actors) == expected
+    with pytest.raises(ConfigError, match=r"no address .* unknown:1; give weights\.host"):
+        own_address(["unknown:1"])
+
+
+def test_a_weights_host_of_another_machine_is_named() -> None:
+    control = make_control(weights={"host": "203.0.113.1"})
+    control._fleet._connect = lambda _: FakeActor("127.0.0.1:1").connect()
+    with pytest.raises(ConfigError, match=r"weights\.host: 203\.0\.113\.1 is no address of this machine: "):
+        control.start()
+    control.close()
 
 
 def test_the_fleet_fails_the_trainers_next_call() -> None:
