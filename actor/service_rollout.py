@@ -74,6 +74,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         outcome = "refused"
         try:
             self._refuse_unless_serving(request.min_policy_version)
+            self._policy.refuse_unless_of(request.run_id)
             rollout = request_from_proto(request)
             del request  # it has the media once more
             check_request(rollout, self._info.limits, self._vocab_size, self._info.suppressed_token_ids)
@@ -82,6 +83,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                     outcome = "failed"
                     async with aclosing(self._events(_engine_request(rollout, media))) as events:
                         async for event in events:
+                            self._policy.refuse_unless_of(rollout.run_id)  # a new one may have come meanwhile
                             yield self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):

@@ -22,7 +22,16 @@ from typing import Any, TypeVar
 
 from actor.engine import Engine
 from actor.pause import Pause
-from common.errors import Draining, EngineDead, InvalidRequest, NotStaged, StageCorrupt, StageTimeout, StaleEpoch
+from common.errors import (
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    NotStaged,
+    StageCorrupt,
+    StageTimeout,
+    StaleEpoch,
+    WeightsPending,
+)
 from common.log import get_logger
 from common.types import ActorState, EpochSpec, Manifest
 
@@ -94,6 +103,11 @@ class PolicyState:
         """Let it go on. Raises EngineDead."""
         self._refuse_if_failed()
         await self._pause.end()
+
+    def refuse_unless_of(self, run_id: str) -> None:
+        """For requests that name a run. Raises WeightsPending if this actor follows another one."""
+        if run_id and run_id != self.run_id:
+            raise WeightsPending(f"this actor follows run {self.run_id or 'none'}, not run {run_id}")
 
     # ------------------------------------------------------------------------------------------------ operations
 

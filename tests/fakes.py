@@ -212,6 +212,8 @@ class FakeClient:
             raise Draining("about to leave")
         if actor.state is not ActorState.SERVING or actor.version < request.min_policy_version:
             raise WeightsPending("not yet")
+        if request.run_id not in ("", actor.run_id):
+            raise WeightsPending("of another run")
         actor.media.update(item.sha256 for item in request.media)
         first_version = actor.version
         actor.num_running += 1

@@ -140,6 +140,7 @@ rollout_requests = st.builds(
     return_text=st.booleans(),
     return_processed=st.booleans(),
     model=texts,
+    run_id=texts,
     return_routed_experts=st.booleans(),
 )
 

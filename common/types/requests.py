@@ -74,3 +74,5 @@ class RolloutRequest:
     return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    run_id: str = ""
+    """The run whose policy is to answer; empty: any."""

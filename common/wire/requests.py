@@ -32,6 +32,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
         sampling=sampling_to_proto(request.sampling),
         min_policy_version=request.min_policy_version,
         model=request.model,
+        run_id=request.run_id,
     )
     message.returns.text = request.return_text
     message.returns.processed_media = request.return_processed
@@ -62,6 +63,7 @@ def request_from_proto(message: pb.GenerateRequest) -> RolloutRequest:
         return_processed=message.returns.processed_media,
         return_routed_experts=message.returns.routed_experts,
         model=message.model,
+        run_id=message.run_id,
     )
 
 

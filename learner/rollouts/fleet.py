@@ -90,7 +90,7 @@ class Fleet:
         self._targets = tuple(targets)
         self._discovery = Discovery(targets, resolve)
         self._discover_s = discover_s
-        self._run_id = run_id
+        self.run_id = run_id
         self._connect = connect
         self._slots_per_actor = slots_per_actor
         self._poll_s = poll_s
@@ -303,9 +303,9 @@ class Fleet:
         member.status = status
         if is_news:
             self._set_state(member, status.state, "it says so")
-            if self._run_id is None:
+            if self.run_id is None:
                 member.version = status.policy_version
-            elif status.run_id != self._run_id and member.version >= 0:
+            elif status.run_id != self.run_id and member.version >= 0:
                 member.version = -1
                 self._interrupt(member)  # what comes of its groups is the other run's
         if member.held and asyncio.get_running_loop().time() >= member.rests_until:

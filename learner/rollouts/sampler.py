@@ -107,6 +107,7 @@ class Sampler:
                     request,
                     group_id=f"{request.group_id}.{attempt}",
                     min_policy_version=max(0, min_version()),
+                    run_id=self.fleet.run_id or "",
                 )
                 try:
                     started_at = asyncio.get_running_loop().time()

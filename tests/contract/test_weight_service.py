@@ -193,6 +193,37 @@ async def test_a_restarted_learner_takes_over(start_actor: StartActor) -> None:
     assert (status.state, status.policy_version, status.run_id) == (pb.ACTOR_STATE_SERVING, 50, "new")
 
 
+async def test_a_request_names_the_run_whose_policy_is_to_answer(start_actor: StartActor) -> None:
+    """Also where another run takes the actor over before its learner knows: the group would be trained as its own."""
+    actor = await start_actor(standalone=False, fake={"token_s": 0.01})
+    old, new = Learner(actor), Learner(actor)
+
+    def generate(run_id: str, max_tokens: int = 1) -> Any:
+        request = rollout_pb2.GenerateRequest(group_id="g", text="hi", run_id=run_id)
+        request.sampling.max_tokens = max_tokens
+        request.sampling.ignore_eos = True
+        return actor.rollouts.Generate(request)
+
+    async def whole(call: Any) -> int:
+        return len([event async for event in call])
+
+    await old.open(1, "old")
+    await old.stage(1, _manifest(5), "old")
+    await old.commit(1, 5, "old")
+    assert await whole(generate("old")) == await whole(generate("")) == 2
+    under_way = generate("old", max_tokens=100)
+    assert (await under_way.read()).HasField("prompt")
+    await new.open(1, "new")
+    await new.stage(1, _manifest(5), "new")
+    await new.commit(1, 5, "new")
+    spans = await _error(whole(under_way))
+    assert isinstance(spans, errors.WeightsPending)
+    late = await _error(whole(generate("old")))
+    assert isinstance(late, errors.WeightsPending)
+    assert str(spans) == str(late) == "this actor follows run new, not run old"
+    assert await whole(generate("new")) == 2
+
+
 async def test_requests_name_adapters(start_actor: StartActor) -> None:
     actor = await start_actor(standalone=False, fake={"token_s": 0.0, "max_lora_rank": 3})
     learner = Learner(actor)

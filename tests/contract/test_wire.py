@@ -63,6 +63,7 @@ REQUEST = RolloutRequest(
     min_policy_version=4,
     return_text=True,
     model="critic",
+    run_id="r1",
 )
 
 INFO = PromptInfo(
@@ -110,8 +111,8 @@ def test_golden_request() -> None:
         "2a 24 0801 1220" + HASH.hex() +
         # 6: sampling
         "32" + f"{len(bytes.fromhex(sampling)):02x}" + sampling +
-        # 7: returns { 3: text }; 8: min_policy_version; 9: model
-        "3a 02 1801 40 04 4a 06" + b"critic".hex()
+        # 7: returns { 3: text }; 8: min_policy_version; 9: model; 10: run_id
+        "3a 02 1801 40 04 4a 06" + b"critic".hex() + "52 02 7231"
     )  # fmt: skip
     assert wire.request_to_proto(REQUEST).SerializeToString(deterministic=True).hex() == expected.replace(" ", "")
 

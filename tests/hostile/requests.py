@@ -338,6 +338,9 @@ class _Maker:
         version = self._rng.choice((-1, -_INT64, 10**6, _INT64))
         return self._generate("min_policy_version|", ("INVALID_REQUEST", "WEIGHTS_PENDING"), min_policy_version=version)
 
+    def another_run(self) -> BadCall:
+        return self._generate("", ("WEIGHTS_PENDING",), run_id=self._rng.choice(("another", "x" * 10**5)))
+
     def noise(self) -> BadCall:
         """Bytes that are no message."""
         method = self._rng.choice(

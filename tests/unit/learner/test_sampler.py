@@ -160,6 +160,19 @@ async def test_a_group_on_an_actor_that_another_run_takes_over_is_sampled_again(
         assert sample.retries == {"WEIGHTS_PENDING": 1}
 
 
+async def test_an_actor_that_another_run_has_taken_over_unseen_refuses() -> None:
+    """The fleet knows at its next poll only."""
+    one, two = gated("one"), gated("two")
+    open_gate(one)
+    open_gate(two)
+    async with learner(one, two) as sample:
+        one.run_id = "other"  # no poll comes between
+        sample.fleet.mark_committed("two", two.actor_id, 0)
+        got = await sample.sample(REQUEST, min_version=any_version, expected=None)
+        assert got.prompt.actor_id == "two#1"
+        assert [request.run_id for request in one.requests + two.requests] == ["run", "run"]
+
+
 async def test_lost_images_stop_at_once() -> None:
     def lose(sampled: SampledGroup) -> SampledGroup:
         return dataclasses.replace(sampled, prompt=dataclasses.replace(sampled.prompt, media=()))

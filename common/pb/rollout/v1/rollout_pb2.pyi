@@ -131,6 +131,7 @@ class GenerateRequest(_message.Message):
     RETURNS_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """The caller's name for this group; returned unchanged, part of every trajectory id. 1 to 128 characters."""
     text: _builtins.str
@@ -141,6 +142,10 @@ class GenerateRequest(_message.Message):
     """Which model answers: the name of an adapter (GetServerInfoResponse.adapters), or of the base model
     (GetServerInfoResponse.model), without any adapter. Empty: the policy, which is what was committed last.
     Where that becomes an adapter, requests for it that began without one end with reason WEIGHTS_PENDING: ask again.
+    """
+    run_id: _builtins.str
+    """The run whose policy is to answer (weights/v1/weights.proto). An actor that follows another one, or goes over to
+    another one before all completions are sent, fails with reason WEIGHTS_PENDING. Empty: any.
     """
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
@@ -172,10 +177,11 @@ class GenerateRequest(_message.Message):
         returns: Global___ReturnOptions | None = ...,
         min_policy_version: _builtins.int = ...,
         model: _builtins.str = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "returns", b"returns", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "group_id", b"group_id", "media", b"media", "min_policy_version", b"min_policy_version", "model", b"model", "prompt", b"prompt", "returns", b"returns", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "group_id", b"group_id", "media", b"media", "min_policy_version", b"min_policy_version", "model", b"model", "prompt", b"prompt", "returns", b"returns", "run_id", b"run_id", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
