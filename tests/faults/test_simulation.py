@@ -43,12 +43,18 @@ def finish_the_old_runs_commit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PolicyState, "_fence_run", lambda *_: None)  # what is left of it: after a commit
 
 
+def answer_the_old_run(patch: pytest.MonkeyPatch) -> None:
+    """An actor that a new run had taken over sampled a group of the old one with the new one's policy."""
+    patch.setattr(PolicyState, "refuse_unless_of", lambda *_: None)
+
+
 # A schedule for each mistake that it finds. Where a change of timing leads it past the mistake, `python -m
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
     447: update_whoever_answers,
     176: sample_again_under_the_old_name,
     10017048: finish_the_old_runs_commit,
+    410: answer_the_old_run,
 }
 
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actor.weights import PolicyState
 from common.client import SampledGroup
-from common.errors import Draining, EngineDead, NotStaged, QueueFull, StageTimeout, Unreachable, WeightsPending
+from common.errors import (
+    Draining,
+    EngineDead,
+    NotStaged,
+    QueueFull,
+    RendezvousUnreachable,
+    StageTimeout,
+    Unreachable,
+    WeightsPending,
+)
 from common.types import (
     ActorState,
     ActorStatus,
@@ -55,6 +64,9 @@ class SimEngine:
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         self.leave()
+        if not self._actor.reaches_rendezvous:
+            await asyncio.sleep(spec.timeout_s / 2)
+            raise RendezvousUnreachable("no route")
         self._peers = peers = [
             self._wire.enter(spec, spec.rank + i, self._actor.link) for i in range(self._actor.num_workers)
         ]
@@ -104,8 +116,8 @@ class SimEngine:
         for peer in peers:
             peer.abort()
 
-    async def token(self, seconds: float) -> int:
-        """One step of all completions of a group; the version that sampled it."""
+    async def token(self, seconds: float) -> Policy:
+        """One step of all completions of a group; the policy that sampled it."""
         await asyncio.sleep(seconds)
         await self._actor.awake()
         # A step and a swap never overlap, also if the process was stopped between them.
@@ -119,7 +131,7 @@ class SimEngine:
             self.policy.version == self.version,
             f"{self._actor.actor_id} serves {self.policy} as version {self.version}",
         )
-        return self.version
+        return self.policy
 
 
 class SimActor:
@@ -137,6 +149,7 @@ class SimActor:
         self.up = False
         self.busy = False
         self.corrupt_next = False
+        self.reaches_rendezvous = True
         self.tasks: set[asyncio.Task[object]] = set()
         self._awake = asyncio.Event()
         self._awake.set()
@@ -205,6 +218,9 @@ class SimActor:
     def not_busy(self) -> None:
         self.busy = False
 
+    def reach_rendezvous(self) -> None:
+        self.reaches_rendezvous = True
+
     def faster(self) -> None:
         self.slowness = 1
 
@@ -251,23 +267,27 @@ class SimActor:
                 pass
             case _:
                 raise WeightsPending("not yet")
+        self.policy.refuse_unless_of(request.run_id)
         if self.busy:
             raise QueueFull(self.rng.random())
-        actor_id, run_id = self.actor_id, self.policy.run_id
+        actor_id = self.actor_id
         self._num_running += 1
         try:
-            versions = []
+            policies = []
             for _ in range(NUM_TOKENS):
                 await self._working.wait()
-                versions.append(await self.engine.token(self.token_s * self.slowness * self.rng.uniform(0.5, 2)))
+                policies.append(await self.engine.token(self.token_s * self.slowness * self.rng.uniform(0.5, 2)))
         finally:
             self._num_running -= 1
+        self.policy.refuse_unless_of(request.run_id)  # as before each response
         sample = self.world.sample_of(request)
         ids = process(sample).input_ids
-        spans = [(version, len([*tokens])) for version, tokens in itertools.groupby(versions)]
+        spans = [
+            (version, len([*tokens])) for version, tokens in itertools.groupby(policy.version for policy in policies)
+        ]
         prompt = PromptInfo(request.group_id, actor_id, ids, ids, (), (PLACEHOLDER_ID,))
         completions = tuple(make_completion(request.group_id, i, actor_id, spans) for i in range(request.sampling.n))
-        self.world.sampled(completions, run_id)
+        self.world.sampled(completions, {policy.run for policy in policies})
         return SampledGroup(prompt, completions)
 
 

@@ -77,6 +77,16 @@ def _learner_stopped(world: "World", actor: SimActor, for_s: float) -> None:
     world.end_learner(at_once=False)
 
 
+def _no_rendezvous(world: "World", actor: SimActor, for_s: float) -> None:
+    actor.reaches_rendezvous = False
+    world.later(for_s, actor.reach_rendezvous)
+
+
+def _second_learner(world: "World", actor: SimActor, for_s: float) -> None:
+    """The next one begins while the one before it goes on, as where that is cut off from who starts learners."""
+    world.replace_learner(for_s)
+
+
 KINDS: dict[str, Callable[["World", SimActor, float], None]] = {
     function.__name__.removeprefix("_"): function
     for function in (
@@ -84,3 +94,5 @@ KINDS: dict[str, Callable[["World", SimActor, float], None]] = {
         *(_scale, _dns, _learner_killed, _learner_stopped),
     )
 }
+# Not drawn, see `make_plan`.
+OTHER_KINDS = {"no_rendezvous": _no_rendezvous, "second_learner": _second_learner}

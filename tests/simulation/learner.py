@@ -77,7 +77,7 @@ class SimLearner:
             run_id=self.run_id,
             connect=lambda address: SimClient(world.actors[address], self),
             slots_per_actor=plan.slots,
-            poll_s=2.0,
+            poll_s=plan.poll_s,
             status_timeout_s=2.0,
             hung_s=plan.hung_s,
             discover_s=3.0,

@@ -16,6 +16,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, Tex
 from learner.ledger import Ledger
 from learner.types import Group, PromptSample
 from tests.simulation.actors import SimActor, SimEngine
-from tests.simulation.faults import EXTRA_S, KINDS
+from tests.simulation.faults import EXTRA_S, KINDS, OTHER_KINDS
 from tests.simulation.learner import SimLearner
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.plan import Fault, Plan, make_plan
@@ -83,9 +84,11 @@ class World:
         self.dropped: Counter[str] = Counter()
         self.quiet = asyncio.Event()
         self._loop = loop
-        self._sampled: dict[str, str] = {}
+        self._sampled: dict[str, AbstractSet[int]] = {}
         self._used: set[str] = set()
         self._checkpoint: tuple[int, dict[str, Any], list[int]] = (0, Ledger(0, self.num_rows).to_dict(), [])
+        self._num_runs = 0
+        self._num_replaced = 0
         self._learner: SimLearner | None = None
         self._learner_task: asyncio.Task[None] | None = None
         self._broken: Broken | None = None
@@ -101,23 +104,33 @@ class World:
         faults = asyncio.create_task(self._faults())
         for at_s, num_actors in self.plan.scale:
             self.later(at_s, lambda num_actors=num_actors: self._scale(num_actors))  # type: ignore[misc]
-        run = 0
+        task = self._begin_learner()
         while True:
-            run += 1
-            version, ledger, self._timeline = self._checkpoint
-            restored = Ledger.from_dict(ledger, seed=0, num_rows=self.num_rows)
-            learner = self._learner = SimLearner(self, run, restored, version)
-            task = self._learner_task = asyncio.create_task(learner.run())
             await asyncio.wait({task})
             if self._broken is not None:
                 raise self._broken
             if not task.cancelled():
+                task.result()
+            if self._learner_task is not None and task is not self._learner_task:  # it has begun beside this one
+                task = self._learner_task
+            elif task.cancelled():
+                task = self._begin_learner()
+            else:
                 break
-        task.result()
+        learner = self._learner
+        assert learner is not None
         self.timeline = [*self._timeline, *learner.trained]
         self.dropped.update({reason: len(sequences) for reason, sequences in learner.ledger.dropped.items()})
         await faults
         await self._stop_actors()
+
+    def _begin_learner(self) -> asyncio.Task[None]:
+        self._num_runs += 1
+        version, ledger, self._timeline = self._checkpoint
+        restored = Ledger.from_dict(ledger, seed=0, num_rows=self.num_rows)
+        self._learner = SimLearner(self, self._num_runs, restored, version)
+        self._learner_task = asyncio.create_task(self._learner.run())
+        return self._learner_task
 
     async def _stop_actors(self) -> None:
         for actor in self.actors.values():
@@ -145,7 +158,7 @@ class World:
         for fault in self.plan.faults:
             await asyncio.sleep(max(0.0, fault.at_s - self._loop.now))
             actor = self.actors[self.plan.addresses[fault.actor]]
-            KINDS[fault.kind](self, actor, fault.for_s)
+            (KINDS | OTHER_KINDS)[fault.kind](self, actor, fault.for_s)
         await asyncio.sleep(max(0.0, self.last_s - self._loop.now))
         self.quiet.set()
 
@@ -177,7 +190,32 @@ class World:
             self._learner.dead = at_once
             self._learner_task.cancel()
 
+    def replace_learner(self, for_s: float) -> None:
+        """The next one begins now; the one before it is killed after `for_s`."""
+        old, task = self._learner, self._learner_task
+        if old is None or task is None or task.done():
+            return
+        self._num_replaced += 1
+
+        def kill() -> None:
+            old.dead = True
+            task.cancel()
+            self.later(1.0, self._restart_taken)
+
+        self._begin_learner()
+        self.later(for_s, kill)
+
+    def _restart_taken(self) -> None:
+        """An actor that came up between the two may have followed the new one first, and then the old one: it follows
+        the new one again only as another process, which somebody has to see to."""
+        for actor in self.actors.values():
+            if actor.up and self._learner is not None and self._learner.run_id in actor.policy._retired_runs:
+                actor.kill()
+                actor.restart()
+
     def checkpoint(self, learner: SimLearner) -> None:
+        if learner is not self._learner:  # the run folder is the new one's
+            return
         self._checkpoint = (learner.version, learner.ledger.to_dict(), [*self._timeline, *learner.trained])
 
     # ---------------------------------------------------------------------------------------------- invariants
@@ -189,14 +227,16 @@ class World:
             if self._learner_task is not None:
                 self._learner_task.cancel()
 
-    def sampled(self, completions: Sequence[Completion], run_id: str) -> None:
-        """An actor has really sampled these, with weights of this run."""
+    def sampled(self, completions: Sequence[Completion], runs: AbstractSet[int]) -> None:
+        """An actor has really sampled these, with weights of these runs."""
         for completion in completions:
             self.check(completion.trajectory_id not in self._sampled, f"{completion.trajectory_id} was sampled twice")
-            self._sampled[completion.trajectory_id] = run_id
+            self._sampled[completion.trajectory_id] = runs
 
     def check_commit(self, learner: SimLearner, actor_id: str, version: int) -> None:
         policy, engine = self.processes[actor_id]
+        if self._num_replaced and policy.run_id != learner.run_id:
+            return  # another one has taken the actor over while the answer was on its way; the next poll says so
         is_true = (policy.run_id, policy.policy_version) == (learner.run_id, version)
         says = f"{actor_id}: {policy.state.value} run {policy.run_id} version {policy.policy_version} {engine.policy}"
         self.check(is_true and engine.policy == Policy(learner.number, version), f"committed {version}, but {says}")
@@ -212,8 +252,8 @@ class World:
             self.check([c.index for c in group.completions] == [*range(self.plan.n)], f"{where} is not whole")
             for completion in group.completions:
                 name = completion.trajectory_id
-                of_run = self._sampled.get(name)
-                self.check(of_run == learner.run_id, f"{where}: {name} was sampled by weights of {of_run}")
+                runs = self._sampled.get(name)
+                self.check(runs == {learner.number}, f"{where}: {name} was sampled by weights of {runs}")
                 self.check(name.rpartition("/")[2] == group.prompt.actor_id, f"{where} is of several actors")
                 self.check(name not in self._used, f"{where}: {name} is trained twice")
                 self._used.add(name)
