@@ -30,7 +30,8 @@ from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
 
-_COMMIT_TIMEOUT_S = 60.0
+# Where updates have less: a commit that is given up leaves an actor whose version nobody knows.
+_MIN_COMMIT_TIMEOUT_S = 60.0
 # One that was late says so first, or its neighbours; the others, hung ones too, have spoken by then.
 _SPEAK_S = 3.0
 # It says so itself, or its engine does not even answer the server.
@@ -98,7 +99,8 @@ class Epoch:
             raise (TooSlow if is_late else EpochFailed)(str(failure), culprits) from failure
         staged_at = loop.time()
         behind = [member for member in self.members if member.version < version]
-        commits = [member.client.commit(run_id, epoch, version, timeout_s=_COMMIT_TIMEOUT_S) for member in behind]
+        commit_s = max(timeout_s, _MIN_COMMIT_TIMEOUT_S)
+        commits = [member.client.commit(run_id, epoch, version, timeout_s=commit_s) for member in behind]
         pauses = await _all_or_fail(f"committing version {version}", behind, commits)
         num_bytes = sum(bucket.wire_bytes for bucket in manifest.buckets)
         return UpdateTimes(staged_at - started_at, max(pauses), num_bytes)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,7 @@ from common.errors import (
     StageTimeout,
     Unreachable,
 )
-from common.types import ActorState, ActorStatus, EpochSpec
+from common.types import ActorState, ActorStatus, EpochSpec, Manifest
 from learner.rollouts.members import Member
 from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
 
@@ -133,6 +134,24 @@ async def test_of_members_that_are_all_late_to_an_epoch_not_all_are_blamed() -> 
     with pytest.raises(EpochFailed) as caught:
         await open_epoch(SPEC, late, Transport(asyncio.Event()))
     assert [culprit for culprit, _ in caught.value.culprits] == late[:1]
+
+
+@pytest.mark.parametrize(("timeout_s", "expected"), [(5.0, 60.0), (300.0, 300.0)])
+async def test_a_commit_has_the_time_of_an_update_and_never_less_than_a_minute(
+    timeout_s: float, expected: float
+) -> None:
+    class Commits(Client):
+        async def stage(self, *_: object, timeout_s: float) -> tuple[int, ...]:
+            return ()
+
+        async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
+            given.append(timeout_s)
+            return 0.0
+
+    given: list[float] = []
+    epoch = await open_epoch(replace(SPEC, timeout_s=timeout_s), [member(Commits("one#1"))], Transport())
+    await epoch.send(Manifest(1, (), (), updates_vision=False), [])
+    assert given == [expected]
 
 
 LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
