@@ -5,6 +5,6 @@
 """
 
 from common.collective.address import address_towards
-from common.collective.group import BroadcastGroup
+from common.collective.group import BroadcastGroup, key_prefix
 
-__all__ = ["BroadcastGroup", "address_towards"]
+__all__ = ["BroadcastGroup", "address_towards", "key_prefix"]

@@ -49,8 +49,7 @@ class BroadcastGroup:
             RuntimeError: a member did not come within `spec.timeout_s`.
         """
         store = _reach_store(spec)
-        # Keys of one epoch are invisible to every other, so that a straggler of an old one can disturb nobody.
-        scoped = dist.PrefixStore(f"{spec.run_id}/{spec.epoch}", store)
+        scoped = dist.PrefixStore(key_prefix(spec), store)
         self._aborted = threading.Event()
         self._wire: _Wire
         if spec.backend == "nccl":
@@ -99,6 +98,11 @@ class BroadcastGroup:
         """
         self._aborted.set()
         self._wire.abort()
+
+
+def key_prefix(spec: EpochSpec) -> str:
+    """Of all keys of the epoch in the store, and of no other's: a straggler of an old one can disturb nobody."""
+    return f"{spec.run_id}/{spec.epoch}/"
 
 
 def _reach_store(spec: EpochSpec) -> dist.TCPStore:

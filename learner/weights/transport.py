@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from common.collective import BroadcastGroup
+from common.collective import BroadcastGroup, key_prefix
 from common.config import ConfigError
 from common.threads import run_in_thread, to_own_thread
 from common.types import EpochSpec
@@ -65,12 +65,19 @@ class TorchTransport:
     async def join(self, spec: EpochSpec) -> "TorchSender":
         """See `Transport.join`."""
         # On a thread of its own: it may wait for somebody who never comes, longer than anybody waits for it.
-        joining = run_in_thread(functools.partial(BroadcastGroup, spec, 0), f"join-epoch-{spec.epoch}")
+        joining = run_in_thread(functools.partial(self._join, spec), f"join-epoch-{spec.epoch}")
         try:
             return TorchSender(await asyncio.wrap_future(joining))
         except asyncio.CancelledError:
             joining.add_done_callback(_abort)
             raise
+
+    def _join(self, spec: EpochSpec) -> BroadcastGroup:
+        current = key_prefix(spec)
+        for key in self._store.list_keys():
+            if not key.startswith(current):  # of an epoch that has ended
+                self._store.delete_key(key)
+        return BroadcastGroup(spec, 0)
 
 
 class TorchSender:

@@ -44,6 +44,19 @@ async def test_joining_and_sending_take_no_thread_that_others_need() -> None:
     assert buffer.tolist() == [0, 1, 2]
 
 
+async def test_the_rendezvous_keeps_nothing_of_epochs_that_have_ended() -> None:
+    """A run of weeks has thousands of them."""
+    transport = TorchTransport("127.0.0.1")
+    for epoch in (9, 90, 91):
+        spec = replace(SPEC, epoch=epoch, master_port=transport.port)
+        joined = await asyncio.gather(transport.join(spec), asyncio.to_thread(BroadcastGroup, spec, 1))
+        keys = transport._store.list_keys()
+        assert keys
+        assert {key.split("/")[:2] == ["run", f"{epoch}"] for key in keys} == {True}
+        for one in joined:
+            one.abort()
+
+
 async def test_a_join_that_is_given_up_leaves_nothing_behind() -> None:
     """The member that is waited for comes only then: it finds nobody, and nothing has held up the end until then."""
     transport = TorchTransport("127.0.0.1")
