@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pydantic
 
 from common.config import Config, ConfigError
+from common.types import ServerLimits
 from learner.rewards.load import load_object, mistake
 from learner.rows import RowReader
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 
 Format = Literal["auto", "parquet", "jsonl", "imagefolder", "python"]
 
@@ -41,6 +42,24 @@ class DataConfig(Config):
     image_column: str = pydantic.Field("images", description="'' for text only")
     answer_column: str = pydantic.Field("", description="dots lead into structs; '' is reward_model.ground_truth, ...")
     question: str = pydantic.Field("", description="asked of every row that has no prompt column")
+    min_pixels: int | None = pydantic.Field(None, description="of an image once resized; its own min_pixels go first")
+    max_pixels: int | None = pydantic.Field(None, description="as min_pixels; None is the model's own")
+    max_media_pixels: int = pydantic.Field(
+        ServerLimits().max_media_pixels, ge=1, description="of an image; one with more ends the run. Actors have theirs"
+    )
+
+    @property
+    def bounds(self) -> PixelBounds:
+        """Of images that have none of their own. Raises ValueError for bounds that no image keeps."""
+        return PixelBounds(self.min_pixels, self.max_pixels)
+
+    @pydantic.model_validator(mode="after")
+    def _bounds_within_the_limit(self) -> "DataConfig":
+        bounds = self.bounds
+        for name, value in (("min_pixels", bounds.min_pixels), ("max_pixels", bounds.max_pixels)):
+            if value is not None and value > self.max_media_pixels:
+                raise ValueError(f"{name} ({value}) is more than max_media_pixels ({self.max_media_pixels})")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_held_out(self) -> "DataConfig":
@@ -116,7 +135,15 @@ def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
         if kind == "imagefolder" and image_column == "images":
             image_column = "image"
         _check_columns(config, where, image_column, list(first))
-    reader = RowReader(where, config.prompt_column, image_column, config.answer_column, config.question, folder)
+    reader = RowReader(
+        source=where,
+        prompt_column=config.prompt_column,
+        image_column=image_column,
+        answer_column=config.answer_column,
+        question=config.question,
+        base_dir=folder,
+        bounds=config.bounds,
+    )
     dataset = PromptDataset(rows, reader)
     for row in range(min(_NUM_CHECKED_ROWS, len(dataset))):
         dataset[row]

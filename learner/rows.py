@@ -5,10 +5,11 @@ image, and Hugging Face's, with a list of `{"type": "text" | "image", ...}` as t
 message.
 """
 
+import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from PIL import Image
 
 from common.config import ConfigError
 from common.types import ChatMessage, MediaPart, TextPart
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 
 MARKER = "<image>"
+# Of an image that is a dictionary: verl's, beside those of Hugging Face.
+_FILE_KEYS, _BOUND_KEYS = ("bytes", "image", "path"), ("min_pixels", "max_pixels")
 _DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
 
 
@@ -33,6 +36,7 @@ class RowReader:
         answer_column: the ground truth, with dots into structs; "" tries verl's and the usual names.
         question: asked of every row that has no prompt of its own.
         base_dir: image paths in rows are relative to it.
+        bounds: of images that have none of their own.
     """
 
     source: str
@@ -41,13 +45,13 @@ class RowReader:
     answer_column: str = ""
     question: str = ""
     base_dir: Path = Path()
+    bounds: PixelBounds = field(default_factory=PixelBounds)
 
     def read(self, number: int, row: Mapping[str, Any] | PromptSample) -> PromptSample:
         """The sample of row `number`. Raises `ConfigError`, one line that names the row."""
         if isinstance(row, PromptSample):
-            self._check_parts(number, row.messages, len(row.images))
-            return row
-        images = self._images(number, row)
+            return self._checked(number, row)
+        images, bounds = self._images(number, row)
         if row.get("videos"):
             raise self._error(number, "has videos; this version takes images only")
         used = {self.prompt_column, self.image_column, "data_source", "videos"}
@@ -58,7 +62,17 @@ class RowReader:
             ground_truth=self._answer(number, row),
             data_source=str(row.get("data_source") or ""),
             extra={name: value for name, value in row.items() if name not in used},
+            image_bounds=bounds,
         )
+
+    def _checked(self, number: int, sample: PromptSample) -> PromptSample:
+        """One that came as it is, with the bounds that it leaves open."""
+        self._check_parts(number, sample.messages, len(sample.images))
+        own = sample.image_bounds or (PixelBounds(),) * len(sample.images)
+        if len(own) != len(sample.images):
+            raise self._error(number, f"has image_bounds for {len(own)} images, but {len(sample.images)} images")
+        bounds = tuple(self._bounds(number, i, dataclasses.asdict(each)) for i, each in enumerate(own))
+        return dataclasses.replace(sample, image_bounds=bounds)
 
     def _error(self, number: int, problem: str) -> ConfigError:
         return ConfigError(f"{self.source}: row {number} {problem}")
@@ -101,8 +115,10 @@ class RowReader:
         for part in content:
             values = part if isinstance(part, Mapping) else {"type": type(part).__name__}
             kind, text = values.get("type"), values.get("text")
-            if kind == "image":
+            if kind == "image" and not any(values.get(key) for key in _BOUND_KEYS):
                 parts.append(None)
+            elif kind == "image":
+                raise self._error(number, "bounds the pixels of an image in the prompt; do so in the image column")
             elif kind == "text" and isinstance(text, str):
                 parts += [text] if text else []
             else:
@@ -132,22 +148,39 @@ class RowReader:
 
     # ----------------------------------------------------------------------------------------------------- images
 
-    def _images(self, number: int, row: Mapping[str, Any]) -> tuple[bytes, ...]:
-        if not self.image_column:
-            return ()
-        value = row.get(self.image_column)
+    def _images(self, number: int, row: Mapping[str, Any]) -> tuple[tuple[bytes, ...], tuple[PixelBounds, ...]]:
+        value = row.get(self.image_column) if self.image_column else None
         if value is None:
-            return ()
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(self._image(number, i, item) for i, item in enumerate(values))
+            return (), ()
+        items = [
+            self._image(number, i, item) for i, item in enumerate(value if isinstance(value, list | tuple) else [value])
+        ]
+        return tuple(file for file, _ in items), tuple(bounds for _, bounds in items)
 
-    def _image(self, number: int, i: int, value: object) -> bytes:
+    def _image(self, number: int, i: int, value: object) -> tuple[bytes, PixelBounds]:
+        if not isinstance(value, Mapping):
+            return self._file(number, i, value), self.bounds
+        given = {key: item for key, item in value.items() if item is not None}
+        if unknown := sorted(map(str, given.keys() - {*_FILE_KEYS, *_BOUND_KEYS})):
+            known = ", ".join((*_FILE_KEYS, *_BOUND_KEYS))
+            raise self._error(number, f"image {i} has {', '.join(unknown)}, which is not understood; there are {known}")
+        file = next((given[key] for key in _FILE_KEYS if given.get(key)), None)
+        return self._file(number, i, file), self._bounds(number, i, given)
+
+    def _bounds(self, number: int, i: int, own: Mapping[str, Any]) -> PixelBounds:
+        """The image's own, or those of all images."""
+        try:
+            return dataclasses.replace(
+                self.bounds, **{key: own[key] for key in _BOUND_KEYS if own.get(key) is not None}
+            )
+        except ValueError as error:
+            raise self._error(number, f"image {i}: {error}") from None
+
+    def _file(self, number: int, i: int, value: object) -> bytes:
         if isinstance(value, Image.Image):
             return _as_png(value)
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            path = self.base_dir / value
+            path = self.base_dir / value.removeprefix("file://")
             try:
                 value = path.read_bytes()
             except OSError as error:

@@ -63,7 +63,7 @@ def _run_rank_zero(
 ) -> int:
     """The loop, and everything around it that talks."""
     train, held_out = rows
-    processor = PromptProcessor(config.model.path)
+    processor = PromptProcessor(config.model.path, max_pixels=config.data.max_media_pixels)
     progress, ledger = _resume_state(config, train, state)
     with contextlib.ExitStack() as stack:
         metrics = MetricsWriter(run_dir / "metrics.jsonl")

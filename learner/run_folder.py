@@ -26,6 +26,7 @@ Role = Literal["launcher", "learner"]
 # Settings that say where, with whom, how fast and how patiently a run runs, not what it computes.
 _PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "tracing"}
 _PLACE_IN = {
+    "data": {"max_media_pixels"},
     "model": {"enable_gradient_checkpointing", "use_fused_kernels", "cpu_offload", "use_torch_compile"},
     "reward": {"timeout_s", "num_processes"},
     "rollout": {

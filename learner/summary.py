@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from common.types import MediaPart, TextPart
 from learner.run_folder import write_whole
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 
 SERVE_ADDRESS = "127.0.0.1:50051"
 
@@ -84,7 +84,7 @@ def write_question(run_dir: Path, sample: PromptSample, *, max_tokens: int = 64)
         }
         for message in sample.messages
     ]
-    media = [{"modality": "MODALITY_IMAGE", "encoded": base64.b64encode(image).decode()} for image in sample.images]
+    media = [_media(image, bounds) for image, bounds in sample.bounded_images]
     request = {
         "groupId": "question",
         "chat": {"messages": messages},
@@ -130,6 +130,13 @@ def format_duration(seconds: float) -> str:
 
 def _part(part: TextPart | MediaPart) -> dict[str, Any]:
     return {"text": part.text} if isinstance(part, TextPart) else {"mediaIndex": part.index}
+
+
+def _media(image: bytes, bounds: PixelBounds) -> dict[str, Any]:
+    options = {"minPixels": bounds.min_pixels, "maxPixels": bounds.max_pixels}
+    given = {name: value for name, value in options.items() if value is not None}
+    item = {"modality": "MODALITY_IMAGE", "encoded": base64.b64encode(image).decode()}
+    return item | ({"processor": given} if given else {})
 
 
 def _percent(share: float | None) -> str:

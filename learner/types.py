@@ -22,10 +22,29 @@ PositionArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
+class PixelBounds:
+    """Bounds on height * width of an image after the processor's resizing. None: the model's own.
+
+    Raises ValueError for bounds that no image keeps.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number, 1 or more")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is more than max_pixels ({self.max_pixels})")
+
+
+@dataclass(frozen=True, slots=True)
 class PromptSample:
     """One row of a dataset.
 
-    `images` are encoded files (PNG, JPEG, WebP) in the order in which the `MediaPart`s of `messages` refer to them.
+    `images` are encoded files (PNG, JPEG, WebP) in the order in which the `MediaPart`s of `messages` refer to them;
+    `image_bounds` has one for each, or is empty for the model's own.
 
     Example: `PromptSample(row=7, messages=(ChatMessage("user", (MediaPart(0), TextPart("Which digit?"))),),
     images=(png_bytes,), ground_truth="3")`.
@@ -37,6 +56,12 @@ class PromptSample:
     ground_truth: Any
     data_source: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    image_bounds: tuple[PixelBounds, ...] = ()
+
+    @property
+    def bounded_images(self) -> list[tuple[bytes, PixelBounds]]:
+        """Each image with its bounds."""
+        return list(zip(self.images, self.image_bounds or [PixelBounds()] * len(self.images), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

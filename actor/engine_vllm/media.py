@@ -20,6 +20,7 @@ from actor.engine_vllm.foreign_tensors import foreign_item, stand_in
 from actor.engine_vllm.videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
+from common.resizing import resize_options
 from common.tensors import NamedTensor, Tensor
 from common.types import MediaUse, Modality, PlaceholderRange
 
@@ -185,7 +186,9 @@ class VllmMedia:
         from vllm.multimodal.processing.inputs import ProcessorInputs
 
         modality = item.modality.value
-        options = _options(processor, item, field)
+        options = resize_options(
+            processor.info.get_hf_processor(), item.modality, item.min_pixels, item.max_pixels, f"{field}.processor"
+        )
         if isinstance(item.content, tuple):
             data = processor.info.parse_mm_data({modality: [stand_in(item.modality)]})
             items = foreign_item(processor, item.content, item.modality, f"{field}.processed.tensors")
@@ -208,23 +211,6 @@ def _by_modality(media: Sequence[EngineMedia], values: Iterable[Any]) -> dict[st
     for item, value in zip(media, values, strict=True):
         lists.setdefault(item.modality.value, []).append(value)
     return lists
-
-
-def _options(processor: Any, item: EngineMedia, field: str) -> dict[str, Any]:
-    """Arguments of the model's processor for the bounds of one item. Raises Unimplemented where it has no such."""
-    if item.min_pixels is None and item.max_pixels is None:
-        return {}
-    of_modality = getattr(processor.info.get_hf_processor(), f"{item.modality.value}_processor", None)
-    known = getattr(getattr(of_modality, "valid_kwargs", None), "__annotations__", {})
-    size: Any = getattr(of_modality, "size", {})
-    if "min_pixels" not in known or "max_pixels" not in known:
-        raise Unimplemented(f"{field}.processor", "the processor of this model does not resize by a number of pixels")
-    low = item.min_pixels if item.min_pixels is not None else size["shortest_edge"]
-    high = item.max_pixels if item.max_pixels is not None else size["longest_edge"]
-    if low > high:
-        name = "max_pixels" if item.min_pixels is None else "min_pixels"
-        raise InvalidRequest(f"{field}.processor.{name}", f"makes the bounds {low} to {high} with the model's own")
-    return {"size": {"shortest_edge": low, "longest_edge": high}}
 
 
 def _check_placeholders(

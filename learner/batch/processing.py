@@ -17,13 +17,15 @@ from torch import Tensor
 from common import torchvision_ops
 from common.chat import template_messages
 from common.config import ConfigError
-from common.errors import InvalidRequest, TooLarge
+from common.errors import InvalidRequest, TooLarge, Unimplemented
 from common.media import content_hash, decode_image
 from common.placeholders import image_token_id
-from common.types import ChatMessage, MediaPart, ServerLimits
+from common.resizing import resize_options
+from common.types import ChatMessage, MediaPart, Modality, ServerLimits
 from learner.batch.positions import PositionIndexer
-from learner.types import ProcessedPrompt, PromptSample
+from learner.types import PixelBounds, ProcessedPrompt, PromptSample
 
+_TOO_LARGE = "; make it smaller, or raise data.max_media_pixels and the actors' limits.max_media_pixels"
 # Outputs of a processor that are not inputs of the media.
 _TEXT_OUTPUTS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
 
@@ -33,7 +35,7 @@ class PromptProcessor:
 
     Args:
         model_dir: a checkpoint directory with its processor.
-        max_pixels: of one image, before the processor resizes it; the actor's limit.
+        max_pixels: of one image, before the processor resizes it and after.
         cache_bytes: bound on what is remembered.
 
     Raises:
@@ -71,16 +73,18 @@ class PromptProcessor:
             ConfigError: messages and images do not fit together, or an image cannot be decoded; it names the row.
         """
         sha256 = tuple(content_hash(image) for image in sample.images)
-        key = hashlib.sha256(repr((sample.messages, sha256)).encode()).digest()
+        key = hashlib.sha256(repr((sample.messages, sha256, sample.image_bounds)).encode()).digest()
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
             try:
-                processed = self._run(self.render(sample.messages), self._decoded(sample), sha256)
-            except (ValueError, InvalidRequest, TooLarge) as error:
+                bounds = [bounds for _, bounds in sample.bounded_images]
+                processed = self._run(self.render(sample.messages), self._decoded(sample), sha256, bounds)
+            except (ValueError, InvalidRequest, TooLarge, Unimplemented) as error:
                 source = f" of {sample.data_source}" if sample.data_source else ""
-                raise ConfigError(f"row {sample.row}{source}: {error}") from error
+                hint = _TOO_LARGE if isinstance(error, TooLarge) else ""
+                raise ConfigError(f"row {sample.row}{source}: {error}{hint}") from error
             self._remember(key, processed)
             return processed
 
@@ -105,9 +109,10 @@ class PromptProcessor:
             raise ValueError(f"its messages refer to images {indices}, but it has {len(sample.images)}")
         return [decode_image(image, f"images[{i}]", self._max_pixels) for i, image in enumerate(sample.images)]
 
-    def _run(self, text: str, images: Sequence[Image.Image], sha256: tuple[bytes, ...]) -> ProcessedPrompt:
-        arguments: dict[str, Any] = {"images": list(images)} if images else {}
-        output = self._processor(text=[text], return_tensors="pt", **arguments)
+    def _run(
+        self, text: str, images: Sequence[Image.Image], sha256: tuple[bytes, ...], bounds: Sequence[PixelBounds]
+    ) -> ProcessedPrompt:
+        output = self._output(text, images, [self._options(i, given) for i, given in enumerate(bounds)])
         input_ids: Tensor = output["input_ids"][0]
         position_ids, next_position = self._positions(input_ids, output)
         media = {name: value for name, value in output.items() if name not in _TEXT_OUTPUTS}
@@ -119,6 +124,32 @@ class PromptProcessor:
             media_sha256=sha256,
             num_image_tokens=self._num_image_tokens(input_ids, output, images),
         )
+
+    def _options(self, i: int, bounds: PixelBounds) -> dict[str, Any]:
+        """How the processor resizes image i."""
+        field = f"images[{i}]"
+        largest = max(bounds.min_pixels or 0, bounds.max_pixels or 0)
+        if largest > self._max_pixels:
+            raise TooLarge(field, f"resized to up to {largest} pixels, more than the limit of {self._max_pixels}")
+        return resize_options(self._processor, Modality.IMAGE, bounds.min_pixels, bounds.max_pixels, field)
+
+    def _output(self, text: str, images: Sequence[Image.Image], options: Sequence[dict[str, Any]]) -> Mapping[str, Any]:
+        """What the processor yields, which takes one set of options a call: with several, text and images in pieces."""
+        if all(each == options[0] for each in options):
+            arguments: dict[str, Any] = {"images": list(images)} | options[0] if images else {}
+            output: Mapping[str, Any] = self._processor(text=[text], return_tensors="pt", **arguments)
+            return output
+        token = self._processor.image_token
+        *pieces, end = text.split(token)
+        texts = [piece + token for piece in pieces[:-1]] + [pieces[-1] + token + end]
+        outputs = [
+            self._processor(text=[piece], images=[image], return_tensors="pt", **each)
+            for piece, image, each in zip(texts, images, options, strict=True)
+        ]
+        return {
+            name: torch.cat([output[name] for output in outputs], dim=1 if name in _TEXT_OUTPUTS else 0)
+            for name in outputs[0]
+        }
 
     def _num_image_tokens(
         self, input_ids: Tensor, output: Mapping[str, Any], images: Sequence[Image.Image]
@@ -153,7 +184,7 @@ class PromptProcessor:
     def _filler(self) -> ProcessedPrompt:
         image_processor = self._processor.image_processor
         side = getattr(image_processor, "patch_size", 14) * getattr(image_processor, "merge_size", 2)
-        return self._run(self._processor.image_token, [Image.new("RGB", (side, side))], (b"\0" * 32,))
+        return self._run(self._processor.image_token, [Image.new("RGB", (side, side))], (b"\0" * 32,), [PixelBounds()])
 
     def _remember(self, key: bytes, processed: ProcessedPrompt) -> None:
         self._cache[key] = processed

@@ -59,7 +59,10 @@ def build_request(
     group_id: str, sample: PromptSample, sampling: SamplingParams, *, return_text: bool = False
 ) -> RolloutRequest:
     """The request for one sample: its messages as a chat, its images as encoded files with their hashes."""
-    media = tuple(MediaItem(content_hash(image), image) for image in sample.images)
+    media = tuple(
+        MediaItem(content_hash(image), image, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels)
+        for image, bounds in sample.bounded_images
+    )
     return RolloutRequest(group_id, ChatPrompt(sample.messages), media, sampling, return_text=return_text)
 
 

@@ -28,6 +28,9 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
+from learner.batch.processing import PromptProcessor
+from learner.rollouts.tripwire import check_images
+from learner.types import PixelBounds
 from tests.integration.live_actor import CONFIG, LiveActor, media_of
 from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 
@@ -270,6 +273,26 @@ async def test_options_are_those_of_transformers(
     expected = torch.log_softmax(logits[len(group.prompt.expanded_ids) - 1 : -1].double(), -1)
     chosen = expected.gather(1, torch.from_numpy(completion.token_ids).long()[:, None]).squeeze(1)
     np.testing.assert_allclose(completion.logprobs, chosen.numpy(), atol=PARITY)
+
+
+async def test_bounds_are_those_of_the_learner(actor: LiveActor, model_dir: Path) -> None:
+    """Both make the same of a row whose images have different bounds, or none, whatever was asked before."""
+    processor = PromptProcessor(model_dir)
+    small, large = PixelBounds(max_pixels=56 * 56), PixelBounds(min_pixels=112 * 112)
+    num_tokens = set()
+    for bounds in ((), (small, PixelBounds()), (small, small), (large, small)):
+        row = replace(PROMPT, image_bounds=bounds)
+        media = tuple(
+            replace(item, min_pixels=given.min_pixels, max_pixels=given.max_pixels)
+            for item, (_, given) in zip(media_of(IMAGES), row.bounded_images, strict=True)
+        )
+        group = await actor.ask(CHAT, media, **ANSWER)
+        expected = processor.process(row)
+        check_images(expected, group.prompt, group.completions)
+        grids = expected.media["image_grid_thw"].tolist()
+        assert [list(use.grid_thw) for use in group.prompt.media] == grids
+        num_tokens.add(expected.num_image_tokens)
+    assert len(num_tokens) == 4
 
 
 async def test_bounds_that_exclude_each_other(actor: LiveActor) -> None:

@@ -1,5 +1,6 @@
 """Datasets: what is read from each format, and that every mistake is one line."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -17,7 +18,7 @@ from PIL import ExifTags, Image
 from common.config import ConfigError, NotYet, parse_config
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.data import DataConfig, PromptDataset, load_datasets
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 from tests.fakes import make_sample
 
 MODULE = "rows_of_a_test"
@@ -155,6 +156,34 @@ def test_pictures_are_written_again_as_they_are_shown(module: types.ModuleType) 
     assert kept == photo.getvalue()
 
 
+def test_images_have_their_own_bounds_or_those_of_all(tmp_path: Path) -> None:
+    """verl's dictionaries, from a file whose columns all rows share."""
+    (tmp_path / "a.png").write_bytes(image(7))
+    row = verl_row(0, "<image><image><image>") | {
+        "images": [
+            {"bytes": image(1), "path": None, "image": None, "min_pixels": None, "max_pixels": None},
+            {"bytes": None, "path": None, "image": f"file://{tmp_path}/a.png", "min_pixels": None, "max_pixels": 500},
+            {"bytes": None, "path": "a.png", "image": None, "min_pixels": 100, "max_pixels": 300},
+        ]
+    }
+    path = write_parquet(tmp_path / "t.parquet", [row])
+    sample = load(path, min_pixels=200, max_pixels=400)[0]
+    assert sample.images == (image(1), image(7), image(7))
+    assert sample.image_bounds == (PixelBounds(200, 400), PixelBounds(200, 500), PixelBounds(100, 300))
+    assert load(path)[0].image_bounds == (PixelBounds(), PixelBounds(None, 500), PixelBounds(100, 300))
+
+
+def test_samples_of_python_rows_have_them_too(module: types.ModuleType) -> None:
+    picture = {"image": Image.new("RGB", (4, 4)), "max_pixels": 300}
+    given = PromptSample(0, (ChatMessage("user", (MediaPart(0),)),), (image(1),), "x")
+    own = dataclasses.replace(given, image_bounds=(PixelBounds(max_pixels=300),))
+    module.rows = lambda: [{"images": picture, "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
+    module.samples = lambda: [given, own]  # type: ignore[attr-defined]
+    assert load(f"{MODULE}:rows", min_pixels=9)[0].image_bounds == (PixelBounds(9, 300),)
+    samples = load(f"{MODULE}:samples", max_pixels=400)
+    assert [samples[row].image_bounds[0].max_pixels for row in range(2)] == [400, 300]
+
+
 def test_held_out_by_fraction_is_disjoint_and_repeatable(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", [verl_row(i) for i in range(10)])
 
@@ -211,6 +240,31 @@ def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: 
         ([{"prompt": "<image>", "images": image(1)}], {}, r"row 0 has no ground truth \(reward_model.ground_truth or"),
         ([{"prompt": "<image>", "images": b"junk", "answer": 1}], {}, "row 0 image 0 cannot be read"),
         ([{"prompt": "<image>", "images": "a.png", "answer": 1}], {}, "row 0 names the image .*No such file"),
+        (
+            [{"prompt": "<image>", "images": {"bytes": image(1), "resized_height": 28}, "answer": 1}],
+            {},
+            "row 0 image 0 has resized_height, which is not understood; there are bytes, image, path, min_pixels",
+        ),
+        (
+            [{"prompt": "<image>", "images": {"bytes": image(1), "max_pixels": 0}, "answer": 1}],
+            {},
+            "row 0 image 0: max_pixels is 0; give a whole number, 1 or more",
+        ),
+        (
+            [{"prompt": "<image>", "images": {"bytes": image(1), "min_pixels": 9}, "answer": 1}],
+            {"max_pixels": 8},
+            r"row 0 image 0: min_pixels \(9\) is more than max_pixels \(8\)",
+        ),
+        (
+            [PromptSample(0, (ChatMessage("user", (MediaPart(0),)),), (b"",), 1, image_bounds=(PixelBounds(),) * 2)],
+            {},
+            "row 0 has image_bounds for 2 images, but 1 images",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image", "max_pixels": 9}]}], "images": image(1)}],
+            {},
+            "row 0 bounds the pixels of an image in the prompt; do so in the image column",
+        ),
         ([{"prompt": 3, "images": None, "answer": 1}], {}, "neither text nor a list of role and content"),
         ([{"prompt": "x", "images": None, "videos": [b"v"], "answer": 1}], {}, "row 0 has videos"),
         (
@@ -276,6 +330,19 @@ def test_text_only_by_choice(tmp_path: Path) -> None:
     assert load(tmp_path / "t.jsonl", image_column="")[0] == PromptSample(
         0, (ChatMessage("user", (TextPart("1+1?"),)),), (), "2", extra={"answer": "2"}
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_pixels": 9, "max_pixels": 8}, r"min_pixels \(9\) is more than max_pixels \(8\)"),
+        ({"max_pixels": 0}, "max_pixels is 0; give a whole number"),
+        ({"max_pixels": 901, "max_media_pixels": 900}, r"max_pixels \(901\) is more than max_media_pixels \(900\)"),
+    ],
+)
+def test_bounds_that_no_image_keeps(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(DataConfig, {"train": "a"} | options, "run.yaml")
 
 
 def test_two_ways_of_holding_out_are_one_too_many() -> None:

@@ -14,6 +14,7 @@ from common.types import ActorState, ChatPrompt, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
+from learner.types import PixelBounds
 from tests.fakes import FakeActor, make_sample, process, sample_all, until
 
 SAMPLE = make_sample(3, (b"image",))
@@ -61,6 +62,14 @@ def test_request_carries_chat_and_images() -> None:
     (item,) = REQUEST.media
     assert item.encoded == b"image"
     assert item.sha256.hex() == "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"
+
+
+def test_request_carries_the_bounds_of_images() -> None:
+    sample = dataclasses.replace(
+        make_sample(0, (b"a", b"b")), image_bounds=(PixelBounds(max_pixels=7), PixelBounds(3, None))
+    )
+    media = build_request("g", sample, SamplingParams()).media
+    assert [(item.min_pixels, item.max_pixels) for item in media] == [(None, 7), (3, None)]
 
 
 async def test_a_group_comes_back_whole() -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind."""
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from common import wire
 from common.pb.rollout.v1 import rollout_pb2
 from common.types import ChatMessage, ChatPrompt, MediaPart, TextPart
 from learner.summary import MetricsWriter, Summary, format_duration, format_summary, write_question, write_summary
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 
 SUMMARY = Summary("digits", 120, 0.314, 0.925, 512.25, 4.7e-7, 301.5, "runs/digits-1/export", {"seed": 3})
 
@@ -60,11 +61,13 @@ def test_summary_json_has_the_promised_fields(tmp_path: Path) -> None:
 def test_the_question_is_a_request_that_the_server_reads(tmp_path: Path) -> None:
     image = b"\x89PNG\r\n\x1a\n rest"
     sample = PromptSample(0, (ChatMessage("user", (MediaPart(0), TextPart("digit?"))),), (image,), "3")
+    sample = dataclasses.replace(sample, image_bounds=(PixelBounds(max_pixels=5000),))
     path = write_question(tmp_path, sample, max_tokens=8)
     assert (tmp_path / "question.png").read_bytes() == image
     request = wire.request_from_proto(json_format.Parse(path.read_text(), rollout_pb2.GenerateRequest()))
     assert request.prompt == ChatPrompt(sample.messages)
     assert request.media[0].encoded == image
+    assert (request.media[0].min_pixels, request.media[0].max_pixels) == (None, 5000)
     assert (request.sampling.temperature, request.sampling.max_tokens, request.return_text) == (0.0, 8, True)
     assert base64.b64encode(image).decode() in path.read_text()
 

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.config import ConfigError
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.batch.packing import Row, pack
 from learner.batch.processing import PromptProcessor
-from learner.types import PromptSample
+from learner.types import PixelBounds, PromptSample
 from tests.unit.learner_math.groups import image_bytes, mixed_groups, sample
 
 
@@ -73,6 +75,55 @@ def test_the_cache_returns_the_same_object_and_keeps_its_bound(model_dir: Path) 
     assert tight.process(one) is not first
 
 
+def test_bounds_resize_each_image_as_the_processor_does_alone(processor: PromptProcessor, hf_processor: Any) -> None:
+    """Ids, patches and positions of a prompt in which one image is bounded and another is not."""
+    images = [image_bytes(0, 112, 112), image_bytes(1, 112, 56)]
+    given = sample(0, "compare", images)
+    bounds = (PixelBounds(max_pixels=56 * 56), PixelBounds())
+    processed = processor.process(dataclasses.replace(given, image_bounds=bounds))
+    size = dict(hf_processor.image_processor.size) | {"longest_edge": 56 * 56}
+    alone = [
+        hf_processor.image_processor(Image.open(io.BytesIO(image)), return_tensors="pt", **arguments)
+        for image, arguments in zip(images, ({"size": size}, {}), strict=True)
+    ]
+    assert processed.media["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 8]]
+    assert torch.equal(processed.media["pixel_values"], torch.cat([each["pixel_values"] for each in alone]))
+    assert processed.num_image_tokens == (4, 8)
+    # The same as of an image that has this size already: the bounds change nothing else.
+    small = processor.process(sample(0, "compare", [image_bytes(2), images[1]]))
+    assert processed.input_ids.tolist() == small.input_ids.tolist()
+    assert np.array_equal(processed.position_ids, small.position_ids)
+    both = processor.process(dataclasses.replace(given, image_bounds=(bounds[0],) * 2))
+    assert both.num_image_tokens == (4, 2)
+
+
+def test_the_cache_knows_bounds_apart(processor: PromptProcessor) -> None:
+    given = sample(0, "x", [image_bytes(0, 112, 112)])
+    bounded = dataclasses.replace(given, image_bounds=(PixelBounds(max_pixels=56 * 56),))
+    assert [processor.process(each).num_image_tokens for each in (given, bounded, given)] == [(16,), (4,), (16,)]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "problem"),
+    [
+        (PixelBounds(min_pixels=10**6), "images[0].min_pixels: makes the bounds 1000000 to "),
+        (PixelBounds(max_pixels=2**25), "images[0]: resized to up to 33554432 pixels, more than the limit of 16777216"),
+    ],
+)
+def test_bounds_that_cannot_be_kept_name_the_row(processor: PromptProcessor, bounds: PixelBounds, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        processor.process(dataclasses.replace(sample(5, "x", [image_bytes(0)]), image_bounds=(bounds,)))
+    assert str(caught.value).startswith(f"row 5: {problem}")
+
+
+def test_a_model_that_does_not_resize_by_pixels_says_so(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = PromptProcessor(model_dir)
+    monkeypatch.setattr(type(processor._processor.image_processor), "valid_kwargs", object)
+    bounded = dataclasses.replace(sample(5, "x", [image_bytes(0)]), image_bounds=(PixelBounds(max_pixels=99),))
+    with pytest.raises(ConfigError, match=r"^row 5: images\[0\]: the processor of this model does not resize by a num"):
+        processor.process(bounded)
+
+
 def test_threads_get_what_one_thread_gets(model_dir: Path, processor: PromptProcessor) -> None:
     shared = PromptProcessor(model_dir, cache_bytes=0)
     results: dict[int, list[int]] = {}
@@ -105,7 +156,11 @@ def test_messages_and_images_must_fit_together(
     [
         (b"GIF89a nonsense", "not an image in PNG, JPEG or WebP format"),
         (image_bytes(0)[:-40], "damaged PNG file: OSError"),
-        (image_bytes(0, 112, 112), "112x112 pixels, more than the limit of 10000"),
+        (
+            image_bytes(0, 112, 112),
+            "112x112 pixels, more than the limit of 10000; make it smaller, or raise data.max_media_pixels and the "
+            "actors' limits.max_media_pixels",
+        ),
     ],
     ids=["no image", "truncated", "too large"],
 )
