@@ -6,6 +6,7 @@ message.
 """
 
 import dataclasses
+import errno
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,17 @@ from typing import Any
 
 from PIL import Image
 
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.types import PixelBounds, PromptSample
 
 MARKER = "<image>"
 # Of an image that is a dictionary: verl's, beside those of Hugging Face.
 _FILE_KEYS, _BOUND_KEYS = ("bytes", "image", "path"), ("min_pixels", "max_pixels")
+# What is wrong with a path as it is written; with any other error the disk may do better the next time.
+_WRONG_PATH = frozenset(
+    {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+)
 _DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
 
 
@@ -48,7 +53,7 @@ class RowReader:
     bounds: PixelBounds = field(default_factory=PixelBounds)
 
     def read(self, number: int, row: Mapping[str, Any] | PromptSample) -> PromptSample:
-        """The sample of row `number`. Raises `ConfigError`, one line that names the row."""
+        """The sample of row `number`. Raises `ConfigError`, a line that names the row; `NotYet` if the disk fails."""
         if isinstance(row, PromptSample):
             return self._checked(number, row)
         images, bounds = self._images(number, row)
@@ -74,8 +79,8 @@ class RowReader:
         bounds = tuple(self._bounds(number, i, dataclasses.asdict(each)) for i, each in enumerate(own))
         return dataclasses.replace(sample, image_bounds=bounds)
 
-    def _error(self, number: int, problem: str) -> ConfigError:
-        return ConfigError(f"{self.source}: row {number} {problem}")
+    def _error(self, number: int, problem: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
+        return kind(f"{self.source}: row {number} {problem}")
 
     # ----------------------------------------------------------------------------------------------------- prompt
 
@@ -184,7 +189,8 @@ class RowReader:
             try:
                 value = path.read_bytes()
             except OSError as error:
-                raise self._error(number, f"names the image {path}: {error.strerror}") from None
+                kind = ConfigError if error.errno in _WRONG_PATH else NotYet
+                raise self._error(number, f"names the image {path}: {error.strerror}", kind) from None
         if not isinstance(value, bytes):
             raise self._error(number, f"image {i} is a {type(value).__name__}; give file bytes, a path, or a PIL image")
         from common.media import FORMATS, JPEG_AND_MORE

@@ -1,8 +1,10 @@
 """Datasets: what is read from each format, and that every mistake is one line."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -311,6 +313,41 @@ def test_mistakes_in_paths_are_one_line(tmp_path: Path, train: str, message: str
     with pytest.raises(ConfigError, match=message) as caught:
         load_datasets(DataConfig(train=train), base_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "may_come"),
+    [
+        (errno.EIO, True),
+        (errno.ESTALE, True),
+        (errno.ETIMEDOUT, True),
+        (errno.ENOENT, False),
+        (errno.EACCES, False),
+        (errno.EISDIR, False),
+        (errno.ENOTDIR, False),
+        (errno.ENAMETOOLONG, False),
+    ],
+)
+def test_a_disk_that_fails_is_no_mistake(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, code: int, may_come: bool
+) -> None:
+    def fail(_path: Path) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    module.rows = lambda: [{"images": "a.png", "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=f"row 0 names the image a.png: {os.strerror(code)}") as caught:
+        load(f"{MODULE}:rows")
+    assert isinstance(caught.value, NotYet) == may_come
+
+
+@pytest.mark.parametrize("file", [b"junk", image(1)[:40]])
+def test_a_file_that_is_no_image_is_a_mistake(module: types.ModuleType, file: bytes) -> None:
+    """Pillow says so by an OSError."""
+    module.rows = lambda: [{"images": file, "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="row 0 image 0 cannot be read") as caught:
+        load(f"{MODULE}:rows")
+    assert not isinstance(caught.value, NotYet)
 
 
 @pytest.mark.parametrize(("error", "may_come"), [(KeyError("x"), False), (ConnectionError("no route"), True)])

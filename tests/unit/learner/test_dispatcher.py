@@ -1,15 +1,21 @@
 """The dispatcher: what it sends, what ends it, and what happens to groups that come too late."""
 
+import argparse
 import asyncio
 import dataclasses
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
-from common.config import ConfigError
+import learner.__main__ as learner_main
+import learner.run as run_module
+from common.config import ConfigError, NotYet
 from common.types import SamplingParams
+from learner.data import PromptDataset
 from learner.ledger import Ledger
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
@@ -17,6 +23,7 @@ from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
+from learner.rows import RowReader
 from learner.types import PromptSample
 from tests.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
 
@@ -189,6 +196,29 @@ async def test_a_broken_row_ends_the_run() -> None:
     async with dispatching(dataset=Broken(10)) as setup:
         with pytest.raises(ConfigError, match="2 markers"):
             await setup.take(1)
+
+
+async def test_a_disk_that_fails_ends_the_run_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the data ends a Job for good (exit code 2); this is none."""
+
+    def fail(_path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    rows = [{"prompt": "<image>", "images": "a.png", "answer": "1"}] * 10
+    async with dispatching(dataset=PromptDataset(rows, RowReader("train.jsonl", base_dir=tmp_path))) as setup:
+        with pytest.raises(NotYet, match=r"train.jsonl: row \d+ names the image .*a.png: Stale file handle") as caught:
+            await setup.take(1)
+    monkeypatch.setattr(run_module, "run", lambda _config: _raise(caught.value))
+    config = tmp_path / "run.yaml"
+    config.write_text("{model: {path: m}, data: {train: t}, trainer: {total_steps: 1, batch_prompts: 1}}")
+    assert learner_main._run(argparse.Namespace(config=config, overrides=[])) == 1
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 async def test_failed_rewards_are_dropped_counted_and_replaced() -> None:
