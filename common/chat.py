@@ -1,9 +1,75 @@
-"""A chat in the form that the chat templates of Hugging Face processors take."""
+"""A chat through the chat template of a Hugging Face processor: the learner and the actor both render it here."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.types import ChatMessage, Modality, TextPart
+from common.errors import InvalidRequest
+from common.types import ChatMessage, ChatPrompt, Modality, TextPart
+
+# Parameters of `apply_chat_template` that are no variables of the template, and variables that it is given anyway.
+_NOT_OF_THE_CALLER = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "load_audio_from_video",
+        "max_length",
+        "messages",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+
+
+def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modality] | None = None) -> str:
+    """The chat as text with one placeholder string for each media item, ready for the answer.
+
+    `modalities` as in `template_messages`. Raises InvalidRequest for what the template cannot render.
+    """
+    try:
+        text: str = processor.apply_chat_template(
+            template_messages(prompt.messages, modalities),
+            tokenize=False,
+            add_generation_prompt=True,
+            **prompt.template_arguments,
+        )
+    except Exception as error:  # a checkpoint's code on anybody's arguments: it raises whatever it likes
+        field = "chat.template_arguments" if prompt.template_arguments else "prompt"
+        raise InvalidRequest(field, " ".join(f"{type(error).__name__}: {error}".split())) from error
+    return text
+
+
+def template_arguments(values: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Arguments of a chat template as every template gets them: JSON, with whole numbers as `int`.
+
+    Raises InvalidRequest, naming `field`, for what is no JSON, and for names that are not the caller's to give.
+    """
+    for name in sorted(_NOT_OF_THE_CALLER & values.keys()):
+        raise InvalidRequest(field, f"{name} is no variable of a chat template that a caller gives")
+    return {name: _as_json(value, field) for name, value in values.items()}
+
+
+def _as_json(value: Any, field: str) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
+        # They are doubles on the wire.
+        return int(float(value)) if float(value).is_integer() else value
+    if isinstance(value, list | tuple):
+        return [_as_json(item, field) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _as_json(item, field) for name, item in value.items()}
+    raise InvalidRequest(field, f"has a {type(value).__name__} that JSON has no form for")
 
 
 def template_messages(

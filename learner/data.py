@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
+from common.chat import template_arguments
 from common.config import Config, ConfigError
+from common.errors import InvalidRequest
 from common.types import ServerLimits
 from learner.rewards.load import load_object, mistake
 from learner.rows import RowReader
@@ -47,6 +49,18 @@ class DataConfig(Config):
     max_media_pixels: int = pydantic.Field(
         ServerLimits().max_media_pixels, ge=1, description="of an image; one with more ends the run. Actors have theirs"
     )
+
+    chat_template_arguments: dict[str, Any] = pydantic.Field(
+        default_factory=dict, description="variables of the model's chat template, as enable_thinking"
+    )
+
+    @pydantic.field_validator("chat_template_arguments")
+    @classmethod
+    def _arguments_that_cross(cls, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return template_arguments(values, "")
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
 
     @property
     def bounds(self) -> PixelBounds:
@@ -143,6 +157,7 @@ def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
         question=config.question,
         base_dir=folder,
         bounds=config.bounds,
+        template_arguments=config.chat_template_arguments,
     )
     dataset = PromptDataset(rows, reader)
     for row in range(min(_NUM_CHECKED_ROWS, len(dataset))):

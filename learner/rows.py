@@ -42,6 +42,7 @@ class RowReader:
         question: asked of every row that has no prompt of its own.
         base_dir: image paths in rows are relative to it.
         bounds: of images that have none of their own.
+        template_arguments: of the chat template.
     """
 
     source: str
@@ -51,6 +52,7 @@ class RowReader:
     question: str = ""
     base_dir: Path = Path()
     bounds: PixelBounds = field(default_factory=PixelBounds)
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
     def read(self, number: int, row: Mapping[str, Any] | PromptSample) -> PromptSample:
         """The sample of row `number`. Raises `ConfigError`, a line that names the row; `NotYet` if the disk fails."""
@@ -68,16 +70,18 @@ class RowReader:
             data_source=str(row.get("data_source") or ""),
             extra={name: value for name, value in row.items() if name not in used},
             image_bounds=bounds,
+            template_arguments=self.template_arguments,
         )
 
     def _checked(self, number: int, sample: PromptSample) -> PromptSample:
-        """One that came as it is, with the bounds that it leaves open."""
+        """One that came as it is, with what it leaves open."""
         self._check_parts(number, sample.messages, len(sample.images))
         own = sample.image_bounds or (PixelBounds(),) * len(sample.images)
         if len(own) != len(sample.images):
             raise self._error(number, f"has image_bounds for {len(own)} images, but {len(sample.images)} images")
         bounds = tuple(self._bounds(number, i, dataclasses.asdict(each)) for i, each in enumerate(own))
-        return dataclasses.replace(sample, image_bounds=bounds)
+        arguments = self.template_arguments | sample.template_arguments
+        return dataclasses.replace(sample, image_bounds=bounds, template_arguments=arguments)
 
     def _error(self, number: int, problem: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
         return kind(f"{self.source}: row {number} {problem}")

@@ -223,10 +223,11 @@ def _filled(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Paths of the keys with different values."""
     paths: list[str] = []
-    for key, value in one.items():
-        if isinstance(value, dict) and isinstance(other[key], dict):
-            paths += [f"{key}.{path}" for path in _differences(value, other[key])]
-        elif value != other[key]:
+    for key in {**one, **other}:
+        left, right = one.get(key), other.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            paths += [f"{key}.{path}" for path in _differences(left, right)]
+        elif left != right or (key in one) != (key in other):
             paths.append(key)
     return paths
 

@@ -87,7 +87,8 @@ def write_question(run_dir: Path, sample: PromptSample, *, max_tokens: int = 64)
     media = [_media(image, bounds) for image, bounds in sample.bounded_images]
     request = {
         "groupId": "question",
-        "chat": {"messages": messages},
+        "chat": {"messages": messages}
+        | ({"templateArguments": sample.template_arguments} if sample.template_arguments else {}),
         "media": media,
         "sampling": {"temperature": 0, "maxTokens": max_tokens},
         "returns": {"text": True},

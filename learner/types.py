@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.types import ChatMessage, Completion, FloatArray, IntArray, PromptInfo
+from common.types import ChatMessage, ChatPrompt, Completion, FloatArray, IntArray, PromptInfo
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,13 @@ class PromptSample:
     data_source: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     image_bounds: tuple[PixelBounds, ...] = ()
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the chat template."""
+
+    @property
+    def chat(self) -> ChatPrompt:
+        """The prompt as actors take it."""
+        return ChatPrompt(self.messages, self.template_arguments)
 
     @property
     def bounded_images(self) -> list[tuple[bytes, PixelBounds]]:

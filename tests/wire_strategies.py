@@ -122,13 +122,25 @@ sampling_params = st.builds(
     skip_special_tokens=st.booleans(),
     repetition_detection=st.none() | st.builds(RepetitionDetection, uint32, st.integers(1, 2**32 - 1), uint32),
 )
+# As it comes from the wire: whole numbers are `int`.
+_json: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | texts
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False).filter(lambda number: not number.is_integer()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
 _parts = st.one_of(st.builds(TextPart, texts), st.builds(MediaPart, uint32))
 prompts = st.one_of(
     st.builds(TextPrompt, texts),
     st.builds(TokenPrompt, id_tuples, st.lists(runs, max_size=3).map(tuple)),
-    st.lists(st.builds(ChatMessage, texts, st.lists(_parts, max_size=3).map(tuple)), max_size=3)
-    .map(tuple)
-    .map(ChatPrompt),
+    st.builds(
+        ChatPrompt,
+        st.lists(st.builds(ChatMessage, texts, st.lists(_parts, max_size=3).map(tuple)), max_size=3).map(tuple),
+        st.dictionaries(texts.map("_".__add__), _json, max_size=3),
+    ),
 )
 rollout_requests = st.builds(
     RolloutRequest,

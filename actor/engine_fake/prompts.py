@@ -75,7 +75,7 @@ class FakePrompts:
                 return list(token_ids)
             case TextPrompt(text):
                 return [PLACEHOLDER_ID] * len(request.media) + self._text_ids(text)
-            case ChatPrompt(messages):
+            case ChatPrompt(messages, _):
                 ids: list[int] = []
                 for message in messages:
                     ids += self._text_ids(message.role)

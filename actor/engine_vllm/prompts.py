@@ -10,7 +10,7 @@ import numpy as np
 
 from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm.media import VllmMedia
-from common.chat import template_messages
+from common.chat import render_chat
 from common.errors import InvalidRequest, TooLarge
 from common.placeholders import placeholder_ids
 from common.types import PromptInfo, TextPrompt, TokenPrompt
@@ -48,7 +48,6 @@ class VllmPrompts:
 
         `with_tensors`: see `VllmMedia.render`. Raises InvalidRequest and TooLarge.
         """
-        from jinja2 import TemplateError
         from vllm.exceptions import VLLMClientError
 
         placeholders = request.prompt.placeholders if isinstance(request.prompt, TokenPrompt) else ()
@@ -57,7 +56,7 @@ class VllmPrompts:
             engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=with_tensors)
             if not self._media.is_known(engine_input):
                 engine_input = await self._media.render(token_ids, placeholders, request.media, with_tensors=True)
-        except (TemplateError, ValueError, VLLMClientError) as error:
+        except (ValueError, VLLMClientError) as error:
             raise InvalidRequest("prompt", " ".join(str(error).split())) from error
         return self._info(request, [] if placeholders else token_ids, engine_input), engine_input
 
@@ -116,9 +115,5 @@ class VllmPrompts:
             return list(prompt.ids)
         if isinstance(prompt, TextPrompt):
             return list(self._tokenizer(prompt.text).input_ids)
-        text = self._processor.apply_chat_template(
-            template_messages(prompt.messages, [item.modality for item in request.media]),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = render_chat(self._processor, prompt, [item.modality for item in request.media])
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,6 +1,8 @@
 """What is asked of an actor: a group."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.types.media import MediaItem, PlaceholderRange
 from common.types.sampling import SamplingParams
@@ -33,9 +35,13 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages, to be rendered by the model's chat template with the generation prompt added."""
+    """Messages, to be rendered by the model's chat template with the generation prompt added.
+
+    `template_arguments` are further ones of the template, as JSON has them (`common.chat.template_arguments`).
+    """
 
     messages: tuple[ChatMessage, ...]
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

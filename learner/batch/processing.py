@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from common import torchvision_ops
-from common.chat import template_messages
+from common.chat import render_chat
 from common.config import ConfigError
 from common.errors import InvalidRequest, TooLarge, Unimplemented
 from common.media import content_hash, decode_image
 from common.placeholders import image_token_id
 from common.resizing import resize_options
-from common.types import ChatMessage, MediaPart, Modality, ServerLimits
+from common.types import MediaPart, Modality, ServerLimits
 from learner.batch.positions import PositionIndexer
 from learner.types import PixelBounds, ProcessedPrompt, PromptSample
 
@@ -73,14 +73,14 @@ class PromptProcessor:
             ConfigError: messages and images do not fit together, or an image cannot be decoded; it names the row.
         """
         sha256 = tuple(content_hash(image) for image in sample.images)
-        key = hashlib.sha256(repr((sample.messages, sha256, sample.image_bounds)).encode()).digest()
+        key = hashlib.sha256(repr((sample.chat, sha256, sample.image_bounds)).encode()).digest()
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
             try:
                 bounds = [bounds for _, bounds in sample.bounded_images]
-                processed = self._run(self.render(sample.messages), self._decoded(sample), sha256, bounds)
+                processed = self._run(render_chat(self._processor, sample.chat), self._decoded(sample), sha256, bounds)
             except (ValueError, InvalidRequest, TooLarge, Unimplemented) as error:
                 source = f" of {sample.data_source}" if sample.data_source else ""
                 hint = _TOO_LARGE if isinstance(error, TooLarge) else ""
@@ -93,13 +93,6 @@ class PromptProcessor:
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         with self._lock:
             text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
-
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The chat as text with one placeholder string for each image, ready for the answer."""
-        text: str = self._processor.apply_chat_template(
-            template_messages(messages), tokenize=False, add_generation_prompt=True
-        )
         return text
 
     def _decoded(self, sample: PromptSample) -> list[Image.Image]:

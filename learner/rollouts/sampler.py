@@ -24,7 +24,7 @@ from common.errors import (
 )
 from common.log import get_logger
 from common.media import content_hash
-from common.types import ChatPrompt, MediaItem, RolloutRequest, SamplingParams
+from common.types import MediaItem, RolloutRequest, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
 from learner.rollouts.scheduling import ActorHung
@@ -63,7 +63,7 @@ def build_request(
         MediaItem(content_hash(image), image, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels)
         for image, bounds in sample.bounded_images
     )
-    return RolloutRequest(group_id, ChatPrompt(sample.messages), media, sampling, return_text=return_text)
+    return RolloutRequest(group_id, sample.chat, media, sampling, return_text=return_text)
 
 
 class Sampler:

@@ -190,6 +190,19 @@ def test_the_hash_of_tensors_is_the_documented_one() -> None:
     assert tensors_hash((b, a)) == tensors_hash((a, b)) == expected
 
 
+def test_golden_template_arguments() -> None:
+    chat = ChatPrompt(REQUEST.prompt.messages, {"n": 2, "think": True})  # type: ignore[union-attr]
+    message = wire.request_to_proto(RolloutRequest("g", chat))
+    entries = (
+        "0a 0e 0a01 6e 1209 11 0000000000000040"  # 1: fields { 1: "n", 2: { 2: number_value = 2.0 } }
+        "0a 0b 0a05 7468696e6b 1202 2001"  # 1: fields { 1: "think", 2: { 4: bool_value } }
+    ).replace(" ", "")
+    encoded = message.chat.SerializeToString(deterministic=True).hex()
+    assert encoded.endswith(f"12{len(entries) // 2:02x}{entries}")  # 2: template_arguments
+    found = wire.request_from_proto(message).prompt
+    assert repr(found) == repr(chat)  # 2, not 2.0
+
+
 def test_golden_videos() -> None:
     """A video in files, one by hash, and experts asked for: by hand, as above."""
     request = RolloutRequest(

@@ -284,6 +284,18 @@ class _Maker:
         )
         return self._generate("text|tokens.*|chat.*", **values)
 
+    def arguments_of_the_template(self) -> BadCall:
+        rng = self._rng
+        chat = _chat(0)
+        bad: tuple[dict[str, Any], ...] = (
+            {rng.choice(("tokenize", "messages", "chat_template", "return_dict")): True},
+            {"x": [rng.choice((math.nan, math.inf))]},
+            {"x": "y" * 2**16},
+            {"x": [[]] * 2**15},
+        )
+        chat.template_arguments.update(rng.choice(bad))
+        return self._generate(r"chat\.template_arguments", chat=chat)
+
     def ids_of_the_prompt(self) -> BadCall:
         bad = self._rng.choice((-1, -_INT32 - 1, self._vocab_size, _INT32))
         ids = [5] * self._rng.randint(0, 20) + [bad]

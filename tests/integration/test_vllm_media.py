@@ -303,6 +303,26 @@ async def test_bounds_that_exclude_each_other(actor: LiveActor) -> None:
         assert refused.value.field == f"media[0].processor.{field}"
 
 
+async def test_arguments_of_the_template_are_those_of_the_learner(
+    actor: LiveActor, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that thinks if it is told to, on both sides."""
+    learner, engine = PromptProcessor(model_dir), actor.vllm._prompts
+    template = learner._processor.chat_template + "{% if think %}{{ 'at most ' ~ think }}{% endif %}"
+    for processor in (learner._processor, engine._processor):
+        monkeypatch.setattr(processor, "chat_template", template)
+    lengths = []
+    for arguments in ({}, {"think": 5}, {"think": "twelve"}):
+        row = replace(PROMPT, template_arguments=arguments)
+        group = await actor.ask(row.chat, media_of(IMAGES), **ANSWER)
+        check_images(learner.process(row), group.prompt, group.completions)
+        lengths.append(len(group.prompt.expanded_ids))
+    assert [length - lengths[0] for length in lengths] == [0, len("at most 5"), len("at most twelve")]
+    with pytest.raises(InvalidRequest) as refused:
+        await actor.ask(ChatPrompt(PROMPT.messages, {"tools": 3}), media_of(IMAGES), **ANSWER)
+    assert refused.value.field == "chat.template_arguments"
+
+
 # ----------------------------------------------------------------------------------------------------------- the wire
 
 

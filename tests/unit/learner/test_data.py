@@ -382,6 +382,18 @@ def test_bounds_that_no_image_keeps(options: dict[str, int], message: str) -> No
         parse_config(DataConfig, {"train": "a"} | options, "run.yaml")
 
 
+def test_arguments_of_the_chat_template_are_those_of_each_row(module: types.ModuleType) -> None:
+    own = dataclasses.replace(make_sample(3), template_arguments={"budget": 9})
+    module.rows = lambda: [{"prompt": "?", "answer": 1}]  # type: ignore[attr-defined]
+    module.samples = lambda: [own]  # type: ignore[attr-defined]
+    arguments = {"enable_thinking": False, "budget": 3.0}
+    for name, budget in (("rows", 3), ("samples", 9)):
+        sample = load(f"{MODULE}:{name}", image_column="", chat_template_arguments=arguments)[0]
+        assert json.dumps(sample.template_arguments) == json.dumps({"enable_thinking": False, "budget": budget})
+    with pytest.raises(ConfigError, match=r"chat_template_arguments: add_generation_prompt is no variable of a chat"):
+        parse_config(DataConfig, {"train": "a", "chat_template_arguments": {"add_generation_prompt": False}}, "x")
+
+
 def test_two_ways_of_holding_out_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="not both"):
         parse_config(DataConfig, {"train": "a", "held_out": "b", "held_out_fraction": 0.1}, "run.yaml")

@@ -72,6 +72,12 @@ def test_request_carries_the_bounds_of_images() -> None:
     assert [(item.min_pixels, item.max_pixels) for item in media] == [(None, 7), (3, None)]
 
 
+def test_request_carries_the_arguments_of_the_template() -> None:
+    sample = dataclasses.replace(make_sample(0), template_arguments={"enable_thinking": False})
+    request = build_request("g", sample, SamplingParams())
+    assert request.prompt == ChatPrompt(sample.messages, {"enable_thinking": False})
+
+
 async def test_a_group_comes_back_whole() -> None:
     async with sampler(FakeActor("one")) as sample:
         got = await sample.sample(REQUEST, min_version=any_version, expected=process(SAMPLE))

@@ -61,11 +61,12 @@ def test_summary_json_has_the_promised_fields(tmp_path: Path) -> None:
 def test_the_question_is_a_request_that_the_server_reads(tmp_path: Path) -> None:
     image = b"\x89PNG\r\n\x1a\n rest"
     sample = PromptSample(0, (ChatMessage("user", (MediaPart(0), TextPart("digit?"))),), (image,), "3")
-    sample = dataclasses.replace(sample, image_bounds=(PixelBounds(max_pixels=5000),))
+    bounds, arguments = (PixelBounds(max_pixels=5000),), {"enable_thinking": False}
+    sample = dataclasses.replace(sample, image_bounds=bounds, template_arguments=arguments)
     path = write_question(tmp_path, sample, max_tokens=8)
     assert (tmp_path / "question.png").read_bytes() == image
     request = wire.request_from_proto(json_format.Parse(path.read_text(), rollout_pb2.GenerateRequest()))
-    assert request.prompt == ChatPrompt(sample.messages)
+    assert request.prompt == ChatPrompt(sample.messages, arguments)
     assert request.media[0].encoded == image
     assert (request.media[0].min_pixels, request.media[0].max_pixels) == (None, 5000)
     assert (request.sampling.temperature, request.sampling.max_tokens, request.return_text) == (0.0, 8, True)

@@ -124,6 +124,19 @@ def test_a_model_that_does_not_resize_by_pixels_says_so(model_dir: Path, monkeyp
         processor.process(bounded)
 
 
+def test_the_chat_template_gets_its_arguments(model_dir: Path, hf_processor: Any) -> None:
+    processor = PromptProcessor(model_dir)
+    processor._processor.chat_template += "{% if think %}{{ think + '!' }}{% endif %}"
+    given = sample(5, "x")
+    texts = []
+    for arguments in ({}, {"think": "hard"}):
+        ids = processor.process(dataclasses.replace(given, template_arguments=arguments)).input_ids
+        texts.append(hf_processor.tokenizer.decode(ids))
+    assert texts[1] == texts[0] + "hard!"
+    with pytest.raises(ConfigError, match=r"^row 5: chat.template_arguments: TypeError: unsupported operand"):
+        processor.process(dataclasses.replace(given, template_arguments={"think": 1}))
+
+
 def test_threads_get_what_one_thread_gets(model_dir: Path, processor: PromptProcessor) -> None:
     shared = PromptProcessor(model_dir, cache_bytes=0)
     results: dict[int, list[int]] = {}
