@@ -44,6 +44,8 @@ class DataConfig(Config):
     image_column: str = pydantic.Field("images", description="'' for text only")
     answer_column: str = pydantic.Field("", description="dots lead into structs; '' is reward_model.ground_truth, ...")
     question: str = pydantic.Field("", description="asked of every row that has no prompt column")
+    system: str = pydantic.Field("", description="a system prompt for rows that have none")
+    suffix: str = pydantic.Field("", description="goes right behind the text of the last user message of each row")
     min_pixels: int | None = pydantic.Field(None, description="of an image once resized; its own min_pixels go first")
     max_pixels: int | None = pydantic.Field(None, description="as min_pixels; None is the model's own")
     max_media_pixels: int = pydantic.Field(
@@ -155,6 +157,8 @@ def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
         image_column=image_column,
         answer_column=config.answer_column,
         question=config.question,
+        system=config.system,
+        suffix=config.suffix,
         base_dir=folder,
         bounds=config.bounds,
         template_arguments=config.chat_template_arguments,
@@ -189,7 +193,10 @@ def _guess_format(where: str, base_dir: Path) -> Format:
     if ":" in where and not path.exists():
         return "python"
     if not path.exists():
-        raise ConfigError(f"data: {where} does not exist; give a file, a folder, or package.module:function")
+        raise ConfigError(
+            f"data: {where} does not exist; give a file, a folder, or package.module:function. "
+            "`hf download --repo-type dataset NAME --local-dir DIRECTORY` gets one of the hub"
+        )
     raise ConfigError(f"data: the format of {where} is not clear; set data.format")
 
 

@@ -40,6 +40,8 @@ class RowReader:
         image_column: one image or a list of them; "" for text only.
         answer_column: the ground truth, with dots into structs; "" tries verl's and the usual names.
         question: asked of every row that has no prompt of its own.
+        system: a system prompt for rows that have none.
+        suffix: goes right behind the text of the last user message.
         base_dir: image paths in rows are relative to it.
         bounds: of images that have none of their own.
         template_arguments: of the chat template.
@@ -50,6 +52,8 @@ class RowReader:
     image_column: str = "images"
     answer_column: str = ""
     question: str = ""
+    system: str = ""
+    suffix: str = ""
     base_dir: Path = Path()
     bounds: PixelBounds = field(default_factory=PixelBounds)
     template_arguments: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +68,7 @@ class RowReader:
         used = {self.prompt_column, self.image_column, "data_source", "videos"}
         return PromptSample(
             row=number,
-            messages=self._messages(number, row, len(images)),
+            messages=self._framed(number, self._messages(number, row, len(images))),
             images=images,
             ground_truth=self._answer(number, row),
             data_source=str(row.get("data_source") or ""),
@@ -81,7 +85,8 @@ class RowReader:
             raise self._error(number, f"has image_bounds for {len(own)} images, but {len(sample.images)} images")
         bounds = tuple(self._bounds(number, i, dataclasses.asdict(each)) for i, each in enumerate(own))
         arguments = self.template_arguments | sample.template_arguments
-        return dataclasses.replace(sample, image_bounds=bounds, template_arguments=arguments)
+        messages = self._framed(number, sample.messages)
+        return dataclasses.replace(sample, messages=messages, image_bounds=bounds, template_arguments=arguments)
 
     def _error(self, number: int, problem: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
         return kind(f"{self.source}: row {number} {problem}")
@@ -114,6 +119,22 @@ class RowReader:
             messages.append(ChatMessage(str(message["role"]), tuple(parts)))
         self._check_parts(number, messages, num_images)
         return tuple(messages)
+
+    def _framed(self, number: int, messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+        """With the system prompt and the suffix of all rows."""
+        framed = list(messages)
+        if self.suffix:
+            last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+            if last < 0:
+                raise self._error(number, "has no message of the role 'user' for the suffix")
+            parts, text = list(messages[last].parts), self.suffix
+            if parts and isinstance(end := parts[-1], TextPart):
+                text = end.text + text
+                parts.pop()
+            framed[last] = ChatMessage("user", (*parts, TextPart(text)))
+        if self.system and all(message.role != "system" for message in messages):
+            framed.insert(0, ChatMessage("system", (TextPart(self.system),)))
+        return tuple(framed)
 
     def _parts(self, number: int, content: str | Sequence[Any]) -> list[str | None]:
         """Text, and None for each image. Nothing is left out: it would be missing from the prompt without a word."""

@@ -284,6 +284,11 @@ def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: 
             {"image_column": ""},
             "part of type 'str'",
         ),
+        (
+            [{"prompt": [{"role": "assistant", "content": "x"}], "images": None, "answer": 1}],
+            {"suffix": "y"},
+            "row 0 has no message of the role 'user' for the suffix",
+        ),
         ([], {}, "has no rows"),
         ([verl_row(0)], {"held_out_fraction": 0.5}, "leaves nothing of 1 rows"),
     ],
@@ -302,6 +307,7 @@ def test_mistakes_in_rows_are_one_line(
     [
         ("missing.parquet", "missing.parquet does not exist; give a parquet file"),
         ("nowhere", "nowhere does not exist; give a file, a folder, or package.module:function"),
+        ("hiyouga/geometry3k", "does not exist; .* `hf download --repo-type dataset NAME --local-dir DIRECTORY`"),
         ("no_such_package:rows", "cannot import 'no_such_package'"),
         ("broken.parquet", "broken.parquet cannot be read as parquet"),
         ("notes.txt", "the format of notes.txt is not clear; set data.format"),
@@ -392,6 +398,37 @@ def test_arguments_of_the_chat_template_are_those_of_each_row(module: types.Modu
         assert json.dumps(sample.template_arguments) == json.dumps({"enable_thinking": False, "budget": budget})
     with pytest.raises(ConfigError, match=r"chat_template_arguments: add_generation_prompt is no variable of a chat"):
         parse_config(DataConfig, {"train": "a", "chat_template_arguments": {"add_generation_prompt": False}}, "x")
+
+
+def test_all_rows_may_have_a_system_prompt_and_a_suffix(module: types.ModuleType) -> None:
+    """Where a row has a system prompt it stays, and what follows the last user message stays behind it."""
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "user", "content": "Look <image>"},
+        {"role": "assistant", "content": "Well"},
+    ]
+    module.rows = lambda: [  # type: ignore[attr-defined]
+        {"prompt": "<image>How many?", "images": image(1), "answer": 1},
+        verl_row(0),
+        {"prompt": turns, "images": image(1), "answer": 1},
+    ]
+    module.samples = lambda: [make_sample(3)]  # type: ignore[attr-defined]
+    options = {"system": "Be brief.", "suffix": " Think."}
+    dataset = load(f"{MODULE}:rows", **options)
+    system = ChatMessage("system", (TextPart("Be brief."),))
+    assert dataset[0].messages == (system, ChatMessage("user", (MediaPart(0), TextPart("How many? Think."))))
+    assert dataset[1].messages == (
+        ChatMessage("system", (TextPart("Answer."),)),
+        ChatMessage("user", (MediaPart(0), TextPart("Which digit? Think."))),
+    )
+    assert dataset[2].messages[2:] == (
+        ChatMessage("user", (TextPart("Look "), MediaPart(0), TextPart(" Think."))),
+        ChatMessage("assistant", (TextPart("Well"),)),
+    )
+    assert load(f"{MODULE}:samples", **options)[0].messages == (
+        system,
+        ChatMessage("user", (TextPart("row 3 Think."),)),
+    )
 
 
 def test_two_ways_of_holding_out_are_one_too_many() -> None:
