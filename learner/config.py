@@ -188,6 +188,9 @@ class EvaluationConfig(Config):
     temperature: float = Field(1.0, ge=0.01, le=2)
     # The reward at which a completion passes.
     pass_reward: float = 1.0
+    # Share of the held-out rows that may go without a score because their reward or group fails. Accuracy is then the
+    # mean of the others, and the run says of how many; with more the run ends.
+    max_failed_share: float = Field(0.01, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:

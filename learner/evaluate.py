@@ -6,18 +6,22 @@ It goes beside the credits of training: nothing that is sampled here is trained 
 """
 
 import asyncio
+import collections
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from common.log import get_logger
 from common.threads import to_own_thread
 from common.types import Completion, FloatArray, SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
-from learner.rewards.base import Rewards
-from learner.rollouts.sampler import Sampler, build_request
+from learner.rewards.base import RewardError, Rewards
+from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.types import ProcessedPrompt, PromptSample
+
+log = get_logger(__name__)
 
 # Their images are in memory at the same time.
 _MAX_ROWS_AT_ONCE = 512
@@ -43,6 +47,12 @@ class Evaluation:
     mean_tokens: float
     pass_at_k: dict[int, float] = field(default_factory=dict)
     """k -> mean over the rows; empty without sampled completions."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows without a score, which are not among `num_rows`."""
+
+
+class TooManyFailed(RuntimeError):  # noqa: N818 - says what happened
+    """So many rows have no score that those of the others would be another number."""
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
@@ -74,17 +84,19 @@ async def evaluate(
         processor: of the policy.
         greedy: for the accuracy, one completion.
         sampled: for pass@k, several; None leaves it out.
-        settings: what counts as passed, and which k.
+        settings: what counts as passed, which k, and how many rows may fail.
         group_prefix: of the groups' names.
         version: of the policy.
 
-    Raises what sampling and rewards raise: an evaluation with holes in it would be a wrong number.
+    A row whose reward or group fails is left out of every mean, and counted. Raises `TooManyFailed`, and what else
+    sampling raises.
     """
+    failed: collections.Counter[str] = collections.Counter()
     room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
     turns = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
-    async def ask(row: int) -> tuple[float, int, int]:
-        """(greedy reward, its tokens, sampled completions that passed)."""
+    async def ask(row: int) -> tuple[float, int, int] | None:
+        """(greedy reward, its tokens, sampled completions that passed); None for a row that failed."""
         async with room:
             async with turns:
                 sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
@@ -94,11 +106,18 @@ async def evaluate(
                 group = await sampler.sample(request, min_version=lambda: version, expected=expected)
                 return await rewards.score(sample, group.completions), group.completions
 
-            scores, (completion,) = await answers("", greedy)
-            passed = 0
-            if sampled is not None:
-                sampled_scores, _ = await answers("samples.", sampled)
-                passed = int((sampled_scores >= settings.pass_reward).sum())
+            try:
+                scores, (completion,) = await answers("", greedy)
+                passed = 0
+                if sampled is not None:
+                    sampled_scores, _ = await answers("samples.", sampled)
+                    passed = int((sampled_scores >= settings.pass_reward).sum())
+            except (GroupFailed, RewardError) as error:
+                log.warning("held-out row has no score", row=sample.row, reason=error.reason, error=str(error))
+                failed[error.reason] += 1
+                if failed.total() > settings.max_failed_share * len(rows):
+                    raise TooManyFailed(_too_many(sample, error, failed.total(), len(rows))) from error
+                return None
             return float(scores[0]), len(completion.token_ids), passed
 
     try:
@@ -106,11 +125,18 @@ async def evaluate(
             tasks = [group.create_task(ask(row)) for row in range(len(rows))]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
-    scores, lengths, passed = zip(*(task.result() for task in tasks), strict=True)
+    scores, lengths, passed = zip(*filter(None, (task.result() for task in tasks)), strict=True)
     rates = {}
     if sampled is not None:
         rates = {k: sum(pass_at_k(sampled.n, count, k) for count in passed) / len(passed) for k in settings.k}
-    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths), rates)
+    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths), rates, dict(failed))
+
+
+def _too_many(sample: PromptSample, error: GroupFailed | RewardError, num_failed: int, num_rows: int) -> str:
+    return (
+        f"held-out row {sample.row} has no score ({error.reason}: {error}), as {num_failed} of {num_rows} by now: more "
+        "than evaluation.max_failed_share. A resumed run asks them again; mend the reward or the rows, or raise it"
+    )
 
 
 def _prepare(rows: Rows, row: int, processor: PromptProcessor) -> tuple[PromptSample, ProcessedPrompt]:

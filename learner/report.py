@@ -127,6 +127,12 @@ class Reporter:
             self._progress.pass_at_k_before = rates
         self._progress.pass_at_k_after = rates
         self._display.accuracy(version, result.accuracy)
+        if result.failed:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in result.failed.items())
+            num_asked = result.num_rows + sum(result.failed.values())
+            self._display.note(
+                f"held-out accuracy is of {result.num_rows} of {num_asked} rows; without a score: {reasons}"
+            )
         if rates:
             self._display.note("  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items()))
         self._write(
@@ -134,6 +140,7 @@ class Reporter:
                 "step": version,
                 "accuracy": result.accuracy,
                 "eval_rows": result.num_rows,
+                "eval_failed": result.failed,
                 "eval_tokens": result.mean_tokens,
                 **{f"pass@{k}": rate for k, rate in rates.items()},
             }

@@ -27,6 +27,7 @@ Role = Literal["launcher", "learner"]
 _PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "tracing"}
 _PLACE_IN = {
     "data": {"max_media_pixels"},
+    "evaluation": {"max_failed_share"},
     "model": {"enable_gradient_checkpointing", "use_fused_kernels", "cpu_offload", "use_torch_compile"},
     "reward": {"timeout_s", "num_processes"},
     "rollout": {

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from common.types import Completion, FloatArray, RolloutRequest, SamplingParams
 from learner.config import EvaluationConfig
-from learner.evaluate import Evaluation, evaluate, pass_at_k
+from learner.evaluate import Evaluation, TooManyFailed, evaluate, pass_at_k
+from learner.rewards.base import RewardError
+from learner.rollouts.sampler import GroupFailed
 from learner.types import ProcessedPrompt, PromptSample
 from tests.fakes import FakeProcessor, make_completion, make_sample
 
@@ -71,9 +73,11 @@ class GatedProcessor(FakeProcessor):
         return dataclasses.replace(super().process(sample), media={"pixel_values": torch.zeros(1)})
 
 
-async def run(settings: EvaluationConfig, processor: Any = None) -> tuple[Evaluation, list[RolloutRequest]]:
-    sampler: Any = CountingSampler()
-    rewards: Any = RowsOftenPass()
+async def run(
+    settings: EvaluationConfig, processor: Any = None, rewards: Any = None, sampler: Any = None
+) -> tuple[Evaluation, list[RolloutRequest]]:
+    sampler = sampler or CountingSampler()
+    rewards = rewards or RowsOftenPass()
     processor = processor or FakeProcessor()
     result = await evaluate(
         Rows(),
@@ -103,6 +107,45 @@ async def test_pass_at_k_over_the_rows() -> None:
     assert result.pass_at_k == pytest.approx({1: 6 / 16, 2: (0 + 1 / 2 + 5 / 6 + 1) / 4, 4: 3 / 4})
     assert len({request.group_id for request in requests}) == 2 * ROWS
     assert {request.sampling.temperature for request in requests} == {0.0, 0.7}
+
+
+class RowsOftenFail(RowsOftenPass):
+    """The reward of the last rows fails: of the last one always, of the one before with sampled completions."""
+
+    async def score(self, sample: Any, completions: Sequence[Completion]) -> FloatArray:
+        if sample.row == ROWS - 1 or (sample.row == ROWS - 2 and len(completions) > 1):
+            raise RewardError("REWARD_RAISED", f"row {sample.row}: KeyError: 'x' (f)")
+        return await super().score(sample, completions)
+
+
+async def test_a_failed_row_is_counted_and_is_no_value() -> None:
+    result, _ = await run(EvaluationConfig(max_failed_share=0.25), rewards=RowsOftenFail())
+    assert result.accuracy == pytest.approx((0 + 1 + 2) / 12)
+    assert (result.num_rows, result.failed) == (ROWS - 1, {"REWARD_RAISED": 1})
+    settings = EvaluationConfig(samples=4, k=(1,), max_failed_share=0.5)
+    result, _ = await run(settings, rewards=RowsOftenFail())
+    assert (result.accuracy, result.pass_at_k) == (pytest.approx((0 + 1) / 8), {1: pytest.approx((0 + 1 / 4) / 2)})
+    assert (result.num_rows, result.failed) == (ROWS - 2, {"REWARD_RAISED": 2})
+
+
+async def test_too_many_failed_rows_end_the_evaluation() -> None:
+    message = (
+        r"^held-out row 3 has no score \(REWARD_RAISED: row 3: .*1 of 4 by now: more than evaluation.max_failed_sh"
+    )
+    for settings in (EvaluationConfig(), EvaluationConfig(max_failed_share=0.24)):
+        with pytest.raises(TooManyFailed, match=message):
+            await run(settings, rewards=RowsOftenFail())
+
+
+async def test_a_group_that_no_actor_takes_is_a_failed_row() -> None:
+    class Refusing(CountingSampler):
+        async def sample(self, request: RolloutRequest, *, min_version: Any, expected: Any) -> Any:
+            if request.group_id.endswith(".0"):
+                raise GroupFailed("INVALID_REQUEST", "prompt: too long")
+            return await super().sample(request, min_version=min_version, expected=expected)
+
+    result, _ = await run(EvaluationConfig(max_failed_share=0.25), sampler=Refusing())
+    assert (result.accuracy, result.failed) == (pytest.approx((1 + 2 + 3) / 12), {"INVALID_REQUEST": 1})
 
 
 async def test_what_passes_is_a_setting() -> None:

@@ -60,6 +60,19 @@ def test_prometheus_shows_what_is_watched_of_both_lines(tmp_path: Path) -> None:
     assert (line["reward"], line["accuracy"], line["loss"], line["grad_norm"]) == (0.5, 0.625, 1.0, 2.0)
 
 
+def test_held_out_rows_without_a_score_are_told(tmp_path: Path) -> None:
+    said, writer = StringIO(), MetricsWriter(tmp_path / "metrics.jsonl")
+    reporter = Reporter(Display(name="x", total_steps=2, run_dir=tmp_path, stream=said), writer, Progress())
+    reporter.accuracy(0, Evaluation(0.5, 500, 12.5))
+    assert "without a score" not in said.getvalue()
+    reporter.accuracy(1, Evaluation(0.625, 497, 12.5, failed={"REWARD_RAISED": 2, "INVALID_REQUEST": 1}))
+    writer.close()
+    line = "held-out accuracy is of 497 of 500 rows; without a score: REWARD_RAISED 2, INVALID_REQUEST 1"
+    assert line in said.getvalue()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [each["eval_failed"] for each in lines] == [{}, {"REWARD_RAISED": 2, "INVALID_REQUEST": 1}]
+
+
 def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     metrics = _metrics()
     assert _shown(metrics, {"reward": 0.0, "accuracy": 0.0}) == {}
