@@ -32,6 +32,7 @@ from tests.manifests.rendered import (
 # Who reads a variable: a module that says its name.
 READERS = {
     "HOME": "posixpath",
+    "HF_DATASETS_CACHE": "datasets.config",
     "HF_HUB_OFFLINE": "huggingface_hub.constants",
     "OMP_NUM_THREADS": "torch.distributed.run",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "opentelemetry.sdk.environment_variables",
