@@ -3,7 +3,7 @@
 Read with Hugging Face `datasets`: parquet and jsonl files (one, several by a glob, or a folder of them), a folder of
 images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.rows`.
 
-No `datasets` and no torch at import: configuration needs this module.
+No `datasets`, no gRPC and no torch at import: configuration needs this module.
 """
 
 import importlib
@@ -16,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from common.chat import template_arguments
 from common.config import Config, ConfigError
-from common.errors import InvalidRequest
 from common.types import ServerLimits
 from learner.rewards.load import load_object, mistake
 from learner.rows import RowReader
@@ -59,6 +57,9 @@ class DataConfig(Config):
     @pydantic.field_validator("chat_template_arguments")
     @classmethod
     def _arguments_that_cross(cls, values: dict[str, Any]) -> dict[str, Any]:
+        from common.chat import template_arguments
+        from common.errors import InvalidRequest
+
         try:
             return template_arguments(values, "")
         except InvalidRequest as error:
