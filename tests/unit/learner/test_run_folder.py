@@ -44,6 +44,9 @@ def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path
     patient = {"total_steps": 3, "batch_prompts": 2, "rank_timeout_s": 300.0, "max_tokens_per_micro_batch": 64}
     assert _chosen(_config(tmp_path, trainer=patient)) == first
     assert yaml.safe_load((first / "config.yaml").read_text())["trainer"]["rank_timeout_s"] == 300.0
+    # Nor what else would end it.
+    data, evaluation = {"train": "rows.jsonl", "max_media_pixels": 2**26}, {"max_failed_share": 0.5}
+    assert _chosen(_config(tmp_path, data=data, evaluation=evaluation)) == first
 
 
 def test_a_run_that_an_earlier_version_has_begun_is_continued(tmp_path: Path) -> None:
@@ -62,6 +65,18 @@ def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys
     _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
     hint = f"{first} is unfinished and has another seed, trainer.total_steps; run_dir={first} continues it"
     assert capsys.readouterr().out == f"a new run: {hint}\n"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": True}, {"enable_thinking": False, "budget": 2}])
+def test_arguments_of_the_template_may_come_and_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, object]
+) -> None:
+    first = _chosen(_config(tmp_path, data={"train": "a", "chat_template_arguments": arguments}))
+    _checkpoint(first)
+    other = {"train": "a", "chat_template_arguments": {"enable_thinking": False}, "max_media_pixels": 9}
+    assert _chosen(_config(tmp_path, data=other)) != first
+    path = "budget" if "budget" in arguments else "enable_thinking"
+    assert f"has another data.chat_template_arguments.{path};" in capsys.readouterr().out
 
 
 def test_a_run_that_has_nothing_to_continue_is_not_spoken_of(
