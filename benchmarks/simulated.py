@@ -213,7 +213,7 @@ def train(
             processor=processor,
             ledger=ledger,
             version=0,
-            on_actor_event=display.note,
+            notify=display.note,
         )
         stack.callback(control.close)
         control.start()

@@ -38,7 +38,7 @@ from learner.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
-from learner.rollouts.dispatcher import Dispatcher, DispatchStats
+from learner.rollouts.dispatcher import Dispatcher, DispatchStats, describe_drop
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
 from learner.rollouts.sampler import Sampler
@@ -70,15 +70,16 @@ class Control:
         processor: PromptProcessor,
         ledger: Ledger,
         version: int,
-        on_actor_event: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
+        """`notify` is told what the user should know, one line each time: of actors, updates and dropped groups."""
         self.run_id = uuid.uuid4().hex[:12]
         self.processor = processor
         self._config = config
         self._backend = backend
         self._held_out = held_out
         self._ledger = ledger
-        self._on_actor_event = on_actor_event
+        self._notify = notify
         trainer = config.trainer
         self._buffer = GroupBuffer(
             max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts, max_stale_share=trainer.max_stale_share
@@ -116,6 +117,7 @@ class Control:
             run_id=self.run_id,
             sampling_seed=config.rollout.seed,
             drop_uniform_groups=config.rollout.drop_uniform_groups,
+            notify=notify,
         )
         self._metrics = LearnerMetrics(
             members=self._fleet.members,
@@ -179,6 +181,8 @@ class Control:
         for sequence in dropped:
             self._ledger.mark_dropped(sequence, _SKIPPED)
         if dropped:
+            if not self._skipped:
+                self._notify(describe_drop(_SKIPPED, f"loss or gradient of step {version} was not finite"))
             self._skipped = {_SKIPPED: self._skipped.get(_SKIPPED, 0) + len(dropped)}
         self._ledger.mark_trained([group.sequence for group in groups if group.sequence not in dropped])
         self._dispatcher.set_version(version)
@@ -265,7 +269,7 @@ class Control:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
     async def _serve(self) -> None:
-        self._fleet.subscribe(lambda event: self._on_actor_event(describe(event)))
+        self._fleet.subscribe(lambda event: self._notify(describe(event)))
         self._fleet.subscribe(self._metrics.fleet_event)
         try:
             await self._fleet.start(
@@ -300,7 +304,7 @@ class Control:
 
     def _update_failed(self, line: str) -> None:
         self._metrics.update_failed()
-        self._on_actor_event(line)
+        self._notify(line)
 
 
 def sampling_params(config: LearnerConfig) -> SamplingParams:

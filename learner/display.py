@@ -22,6 +22,8 @@ from rich.text import Text
 from common.types import ActorState
 from learner.summary import format_duration
 
+# A smaller share of dropped groups is not shown.
+_MANY_DROPPED = 0.05
 _BARS = "▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     ActorState.SERVING: "green",
@@ -44,6 +46,8 @@ class StepReport:
     step_s: float
     loss: float | None = None
     entropy: float | None = None
+    dropped: float = 0.0
+    """Share of the groups since the step before that were dropped."""
 
 
 class ActorView(Protocol):
@@ -124,10 +128,11 @@ class Display:
 
     def _show_step(self, report: StepReport) -> None:
         serving = sum(actor.state is ActorState.SERVING for actor in self._actors())
+        dropped = f"dropped {report.dropped:.0%}  " if report.dropped >= _MANY_DROPPED else ""
         self._print(
             f"step {report.step:>4}/{self._total_steps}  reward {report.reward:.3f}  "
             f"{report.completions_per_s:>5.0f} completions/s  staleness {report.staleness:.2f}  "
-            f"parity {_scientific(report.parity)}  actors {serving}/{len(self._actors())}  {self._elapsed()}"
+            f"parity {_scientific(report.parity)}  {dropped}actors {serving}/{len(self._actors())}  {self._elapsed()}"
         )
 
     def _elapsed(self) -> str:
@@ -189,6 +194,8 @@ class LiveDisplay(Display):
         table.add_row("completions/s", f"{report.completions_per_s:,.0f}" if report else "-")
         table.add_row("staleness", f"{report.staleness:.2f}" if report else "-", "versions, mean of the last step")
         parity = _scientific(report.parity) if report else "-"
+        if report and report.dropped >= _MANY_DROPPED:
+            table.add_row("dropped groups", f"{report.dropped:.0%}", "of those since the step before")
         table.add_row("parity", parity, "largest logprob difference, actor and learner")
         return table
 

@@ -8,18 +8,17 @@ It goes beside the credits of training: nothing that is sampled here is trained 
 import asyncio
 import collections
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.log import get_logger
 from common.threads import to_own_thread
-from common.types import Completion, FloatArray, SamplingParams
+from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
 from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
-from learner.types import ProcessedPrompt, PromptSample
+from learner.types import Group, ProcessedPrompt, PromptSample
 
 log = get_logger(__name__)
 
@@ -49,6 +48,8 @@ class Evaluation:
     """k -> mean over the rows; empty without sampled completions."""
     failed: dict[str, int] = field(default_factory=dict)
     """Reason -> rows without a score, which are not among `num_rows`."""
+    groups: tuple[Group, ...] = ()
+    """Of the greedy completions, row by row, without images and other columns."""
 
 
 class TooManyFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -95,41 +96,46 @@ async def evaluate(
     room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
     turns = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
-    async def ask(row: int) -> tuple[float, int, int] | None:
-        """(greedy reward, its tokens, sampled completions that passed); None for a row that failed."""
+    async def ask(row: int) -> tuple[Group, int] | None:
+        """(the greedy completion, sampled completions that passed); None for a row that failed."""
         async with room:
             async with turns:
                 sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
 
-            async def answers(name: str, sampling: SamplingParams) -> tuple[FloatArray, Sequence[Completion]]:
+            async def answers(name: str, sampling: SamplingParams) -> Group:
                 request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
                 group = await sampler.sample(request, min_version=lambda: version, expected=expected)
-                return await rewards.score(sample, group.completions), group.completions
+                scores = await rewards.score(sample, group.completions)
+                kept = replace(sample, images=(), extra={})  # all rows are in memory in the end
+                told = (request.group_id, row, kept, expected, group.prompt, group.completions)
+                return Group(*told, scores.rewards, scores.parts)
 
             try:
-                scores, (completion,) = await answers("", greedy)
+                answer = await answers("", greedy)
                 passed = 0
                 if sampled is not None:
-                    sampled_scores, _ = await answers("samples.", sampled)
-                    passed = int((sampled_scores >= settings.pass_reward).sum())
+                    passed = int(((await answers("samples.", sampled)).rewards >= settings.pass_reward).sum())
             except (GroupFailed, RewardError) as error:
                 log.warning("held-out row has no score", row=sample.row, reason=error.reason, error=str(error))
                 failed[error.reason] += 1
                 if failed.total() > settings.max_failed_share * len(rows):
                     raise TooManyFailed(_too_many(sample, error, failed.total(), len(rows))) from error
                 return None
-            return float(scores[0]), len(completion.token_ids), passed
+            return answer, passed
 
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(row)) for row in range(len(rows))]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
-    scores, lengths, passed = zip(*filter(None, (task.result() for task in tasks)), strict=True)
+    groups, passed = zip(*filter(None, (task.result() for task in tasks)), strict=True)
+    scores = [float(group.rewards[0]) for group in groups]
+    lengths = [len(group.completions[0].token_ids) for group in groups]
     rates = {}
     if sampled is not None:
         rates = {k: sum(pass_at_k(sampled.n, count, k) for count in passed) / len(passed) for k in settings.k}
-    return Evaluation(sum(scores) / len(scores), len(scores), sum(lengths) / len(lengths), rates, dict(failed))
+    mean_tokens = sum(lengths) / len(lengths)
+    return Evaluation(sum(scores) / len(scores), len(scores), mean_tokens, rates, dict(failed), groups)
 
 
 def _too_many(sample: PromptSample, error: GroupFailed | RewardError, num_failed: int, num_rows: int) -> str:

@@ -16,7 +16,7 @@
 | `outrider_learner_update_failures_total` | counter | weight updates that failed |
 
 Beside these, gauges of the last values in `metrics.jsonl` under their names there, as `outrider_learner_reward`: the
-keys of `_MEASURED`. One that was not measured is not shown.
+keys of `_MEASURED`, and `reward_parts` by `name`. One that was not measured is not shown.
 """
 
 from collections import Counter as Counts
@@ -37,6 +37,9 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _VERSIONS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
 _MEASURED = {
     "reward": "Mean reward of the completions of the last step.",
+    "reward_std": "Standard deviation of the rewards within a group, mean of the groups of the last step.",
+    "uniform_fraction": "Share of the last step's groups whose rewards are all equal.",
+    "truncated_fraction": "Share of the last step's completions that were cut off at rollout.max_tokens.",
     "accuracy": "Mean reward of the held-out rows in the last evaluation.",
     "loss": "Loss of the last step.",
     "grad_norm": "Norm of the gradient of the last step, before clipping.",
@@ -45,6 +48,9 @@ _MEASURED = {
     "entropy": "Mean entropy of the last step's tokens, in nats.",
     "parity_max_abs_diff": "Largest logprob difference of actor and learner where the current policy sampled.",
 }
+
+
+_PARTS = "reward_parts"
 
 
 class LearnerMetrics:
@@ -68,7 +74,7 @@ class LearnerMetrics:
         self._version.set(version)
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
-        self._measured: dict[str, float | None] = {}
+        self._measured: dict[str, Any] = {}
         self.registry.register(_Asked(members, stats, num_buffered, self._measured))
 
     def trained(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
@@ -80,7 +86,7 @@ class LearnerMetrics:
 
     def measured(self, values: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`, of a step or of an evaluation. None: not measured this time."""
-        self._measured |= {key: values[key] for key in _MEASURED.keys() & values.keys()}
+        self._measured |= {key: values[key] for key in (*_MEASURED, _PARTS) if key in values}
 
     def fleet_event(self, event: FleetEvent) -> None:
         """A transition of an actor."""
@@ -107,7 +113,7 @@ class _Asked(Collector):
         members: Callable[[], Sequence[Member]],
         stats: Callable[[], DispatchStats],
         num_buffered: Callable[[], int],
-        measured: Mapping[str, float | None],
+        measured: Mapping[str, Any],
     ) -> None:
         self._members = members
         self._stats = stats
@@ -123,6 +129,11 @@ class _Asked(Collector):
         yield actors
         for key, text in _MEASURED.items():
             yield GaugeMetricFamily(f"{_PREFIX}{key}", text, self._measured.get(key))
+        parts = GaugeMetricFamily(f"{_PREFIX}{_PARTS}", "Mean of a reward function in the last step.", labels=["name"])
+        for name, value in self._measured.get(_PARTS, {}).items():
+            if value is not None:
+                parts.add_metric([name], value)
+        yield parts
         stats = self._stats()
         yield GaugeMetricFamily(f"{_PREFIX}running_groups", "Groups being sampled.", stats.running)
         yield GaugeMetricFamily(f"{_PREFIX}buffered_groups", "Groups that wait for the trainer.", self._num_buffered())

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from common.types import FinishReason
 from learner.display import Display, StepReport
 from learner.evaluate import Evaluation
-from learner.rollouts.dispatcher import DispatchStats
+from learner.rollouts.dispatcher import STALE, DispatchStats
 from learner.step import StepStats
 from learner.summary import MetricsWriter, Summary
 from learner.types import Group
@@ -42,14 +43,15 @@ class Reporter:
         display: Display,
         metrics: MetricsWriter,
         progress: Progress,
-        also: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        also: Sequence[Callable[[Mapping[str, Any]], None]] = (),
     ) -> None:
-        """`also` gets what is written to `metrics`."""
+        """Each of `also` gets what is written to `metrics`."""
         self._display = display
         self._metrics = metrics
         self._also = also
         self._progress = progress
         self._said_no_parity = False
+        self._num_dropped = 0
         self._started_at = time.monotonic() - progress.wall_s
         self._step_ended_at = time.monotonic()
 
@@ -64,7 +66,7 @@ class Reporter:
         now = time.monotonic()
         step_s, self._step_ended_at = now - self._step_ended_at, now
         num_completions = sum(len(group.completions) for group in groups)
-        reward = float(sum(group.rewards.sum() for group in groups)) / num_completions
+        rewards = describe_rewards(groups)
         staleness = sum(version - 1 - group.oldest_version for group in groups) / len(groups)
         parity = stats.parity_max_abs_diff if stats.parity_tokens else None
         if parity is None and not self._said_no_parity:
@@ -72,6 +74,9 @@ class Reporter:
                 f"parity: the current policy sampled no token of step {version}, so none is measured there"
             )
             self._said_no_parity = True
+        # A stale group is no loss: it is sampled again.
+        num_dropped = sum(number for reason, number in dispatch.dropped.items() if reason != STALE)
+        new_drops, self._num_dropped = num_dropped - self._num_dropped, num_dropped
         progress = self._progress
         progress.num_completions += num_completions
         progress.steps_s += step_s
@@ -81,19 +86,20 @@ class Reporter:
         self._display.step(
             StepReport(
                 step=version,
-                reward=reward,
+                reward=rewards["reward"],
                 completions_per_s=num_completions / step_s,
                 staleness=staleness,
                 parity=parity,
                 step_s=step_s,
                 loss=stats.loss,
                 entropy=stats.entropy,
+                dropped=new_drops / (new_drops + len(groups)),
             )
         )
         self._write(
             {
                 "step": version,
-                "reward": reward,
+                **rewards,
                 "completions_per_s": num_completions / step_s,
                 "staleness": staleness,
                 **dataclasses.asdict(stats),
@@ -142,6 +148,7 @@ class Reporter:
                 "eval_rows": result.num_rows,
                 "eval_failed": result.failed,
                 "eval_tokens": result.mean_tokens,
+                "eval_reward_parts": mean_parts(result.groups),
                 **{f"pass@{k}": rate for k, rate in rates.items()},
             }
         )
@@ -171,4 +178,26 @@ class Reporter:
 
     def _write(self, values: dict[str, Any]) -> None:
         self._metrics.write(values)
-        self._also(values)
+        for tell in self._also:
+            tell(values)
+
+
+def describe_rewards(groups: Sequence[Group]) -> dict[str, Any]:
+    """The rewards of a step in numbers, under their names in metrics.jsonl."""
+    completions = [completion for group in groups for completion in group.completions]
+    return {
+        "reward": float(sum(group.rewards.sum() for group in groups)) / len(completions),
+        "reward_std": float(np.mean([group.rewards.std(ddof=1) for group in groups])),
+        "reward_parts": mean_parts(groups),
+        "uniform_fraction": float(np.mean([group.rewards.min() == group.rewards.max() for group in groups])),
+        "truncated_fraction": float(np.mean([each.finish_reason is FinishReason.LENGTH for each in completions])),
+    }
+
+
+def mean_parts(groups: Sequence[Group]) -> dict[str, float | None]:
+    """The mean of each part of the rewards, over the completions that have it; None where none has."""
+    means: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for group in groups for name in group.reward_parts):
+        values = [value for group in groups for value in group.reward_parts.get(name, ()) if value is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means

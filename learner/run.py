@@ -77,7 +77,7 @@ def _run_rank_zero(
             processor=processor,
             ledger=ledger,
             version=policy.version,
-            on_actor_event=display.note,
+            notify=display.note,
         )
         stack.enter_context(display)
         display.watch_actors(control.members)
@@ -89,7 +89,7 @@ def _run_rank_zero(
             stack.callback(tracing.start("outrider-learner"))
         stack.callback(control.close)
         control.start()
-        reporter = Reporter(display, metrics, progress, control.measured)
+        reporter = Reporter(display, metrics, progress, [control.measured])
         export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
         summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], max_tokens=config.rollout.max_tokens)

@@ -7,6 +7,7 @@ No torch at import: configuration and data modules use these types too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 PositionArray = npt.NDArray[np.int64]
+
+RewardParts = Mapping[str, Sequence[float | None]]
+"""Name of a reward function -> what it said of each completion, without its weight; None: nothing. What else a function
+of verl's form measures is under `name.key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,18 @@ class ProcessedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """What the completions of a group are worth.
+
+    Example: `Scores(np.array([1.1, 0.1], np.float32), {"math_equal": (1.0, 0.0), "format": (1.0, 1.0)})`.
+    """
+
+    rewards: FloatArray
+    """`[n]`, the weighted sums."""
+    parts: RewardParts
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """One prompt with its `n` finished, rewarded completions, in the order of `Completion.index`."""
 
@@ -104,6 +121,7 @@ class Group:
     completions: tuple[Completion, ...]
     rewards: FloatArray
     """`[n]`."""
+    reward_parts: RewardParts = field(default_factory=dict)
 
     def stale_share(self, oldest_allowed: int) -> float:
         """Share of the tokens of all completions that a policy version before `oldest_allowed` produced."""

@@ -24,7 +24,6 @@ from common.types import (
     Completion,
     EpochSpec,
     FinishReason,
-    FloatArray,
     Manifest,
     MediaUse,
     PlaceholderRange,
@@ -38,7 +37,7 @@ from learner.rewards.base import ScoringTask
 from learner.rewards.forms import as_group_reward
 from learner.rewards.scoring import score
 from learner.rollouts.sampler import Sampler
-from learner.types import Group, ProcessedPrompt, PromptSample
+from learner.types import Group, ProcessedPrompt, PromptSample, Scores
 
 PLACEHOLDER_ID = 1
 IMAGE_TOKENS = 3
@@ -83,9 +82,9 @@ class InlineRewards:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._rewards = [as_group_reward(function, "a function of a test")]
 
-    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> Scores:
         task = ScoringTask.of(sample, completions, lambda _: "")
-        return np.array(score(task, self._rewards, [1.0]), np.float32)
+        return score(task, ["inline"], self._rewards, [1.0])
 
 
 def process(sample: PromptSample) -> ProcessedPrompt:

@@ -1,6 +1,6 @@
 """What the parts of rewards share: the work, the failure and the interface.
 
-    sampled completions --ScoringTask--> functions, in a process of their own --rewards [n]--> Group
+    sampled completions --ScoringTask--> functions, in a process of their own --Scores--> Group
 
 A failure is never a number: it is raised, and the group is dropped.
 """
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from common.types import Completion, FloatArray
-from learner.types import PromptSample
+from common.types import Completion
+from learner.types import PromptSample, Scores
 
 
 class RewardError(Exception):
@@ -29,8 +29,8 @@ class RewardError(Exception):
 class Rewards(Protocol):
     """Scores groups."""
 
-    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
-        """Rewards `[n]` of a group's completions, in their order. Raises `RewardError`."""
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> Scores:
+        """What a group's completions are worth, in their order. Raises `RewardError`."""
         ...
 
 
@@ -66,8 +66,14 @@ class ScoringTask:
         return f"row {self.sample.row}, completion {index}"
 
 
-GroupReward = Callable[[ScoringTask], list[float | None]]
-"""A loaded reward: one value for each completion. None: it has nothing to say of that one. Raises `RewardError`."""
+SCORE = "score"
+"""The key of the reward in what a function of verl's form returns."""
+
+Judgement = float | dict[str, float] | None
+"""What a function says of one completion: its reward; that as "score" beside what else it measures; None: nothing."""
+
+GroupReward = Callable[[ScoringTask], Sequence[Judgement]]
+"""A loaded reward: one judgement for each completion. Raises `RewardError`."""
 
 
 def as_number(value: Any, returned: object, where: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from common.types import ChatMessage, TextPart
-from learner.rewards.base import RewardError, ScoringTask, as_number
+from learner.rewards.base import Judgement, RewardError, ScoringTask, as_number
 from learner.types import PromptSample
 
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
@@ -24,7 +24,7 @@ TRAINER_ONLY = frozenset({"trainer_state", "log_extra", "log_metric", "environme
 _RESERVED = ARGUMENTS | TRAINER_ONLY | {"prompt", "completion"}
 
 
-def score_group(call: Callable[..., Any], name: str, task: ScoringTask) -> list[float | None]:
+def score_group(call: Callable[..., Any], name: str, task: ScoringTask) -> list[Judgement]:
     """One call for the group. Raises `RewardError`."""
     num = len(task.texts)
     where = f"row {task.sample.row}"

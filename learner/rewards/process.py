@@ -13,6 +13,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from learner.rewards import worker
 from learner.rewards.base import RewardError
+from learner.types import Scores
 
 # A new process imports the user's modules before it takes up a group.
 _START_S = 120.0
@@ -39,8 +40,8 @@ class RewardProcess:
         self._lock = threading.Lock()  # pools start and end in threads, also when nobody waits for them any more
         self._running()
 
-    async def score(self, pickled: bytes, where: str) -> list[float]:
-        """Rewards of a pickled `ScoringTask`. Raises `RewardError`, with `where` in its message."""
+    async def score(self, pickled: bytes, where: str) -> Scores:
+        """The scores of a pickled `ScoringTask`. Raises `RewardError`, with `where` in its message."""
         pool = self._pool
         if pool is None or not pool.active:
             pool = await asyncio.to_thread(self._running)

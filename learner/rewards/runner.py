@@ -4,14 +4,12 @@ import asyncio
 import pickle
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from common.config import ConfigError
-from common.types import Completion, FloatArray
+from common.types import Completion
 from learner.rewards.base import RewardError, ScoringTask
 from learner.rewards.load import load_rewards
 from learner.rewards.process import RewardProcess
-from learner.types import PromptSample
+from learner.types import PromptSample, Scores
 
 
 class RewardRunner:
@@ -52,12 +50,12 @@ class RewardRunner:
         for process in self._processes:
             self._idle.put_nowait(process)
 
-    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
-        """Rewards `[n]` of a group's completions, in their order. Raises `RewardError`."""
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> Scores:
+        """What a group's completions are worth, in their order. Raises `RewardError`."""
         pickled = await asyncio.to_thread(self._pickle, sample, completions)
         process = await self._idle.get()
         try:
-            return np.array(await process.score(pickled, f"row {sample.row}"), np.float32)
+            return await process.score(pickled, f"row {sample.row}")
         finally:
             self._idle.put_nowait(process)
 

@@ -5,16 +5,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from learner.rewards.base import GroupReward, RewardError, ScoringTask
+from learner.rewards.base import SCORE, GroupReward, Judgement, RewardError, ScoringTask
+from learner.types import Scores
 
 
-def score(task: ScoringTask, rewards: Sequence[GroupReward], weights: Sequence[float]) -> list[float]:
-    """One number for each completion of the group, finite in float32.
+def score(task: ScoringTask, names: Sequence[str], rewards: Sequence[GroupReward], weights: Sequence[float]) -> Scores:
+    """What each completion of the group is worth, finite in float32.
 
     A function that says None of a completion is left out of its sum. Raises `RewardError`, also if all say None.
     """
-    values = [reward(task) for reward in rewards]
-    return [_total(task, index, of_one, weights) for index, of_one in enumerate(zip(*values, strict=True))]
+    parts: dict[str, list[float | None]] = {}
+    values = []
+    for name, reward in zip(names, rewards, strict=True):
+        said = reward(task)
+        parts[name] = [_value(judgement, SCORE) for judgement in said]
+        values.append(parts[name])
+        for key in sorted({key for judgement in said if isinstance(judgement, dict) for key in judgement} - {SCORE}):
+            parts[f"{name}.{key}"] = [_value(judgement, key) for judgement in said]
+    totals = [_total(task, index, of_one, weights) for index, of_one in enumerate(zip(*values, strict=True))]
+    return Scores(np.array(totals, np.float32), parts)
+
+
+def _value(judgement: Judgement, key: str) -> float | None:
+    if isinstance(judgement, dict):
+        return judgement.get(key)
+    return judgement if key == SCORE else None
 
 
 def _total(task: ScoringTask, index: int, values: Sequence[float | None], weights: Sequence[float]) -> float:

@@ -1,9 +1,10 @@
 """Rewards that score one completion at a time: ours, and verl's `compute_score`."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from learner.rewards.base import RewardError, ScoringTask, as_number
+from learner.rewards.base import SCORE, Judgement, RewardError, ScoringTask, as_number
 
 KEYWORDS = (
     "completion",
@@ -20,15 +21,15 @@ KEYWORDS = (
 """What such a function may ask for; docs/rewards.md says what each is."""
 
 VERL = "solution_str"
-"""Functions with this argument may return a dictionary with a "score"."""
+"""Functions with this argument may return a dictionary with a "score"; other numbers in it are measured too."""
 
 
-def score_each(call: Callable[..., Any], name: str, task: ScoringTask, *, is_verl: bool) -> list[float | None]:
+def score_each(call: Callable[..., Any], name: str, task: ScoringTask, *, is_verl: bool) -> list[Judgement]:
     """One call for each completion. Raises `RewardError`."""
     return [_score_one(call, name, task, index, is_verl=is_verl) for index in range(len(task.texts))]
 
 
-def _score_one(call: Callable[..., Any], name: str, task: ScoringTask, index: int, *, is_verl: bool) -> float:
+def _score_one(call: Callable[..., Any], name: str, task: ScoringTask, index: int, *, is_verl: bool) -> Judgement:
     sample, text = task.sample, task.texts[index]
     try:
         returned = call(
@@ -46,5 +47,11 @@ def _score_one(call: Callable[..., Any], name: str, task: ScoringTask, index: in
     except Exception as error:  # a user's code: whatever it raises costs this group
         message = f"{task.where(index)}: {type(error).__name__}: {error} ({name})"
         raise RewardError("REWARD_RAISED", message) from error
-    value = returned.get("score") if is_verl and isinstance(returned, Mapping) else returned
-    return as_number(value, returned, f"{task.where(index)} ({name})")
+    where = f"{task.where(index)} ({name})"
+    if not (is_verl and isinstance(returned, Mapping)):
+        return as_number(returned, returned, where)
+    measured = {SCORE: as_number(returned.get(SCORE), returned, where)}
+    for key in returned.keys() - {SCORE}:
+        with contextlib.suppress(RewardError):  # a text, say
+            measured[str(key)] = as_number(returned[key], returned, where)
+    return measured

@@ -13,6 +13,7 @@ from common.lifecycle import end_with_parent
 from learner.rewards.base import GroupReward, RewardError, ScoringTask
 from learner.rewards.load import load_rewards
 from learner.rewards.scoring import score
+from learner.types import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,14 @@ def preload(names: tuple[str, ...]) -> None:
     load(names)
 
 
-def run(names: tuple[str, ...], weights: tuple[float, ...], pickled: bytes, where: str) -> list[float] | Failure:
+def run(names: tuple[str, ...], weights: tuple[float, ...], pickled: bytes, where: str) -> Scores | Failure:
     """Score one pickled `ScoringTask`, which the learner has made; `where` names it in messages."""
     rewards = load(names)
     if isinstance(rewards, Failure):
         return Failure(rewards.reason, f"{where}: {rewards.message}")
     try:
         task: ScoringTask = pickle.loads(pickled)  # noqa: S301 - from the parent process
-        return score(task, rewards, weights)
+        return score(task, names, rewards, weights)
     except RewardError as error:
         return Failure(error.reason, str(error))
     except BaseException as error:  # noqa: BLE001 - sys.exit() too would otherwise be raised in the learner

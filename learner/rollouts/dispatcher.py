@@ -18,6 +18,7 @@ import asyncio
 import collections
 import dataclasses
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -34,6 +35,17 @@ from learner.types import Group, ProcessedPrompt, PromptSample
 log = get_logger("learner.rollouts.dispatcher")
 
 _MAX_UNIFORM_BATCHES = 8
+
+STALE = "STALE"
+"""The reason of groups that came too late, in `DispatchStats.dropped`: they are sampled again."""
+
+
+def describe_drop(reason: str, what: str) -> str:
+    """One line for the user about the first group that is dropped for a reason."""
+    return (
+        f"group dropped, {reason}: {' '.join(what.split())}; more of them are only counted (groups_dropped in "
+        'metrics.jsonl). docs/operations.md says under "Dropped groups" what to do'
+    )
 
 
 class Dataset(Protocol):
@@ -87,6 +99,7 @@ class Dispatcher:
         num_threads: for reading and processing rows.
         max_consecutive_drops: groups dropped with none finished between them that end the run.
         drop_uniform_groups: sample another group in place of one whose rewards are all equal.
+        notify: told in one line, on the loop, when a group is dropped for a reason for the first time.
     """
 
     def __init__(
@@ -105,6 +118,7 @@ class Dispatcher:
         num_threads: int = 2,
         max_consecutive_drops: int = 64,
         drop_uniform_groups: bool = False,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._dataset = dataset
         self._ledger = ledger
@@ -121,6 +135,7 @@ class Dispatcher:
         self._consecutive_drops = 0
         self._drop_uniform_groups = drop_uniform_groups
         self._uniform_groups = 0  # in a row
+        self._notify = notify
         self._dropped: collections.Counter[str] = collections.Counter()
         self._taken_back: set[int] = set()  # sequence numbers of stale groups that are not handed out again yet
         self._num_groups = self._num_completions = self._num_tokens = 0
@@ -177,7 +192,7 @@ class Dispatcher:
             return
         self._consecutive_drops = 0
         if self._is_refused(group):
-            self._count_drop(sequence, "NO_SIGNAL")
+            self._count_drop(sequence, "NO_SIGNAL", f"row {group.sample.row}: its rewards are all equal")
         else:
             self._credits.accept()
             self._buffer.put(group)
@@ -197,8 +212,17 @@ class Dispatcher:
                 expected=processed,
             )
         with tracing.span("learner.rewards"):
-            rewards = await self._rewards.score(sample, sampled.completions)
-        return Group(sampled.prompt.group_id, sequence, sample, processed, sampled.prompt, sampled.completions, rewards)
+            scores = await self._rewards.score(sample, sampled.completions)
+        return Group(
+            sampled.prompt.group_id,
+            sequence,
+            sample,
+            processed,
+            sampled.prompt,
+            sampled.completions,
+            scores.rewards,
+            scores.parts,
+        )
 
     def _prepare(self, sequence: int) -> tuple[PromptSample, ProcessedPrompt]:
         sample = self._dataset[self._ledger.row(sequence)]
@@ -209,7 +233,7 @@ class Dispatcher:
         if sequence not in self._taken_back:
             return f"{self._run_id}.{sequence}"
         self._taken_back.remove(sequence)
-        return f"{self._run_id}.{sequence}.again{self._dropped['STALE']}"  # more each time that it is taken back
+        return f"{self._run_id}.{sequence}.again{self._dropped[STALE]}"  # more each time that it is taken back
 
     def _sampling_of(self, sequence: int) -> SamplingParams:
         if self._sampling_seed is None:
@@ -220,13 +244,16 @@ class Dispatcher:
         )
 
     def _drop(self, sequence: int, error: GroupFailed | RewardError) -> None:
+        what = str(error) if isinstance(error, RewardError) else f"row {self._ledger.row(sequence)}: {error}"
         log.warning("group dropped", sequence=sequence, reason=error.reason, error=str(error))
-        self._count_drop(sequence, error.reason)
+        self._count_drop(sequence, error.reason, what)
         self._consecutive_drops += 1
         if self._consecutive_drops >= self._max_consecutive_drops:
             raise TooManyDrops(f"{self._consecutive_drops} groups in a row were dropped; the last: {error}") from error
 
-    def _count_drop(self, sequence: int, reason: str) -> None:
+    def _count_drop(self, sequence: int, reason: str, what: str) -> None:
+        if reason not in self._dropped:
+            self._notify(describe_drop(reason, what))
         self._ledger.mark_dropped(sequence, reason)
         self._dropped[reason] += 1
         self._credits.drop()
@@ -246,14 +273,14 @@ class Dispatcher:
 
     # ----------------------------------------------------------------------------------------------- other threads
 
-    def _on_loop(self, function: "collections.abc.Callable[..., None]", *args: object) -> None:
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
         with self._loop_lock:
             if self._loop is None:  # not running yet: nobody else looks
                 function(*args)
                 return
         self._loop.call_soon_threadsafe(self._guarded, function, *args)
 
-    def _guarded(self, function: "collections.abc.Callable[..., None]", *args: object) -> None:
+    def _guarded(self, function: Callable[..., None], *args: object) -> None:
         try:
             function(*args)
         except Exception as error:  # the loop would only log it, and the trainer wait for ever
@@ -272,6 +299,6 @@ class Dispatcher:
             self._credits.take_back()
             self._ledger.give_back(group.sequence)
             self._taken_back.add(group.sequence)
-        self._dropped["STALE"] += len(groups)
+        self._dropped[STALE] += len(groups)
         log.info("groups too stale to train are sampled again", num_groups=len(groups))
         self._changed.set()

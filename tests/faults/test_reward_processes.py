@@ -41,7 +41,7 @@ def running(*names: str, weights: Sequence[float] = (), timeout_s: float = 20.0)
 
 async def score(rewards: RewardRunner, ground_truth: object = "") -> FloatArray:
     sample = dataclasses.replace(make_sample(4), ground_truth=ground_truth)
-    return await rewards.score(sample, COMPLETIONS)
+    return (await rewards.score(sample, COMPLETIONS)).rewards
 
 
 async def process_id(rewards: RewardRunner) -> int:
@@ -53,6 +53,13 @@ async def test_the_weighted_sum_comes_back_in_order() -> None:
         values = await score(rewards)
     assert values.dtype == np.float32
     assert values.tolist() == [10.5, 11.0, 11.5]
+
+
+async def test_what_each_function_said_comes_back_by_name() -> None:
+    with running("length", "is_light", weights=[0.5, 10]) as rewards:
+        scores = await rewards.score(make_sample(4), COMPLETIONS)
+    prefix = "tests.reward_functions:"
+    assert scores.parts == {f"{prefix}length": [1.0, 2.0, 3.0], f"{prefix}is_light": [1.0, 1.0, 1.0]}
 
 
 async def test_a_process_is_kept_from_group_to_group() -> None:
@@ -94,7 +101,7 @@ async def test_mathematics_that_never_ends_is_a_timeout() -> None:
     try:
         with pytest.raises(RewardError, match="row 4: no reward within 1 s"):
             await rewards.score(sample, COMPLETIONS[:2])
-        assert (await rewards.score(sample, COMPLETIONS[:1])).tolist() == [1.0]
+        assert (await rewards.score(sample, COMPLETIONS[:1])).rewards.tolist() == [1.0]
     finally:
         rewards.close()
 

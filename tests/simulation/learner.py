@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.types import Completion, FloatArray, SamplingParams
+from common.types import Completion, SamplingParams
 from learner.ledger import Ledger
 from learner.rewards.base import RewardError
 from learner.rollouts.buffer import GroupBuffer
@@ -18,7 +18,7 @@ from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
-from learner.types import Group, PromptSample
+from learner.types import Group, PromptSample, Scores
 from learner.weights.publisher import Publisher
 from tests.fakes import FakeProcessor, Rows
 from tests.simulation.actors import SimClient
@@ -50,13 +50,13 @@ class SimRewards:
     def __init__(self, world: "World") -> None:
         self._world = world
 
-    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> FloatArray:
+    async def score(self, sample: PromptSample, completions: Sequence[Completion]) -> Scores:
         rng = self._world.rng
         await asyncio.sleep(rng.random() * 0.3)
         if rng.random() < 0.02:
             raise RewardError("REWARD_RAISED", "the judge has no opinion")
         equal = rng.random() < 0.2
-        return np.array([0.0 if equal else i for i in range(len(completions))], np.float32)
+        return Scores(np.array([0.0 if equal else i for i in range(len(completions))], np.float32), {})
 
 
 class SimLearner:

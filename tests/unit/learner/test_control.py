@@ -14,7 +14,7 @@ from learner.ledger import Ledger
 from tests.fakes import FakeActor, Rows, make_group
 
 
-def make_control(on_actor_event: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:
+def make_control(notify: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:
     config = LearnerConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -32,20 +32,23 @@ def make_control(on_actor_event: Callable[[str], None] = print, ledger: Ledger |
         processor=MagicMock(),
         ledger=ledger or Ledger(0, 3),
         version=0,
-        on_actor_event=on_actor_event,
+        notify=notify,
     )
 
 
 def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
     ledger = Ledger(0, 3)
+    lines: list[str] = []
     groups = [make_group(ledger.next_sequence()) for _ in range(3)]
-    control = make_control(ledger=ledger)
+    control = make_control(lines.append, ledger=ledger)
     control._publisher = MagicMock()
     control.finish_step(groups[:1], 1, MagicMock(), skipped=[], wait_s=0.0)
     assert control.stats().dropped == {}
     control.finish_step(groups[1:], 2, MagicMock(), skipped=groups[1:], wait_s=0.0)
     assert control.stats().dropped == {"STEP_SKIPPED": 2}
     assert ledger.dropped == {"STEP_SKIPPED": [1, 2]}
+    [line] = lines
+    assert line.startswith("group dropped, STEP_SKIPPED: loss or gradient of step 2 was not finite; ")
     reason = {"reason": "STEP_SKIPPED"}
     assert control._metrics.registry.get_sample_value("outrider_learner_dropped_groups_total", reason) == 2
     control.close()

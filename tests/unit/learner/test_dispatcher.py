@@ -235,6 +235,30 @@ async def test_failed_rewards_are_dropped_counted_and_replaced() -> None:
         assert setup.dispatcher.stats().dropped == {"REWARD_NOT_FINITE": 2}
 
 
+async def test_the_user_is_told_once_of_each_reason() -> None:
+    first, second = (Ledger(0, 10).row(i) for i in (1, 3))
+    lines: list[str] = []
+
+    def reward(*, ground_truth: str, token_ids: Any) -> float:
+        if int(ground_truth) in (first, second):
+            raise KeyError("column")
+        return float(token_ids[0]) if int(ground_truth) == Ledger(0, 10).row(2) else 0.0
+
+    async with dispatching(
+        batch=3, total_steps=1, reward=reward, drop_uniform_groups=True, notify=lines.append
+    ) as setup:
+        await until(lambda: setup.dispatcher.stats().dropped.get("REWARD_RAISED", 0) > 1)
+    assert [line.partition(" (")[0] for line in lines if "RAISED" in line] == [
+        f"group dropped, REWARD_RAISED: row {first}, completion 0: KeyError: 'column'"
+    ]
+    [line] = [line for line in lines if "NO_SIGNAL" in line]
+    assert line.startswith(
+        f"group dropped, NO_SIGNAL: row {Ledger(0, 10).row(0)}: its rewards are all equal; more of them"
+    )
+    assert "Dropped groups" in line
+    assert len(lines) == 2
+
+
 async def test_nothing_but_failures_ends_the_run() -> None:
     def reward(**_: Any) -> float:
         raise KeyError("column")

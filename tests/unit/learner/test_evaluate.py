@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.types import Completion, FloatArray, RolloutRequest, SamplingParams
+from common.types import Completion, RolloutRequest, SamplingParams
 from learner.config import EvaluationConfig
 from learner.evaluate import Evaluation, TooManyFailed, evaluate, pass_at_k
 from learner.rewards.base import RewardError
 from learner.rollouts.sampler import GroupFailed
-from learner.types import ProcessedPrompt, PromptSample
+from learner.types import ProcessedPrompt, PromptSample, Scores
 from tests.fakes import FakeProcessor, make_completion, make_sample
 
 ROWS = 4
@@ -45,16 +45,16 @@ class CountingSampler:
         assert expected.media == {}  # nothing looks at it, and it is large
         self.requests.append(request)
         n = request.sampling.n
-        return SimpleNamespace(completions=[make_completion(request.group_id, i, "a") for i in range(n)])
+        return SimpleNamespace(prompt=None, completions=[make_completion(request.group_id, i, "a") for i in range(n)])
 
 
 class RowsOftenPass:
     """The greedy completion of row r is worth r / 4; the first r of its sampled ones pass."""
 
-    async def score(self, sample: Any, completions: Sequence[Completion]) -> FloatArray:
-        if len(completions) == 1:
-            return np.array([sample.row / ROWS], np.float32)
-        return np.array([1.0 if i < sample.row else 0.25 for i in range(len(completions))], np.float32)
+    async def score(self, sample: Any, completions: Sequence[Completion]) -> Scores:
+        values = [1.0 if i < sample.row else 0.25 for i in range(len(completions))]
+        values = [sample.row / ROWS] if len(completions) == 1 else values
+        return Scores(np.array(values, np.float32), {"judge": values})
 
 
 class GatedProcessor(FakeProcessor):
@@ -98,6 +98,8 @@ async def test_greedy_accuracy_alone_asks_once_per_row() -> None:
     assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)
     assert (result.num_rows, result.pass_at_k) == (ROWS, {})
     assert sorted(request.group_id for request in requests) == [f"r.held-out.7.{row}" for row in range(ROWS)]
+    told = [(group.sample.row, group.completions[0].index, group.reward_parts) for group in result.groups]
+    assert told == [(row, 0, {"judge": [row / ROWS]}) for row in range(ROWS)]
 
 
 async def test_pass_at_k_over_the_rows() -> None:
@@ -112,7 +114,7 @@ async def test_pass_at_k_over_the_rows() -> None:
 class RowsOftenFail(RowsOftenPass):
     """The reward of the last rows fails: of the last one always, of the one before with sampled completions."""
 
-    async def score(self, sample: Any, completions: Sequence[Completion]) -> FloatArray:
+    async def score(self, sample: Any, completions: Sequence[Completion]) -> Scores:
         if sample.row == ROWS - 1 or (sample.row == ROWS - 2 and len(completions) > 1):
             raise RewardError("REWARD_RAISED", f"row {sample.row}: KeyError: 'x' (f)")
         return await super().score(sample, completions)

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from common.types import FinishReason
 from learner.display import Display
 from learner.evaluate import Evaluation
 from learner.metrics import LearnerMetrics
-from learner.report import Progress, Reporter
+from learner.report import Progress, Reporter, describe_rewards
 from learner.rollouts.dispatcher import DispatchStats
 from learner.step import StepStats
 from learner.summary import MetricsWriter
 from tests.fakes import make_group
 
 OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
+GROUP = dataclasses.replace(
+    make_group(0), rewards=np.array([0.25, 0.75], np.float32), reward_parts={"right": (0, 1), "short": (None, 0.5)}
+)
 NO_GROUPS = DispatchStats(0, 0, 0, 0, {"STALE": 1}, {"HUNG": 2})
 
 
@@ -32,10 +37,9 @@ def _report(folder: Path, metrics: LearnerMetrics, *, parity_tokens: int = 8) ->
     """The lines of a step and of the evaluation after it."""
     writer = MetricsWriter(folder / "metrics.jsonl")
     display = Display(name="x", total_steps=2, run_dir=folder, stream=StringIO())
-    reporter = Reporter(display, writer, Progress(), metrics.measured)
-    group = dataclasses.replace(make_group(0), rewards=np.array([0.25, 0.75], np.float32))
-    reporter.step(1, [group], _stats(parity_tokens), NO_GROUPS, wait_s=0.5)
-    reporter.accuracy(1, Evaluation(0.625, 8, 12.5, {1: 0.5, 4: 0.75}))
+    reporter = Reporter(display, writer, Progress(), [metrics.measured])
+    reporter.step(1, [GROUP], _stats(parity_tokens), NO_GROUPS, wait_s=0.5)
+    reporter.accuracy(1, Evaluation(0.625, 8, 12.5, {1: 0.5, 4: 0.75}, (GROUP,)))
     writer.close()
     step, evaluation = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return step, evaluation
@@ -56,7 +60,10 @@ def test_prometheus_shows_what_is_watched_of_both_lines(tmp_path: Path) -> None:
     step, evaluation = _report(tmp_path, metrics)
     line = step | evaluation
     watched = {"reward", "accuracy", "loss", "grad_norm", "clip_fraction", "kl", "entropy", "parity_max_abs_diff"}
+    watched |= {"reward_std", "uniform_fraction", "truncated_fraction"}
     assert _shown(metrics, line) == {key: line[key] for key in watched}
+    right = metrics.registry.get_sample_value("outrider_learner_reward_parts", {"name": "right"})
+    assert right == line["reward_parts"]["right"] == 0.5
     assert (line["reward"], line["accuracy"], line["loss"], line["grad_norm"]) == (0.5, 0.625, 1.0, 2.0)
 
 
@@ -81,12 +88,44 @@ def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     step, _ = _report(tmp_path / "second", metrics, parity_tokens=0)
     assert step["parity_max_abs_diff"] is None
-    assert _shown(metrics, step).keys() == {"reward", "loss", "grad_norm", "clip_fraction", "kl", "entropy"}
+    rewards = {"reward", "reward_std", "uniform_fraction", "truncated_fraction"}
+    assert _shown(metrics, step).keys() == rewards | {"loss", "grad_norm", "clip_fraction", "kl", "entropy"}
+
+
+def test_the_rewards_of_a_step_by_hand() -> None:
+    """Groups of two: [0, 0], [0, 1] and [1, 2], whose standard deviations are 0, 1/sqrt(2) and 1/sqrt(2)."""
+    groups = []
+    for i, rewards in enumerate(([0, 0], [0, 1], [1, 2])):
+        group = make_group(i)
+        cut = (group.completions[0], dataclasses.replace(group.completions[1], finish_reason=FinishReason.LENGTH))
+        parts = {"judge": (None, i)} | ({"judge.tries": (4, None)} if i else {"never": (None, None)})
+        values = np.array(rewards, np.float32)
+        groups.append(dataclasses.replace(group, rewards=values, reward_parts=parts, completions=cut))
+    groups[2] = dataclasses.replace(groups[2], completions=make_group(2).completions)
+    assert describe_rewards(groups) == {
+        "reward": pytest.approx(4 / 6),
+        "reward_std": pytest.approx(2 / 3 / 2**0.5),
+        "reward_parts": {"judge": 1.0, "never": None, "judge.tries": 4.0},
+        "uniform_fraction": pytest.approx(1 / 3),
+        "truncated_fraction": pytest.approx(2 / 6),
+    }
+
+
+def test_the_share_of_dropped_groups_is_that_of_the_step_and_shown_unless_small(tmp_path: Path) -> None:
+    stream = StringIO()
+    display = Display(name="x", total_steps=9, run_dir=tmp_path, stream=stream)
+    reporter = Reporter(display, MetricsWriter(tmp_path / "metrics.jsonl"), Progress())
+    batch = [make_group(i) for i in range(30)]
+    drops: list[dict[str, int]] = [{"A": 20}, {"A": 21, "STALE": 99}, {"A": 21, "B": 30, "STALE": 99}]
+    for step, dropped in enumerate(drops, 1):
+        stats = DispatchStats(0, 0, 0, 0, dropped, {})
+        reporter.step(step, batch, _stats(), stats, wait_s=0.0)
+    assert [re.findall(r"dropped (\S+)", line) for line in stream.getvalue().splitlines()] == [["40%"], [], ["50%"]]
 
 
 def test_the_table_in_the_docs_has_every_key(tmp_path: Path) -> None:
     lines = _report(tmp_path, _metrics())
-    [section] = re.findall(r"^### metrics.jsonl\n(.+?)^## ", OPERATIONS.read_text(), re.DOTALL | re.MULTILINE)
+    [section] = re.findall(r"^### metrics.jsonl\n(.+?)^###? ", OPERATIONS.read_text(), re.DOTALL | re.MULTILINE)
     tables = [
         {key for row in re.findall(r"^\| ([*`].+?) \|", table, re.MULTILINE) for key in re.findall(r"`(.+?)`", row)}
         for table in section.split("\n\n")

@@ -15,14 +15,20 @@ from examples.digits import data
 from learner.rewards.base import RewardError
 from learner.rewards.forms import as_group_reward
 from learner.rewards.scoring import score
+from learner.types import Scores
 from tests.fakes import make_task
 
 PNG = data.png(0)
 
 
 def total(*functions: Callable[..., Any], task: Any = None, weights: list[float] | None = None) -> list[float]:
-    rewards = [as_group_reward(function, f"reward {i}") for i, function in enumerate(functions)]
-    return score(task or make_task("a", "b"), rewards, weights or [1.0] * len(rewards))
+    return [float(value) for value in scores(*functions, task=task, weights=weights).rewards]
+
+
+def scores(*functions: Callable[..., Any], task: Any = None, weights: list[float] | None = None) -> Scores:
+    names = [f"reward {i}" for i in range(len(functions))]
+    rewards = [as_group_reward(function, name) for function, name in zip(functions, names, strict=True)]
+    return score(task or make_task("a", "b"), names, rewards, weights or [1.0] * len(rewards))
 
 
 def test_ours_gets_what_it_asks_for() -> None:
@@ -81,6 +87,25 @@ def test_verls_dictionary() -> None:
         with pytest.raises(RewardError, match=rf"row 4, completion 0 .*returned {returned}") as caught:
             total(function)
         assert caught.value.reason == "REWARD_NOT_A_NUMBER"
+
+
+def test_the_parts_are_what_each_function_said() -> None:
+    """Of verl's dictionaries also the other numbers, where there are some."""
+
+    def compute_score(solution_str: str) -> dict[str, Any]:
+        more = {"tries": np.int64(3), "note": "first", "worst": float("nan")} if solution_str == "a" else {}
+        return {"score": 0.25, "acc": solution_str == "b", **more}
+
+    def some(completions: Any) -> list[float | None]:
+        return [None, 2]
+
+    parts = scores(compute_score, some, weights=[1.0, 10.0]).parts
+    assert parts == {
+        "reward 0": [0.25, 0.25],
+        "reward 0.acc": [0.0, 1.0],
+        "reward 0.tries": [3.0, None],
+        "reward 1": [None, 2.0],
+    }
 
 
 def test_trls_is_called_once_with_lists() -> None:
