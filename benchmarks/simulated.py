@@ -38,7 +38,7 @@ from learner.report import Progress, Reporter
 from learner.rollouts.dispatcher import DispatchStats
 from learner.rows import RowReader
 from learner.step import StepStats
-from learner.summary import MetricsWriter
+from learner.summary import JsonLines
 from learner.trainer import RankZero, Trainer
 from learner.types import Group, ProcessedPrompt, PromptSample
 from learner.weights.snapshot import Snapshot, Snapshotter
@@ -200,7 +200,7 @@ def train(
     with ExitStack() as stack:
         logging.configure("info", stack.enter_context((run_dir / "learner.log").open("w")))
         ranks = stack.enter_context(join_ranks("cpu"))
-        writer = MetricsWriter(metrics)
+        writer = JsonLines(metrics)
         stack.callback(writer.close)
         policy = SimulatedPolicy(ranks, step_s)
         said = StringIO()
@@ -230,7 +230,7 @@ class _TellingReporter(Reporter):
         self,
         on_step: Callable[[int, Sequence[Group]], None],
         display: Display,
-        metrics: MetricsWriter,
+        metrics: JsonLines,
         progress: Progress,
     ) -> None:
         super().__init__(display, metrics, progress)

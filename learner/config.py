@@ -149,6 +149,9 @@ class TrainerConfig(Config):
     # Steps between two checkpoints; the last step always makes one. 0: only that.
     checkpoint_every: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
+    # Groups of each step of which completions.jsonl in the run folder has prompt and completions; with them it also
+    # has the first 64 rows of each evaluation. 0: there is no such file.
+    log_completions: int = Field(1, ge=0)
     # Stop the run when an on-policy logprob of actor and learner differs by more. None: only report.
     max_parity_diff: float | None = Field(None, gt=0)
     # Ranks that share one copy of the parameters: on several nodes, the ranks of a node (hybrid sharding). None: all.

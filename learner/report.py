@@ -1,4 +1,4 @@
-"""What a run says of itself, on rank 0: each step to the display and to metrics.jsonl, the whole in the summary."""
+"""What a run says of itself, on rank 0: each step to the display and to files, the whole in the summary."""
 
 import dataclasses
 import time
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from common.types import FinishReason
+from learner.completions_log import CompletionsLog
 from learner.display import Display, StepReport
 from learner.evaluate import Evaluation
 from learner.rollouts.dispatcher import STALE, DispatchStats
 from learner.step import StepStats
-from learner.summary import MetricsWriter, Summary
+from learner.summary import JsonLines, Summary
 from learner.types import Group
 
 
@@ -41,14 +42,16 @@ class Reporter:
     def __init__(
         self,
         display: Display,
-        metrics: MetricsWriter,
+        metrics: JsonLines,
         progress: Progress,
         also: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+        completions: CompletionsLog | None = None,
     ) -> None:
         """Each of `also` gets what is written to `metrics`."""
         self._display = display
         self._metrics = metrics
         self._also = also
+        self._completions = completions
         self._progress = progress
         self._said_no_parity = False
         self._num_dropped = 0
@@ -112,6 +115,8 @@ class Reporter:
                 "wall_s": now - self._started_at,
             }
         )
+        if self._completions is not None:
+            self._completions.step(version, groups)
 
     def phase(self, text: str) -> None:
         """What goes on now."""
@@ -152,6 +157,8 @@ class Reporter:
                 **{f"pass@{k}": rate for k, rate in rates.items()},
             }
         )
+        if self._completions is not None:
+            self._completions.evaluation(version, result)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the fields of `Progress`."""

@@ -14,6 +14,7 @@ from common import tracing
 from common.lifecycle import end_with_parent
 from learner import run_folder
 from learner.batch.processing import PromptProcessor
+from learner.completions_log import CompletionsLog
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.data import PromptDataset
@@ -23,7 +24,7 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
-from learner.summary import MetricsWriter, format_summary, write_question, write_summary
+from learner.summary import JsonLines, format_summary, write_question, write_summary
 from learner.task import check_actors, check_checkpoint, load_task
 from learner.trainer import RankZero, Trainer
 
@@ -66,8 +67,11 @@ def _run_rank_zero(
     processor = PromptProcessor(config.model.path, max_pixels=config.data.max_media_pixels)
     progress, ledger = _resume_state(config, train, state)
     with contextlib.ExitStack() as stack:
-        metrics = MetricsWriter(run_dir / "metrics.jsonl")
+        metrics = JsonLines(run_dir / "metrics.jsonl")
         stack.callback(metrics.close)
+        decode = functools.partial(processor.decode, keep_special=True)
+        completions = CompletionsLog(run_dir / "completions.jsonl", config.trainer.log_completions, decode)
+        stack.callback(completions.close)
         display = make_display(name=config.name, total_steps=config.trainer.total_steps, run_dir=run_dir)
         control = Control(
             config,
@@ -89,7 +93,7 @@ def _run_rank_zero(
             stack.callback(tracing.start("outrider-learner"))
         stack.callback(control.close)
         control.start()
-        reporter = Reporter(display, metrics, progress, [control.measured])
+        reporter = Reporter(display, metrics, progress, [control.measured], completions)
         export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
         summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], max_tokens=config.rollout.max_tokens)

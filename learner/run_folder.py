@@ -1,6 +1,6 @@
 """The run folder: where everything that a run leaves behind stands, and which run a command continues.
 
-    runs/<name>-<time>/  config.yaml  logs/  metrics.jsonl  checkpoints/  export/  summary.json
+    runs/<name>-<time>/  config.yaml  logs/  metrics.jsonl  completions.jsonl  checkpoints/  export/  summary.json
 
 A run is finished when it has a summary. The same configuration started again continues the newest run that is not,
 unless another process is at work in it; a learner gives such a process some time to end.
@@ -44,6 +44,7 @@ _PLACE_IN = {
         "eval_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "log_completions",
         "max_parity_diff",
         "fsdp_size",
         "sequence_parallel_size",

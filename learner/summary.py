@@ -1,9 +1,10 @@
-"""What a run leaves behind: metrics.jsonl as it goes, summary.json and a question to its checkpoint at the end."""
+"""What a run leaves behind: lines of JSON as it goes, summary.json and a question to its checkpoint at the end."""
 
 import base64
 import dataclasses
 import json
 import math
+import mmap
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,20 @@ from learner.types import PixelBounds, PromptSample
 SERVE_ADDRESS = "127.0.0.1:50051"
 
 
-class MetricsWriter:
+class JsonLines:
     """Appends one JSON object per line, each on disk when `write` returns. A resumed run appends to what is there.
 
     A last line that a kill has torn is taken away: every line can be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        # A model can sample half of a pair of surrogates, which JSON writes as an escape.
+        self._file: TextIO = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._file.truncate(_end_of_lines(path))
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Append one line. Numbers that JSON does not know (NaN, infinity) become null."""
-        self._file.write(json.dumps(_plain(metrics), allow_nan=False) + "\n")
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line. Numbers that JSON does not know (NaN, infinity) become null, objects their text."""
+        self._file.write(json.dumps(plain(values), allow_nan=False, ensure_ascii=False, default=str) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -62,7 +64,7 @@ def write_summary(run_dir: Path, summary: Summary) -> Path:
     if clash := values.keys() & extra.keys():
         raise ValueError(f"extra fields of the summary hide its own: {', '.join(sorted(clash))}")
     path = run_dir / "summary.json"
-    write_whole(path, json.dumps(_plain(values | extra), indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(plain(values | extra), indent=2, allow_nan=False) + "\n")
     return path
 
 
@@ -129,6 +131,14 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _end_of_lines(path: Path) -> int:
+    """Size of the file up to its last whole line."""
+    if not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
+
+
 def _part(part: TextPart | MediaPart) -> dict[str, Any]:
     return {"text": part.text} if isinstance(part, TextPart) else {"mediaIndex": part.index}
 
@@ -148,14 +158,14 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1e}"
 
 
-def _plain(value: Any) -> Any:
-    """Plain JSON values: numpy scalars unwrapped, numbers that are not finite as null."""
+def plain(value: Any) -> Any:
+    """Plain JSON values: arrays of numpy and their scalars unwrapped, numbers that are not finite as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -88,11 +88,11 @@ class PromptProcessor:
             self._remember(key, processed)
             return processed
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Ids to text, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Ids to text, special tokens left out or kept."""
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         with self._lock:
-            text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+            text: str = tokenizer.decode(token_ids, skip_special_tokens=not keep_special)
         return text
 
     def _decoded(self, sample: PromptSample) -> list[Image.Image]:

@@ -17,7 +17,7 @@ from learner.metrics import LearnerMetrics
 from learner.report import Progress, Reporter, describe_rewards
 from learner.rollouts.dispatcher import DispatchStats
 from learner.step import StepStats
-from learner.summary import MetricsWriter
+from learner.summary import JsonLines
 from tests.fakes import make_group
 
 OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
@@ -35,7 +35,7 @@ def _stats(parity_tokens: int = 8) -> StepStats:
 
 def _report(folder: Path, metrics: LearnerMetrics, *, parity_tokens: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
     """The lines of a step and of the evaluation after it."""
-    writer = MetricsWriter(folder / "metrics.jsonl")
+    writer = JsonLines(folder / "metrics.jsonl")
     display = Display(name="x", total_steps=2, run_dir=folder, stream=StringIO())
     reporter = Reporter(display, writer, Progress(), [metrics.measured])
     reporter.step(1, [GROUP], _stats(parity_tokens), NO_GROUPS, wait_s=0.5)
@@ -114,7 +114,7 @@ def test_the_rewards_of_a_step_by_hand() -> None:
 def test_the_share_of_dropped_groups_is_that_of_the_step_and_shown_unless_small(tmp_path: Path) -> None:
     stream = StringIO()
     display = Display(name="x", total_steps=9, run_dir=tmp_path, stream=stream)
-    reporter = Reporter(display, MetricsWriter(tmp_path / "metrics.jsonl"), Progress())
+    reporter = Reporter(display, JsonLines(tmp_path / "metrics.jsonl"), Progress())
     batch = [make_group(i) for i in range(30)]
     drops: list[dict[str, int]] = [{"A": 20}, {"A": 21, "STALE": 99}, {"A": 21, "B": 30, "STALE": 99}]
     for step, dropped in enumerate(drops, 1):

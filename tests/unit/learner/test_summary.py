@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from common import wire
 from common.pb.rollout.v1 import rollout_pb2
 from common.types import ChatMessage, ChatPrompt, MediaPart, TextPart
-from learner.summary import MetricsWriter, Summary, format_duration, format_summary, write_question, write_summary
+from learner.summary import JsonLines, Summary, format_duration, format_summary, write_question, write_summary
 from learner.types import PixelBounds, PromptSample
 
 SUMMARY = Summary("digits", 120, 0.314, 0.925, 512.25, 4.7e-7, 301.5, "runs/digits-1/export", {"seed": 3})
@@ -21,7 +21,7 @@ SUMMARY = Summary("digits", 120, 0.314, 0.925, 512.25, 4.7e-7, 301.5, "runs/digi
 def test_metrics_are_one_json_object_per_line_and_a_resumed_run_appends(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in range(2):
-        writer = MetricsWriter(path)
+        writer = JsonLines(path)
         writer.write({"step": step, "reward": np.float32(0.5), "kl": float("nan"), "ages": (np.int64(1), 2)})
         # On disk before the writer is closed.
         assert len(path.read_text().splitlines()) == step + 1
@@ -33,7 +33,7 @@ def test_metrics_are_one_json_object_per_line_and_a_resumed_run_appends(tmp_path
 def test_a_line_that_a_kill_has_torn_is_gone_once_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "rewa')
-    writer = MetricsWriter(path)
+    writer = JsonLines(path)
     writer.write({"step": 2})
     writer.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
