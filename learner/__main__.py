@@ -14,6 +14,7 @@ examples:
   torchrun --standalone --nproc-per-node 2 -m learner --config run.yaml rollout.actors='["127.0.0.1:50051"]'
   python -m learner --config run.yaml optimizer.lr=1e-5 trainer.total_steps=100
   python -m learner fleet 127.0.0.1:50051                    what the actors say of themselves
+  python -m learner export RUN/checkpoints/step-000200 OUT   a checkpoint as a model, for transformers and vLLM
 
 `outrider` starts actors and learner together on one machine.
 Every key of the configuration can be given as key.path=value; learner/config.py lists them.
@@ -40,6 +41,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from learner import fleet_view
 
         sys.exit(fleet_view.main(arguments[1:]))
+    if arguments[:1] == ["export"]:
+        from learner import export
+
+        sys.exit(export.main(arguments[1:]))
     options = parse(arguments)
 
     from common.lifecycle import end_process

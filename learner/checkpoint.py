@@ -15,6 +15,8 @@ import concurrent.futures
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -39,12 +42,17 @@ from learner.model.lora import merged_state, save_adapter
 log = get_logger(__name__)
 
 _STATE = "state.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is frozen is in `model.path`, as it was.
 _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
 # The folder of an exported adapter.
 _ADAPTER = "adapter"
-# Of a checkpoint directory of transformers: what an export writes anew, and what is nobody's.
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", _ADAPTER, ".*")
+# Of a checkpoint directory of transformers: what an export writes anew, the same weights in other formats, what other
+# trainers have left of optimizers and of themselves, and what is nobody's.
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", _ADAPTER, ".*"),
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx"),
+)
 
 
 class CheckpointWriter:
@@ -148,13 +156,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
     reader = dcp.FileSystemReader(checkpoint)
-    saved = reader.read_metadata().state_dict_metadata
-    gone = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in model_state}
-    if gone:
-        raise ConfigError(
-            f"{checkpoint}: {min(gone).removeprefix('model.')} was trained there and does not train in this run; train "
-            "the same parts as before, or start a new run"
-        )
+    saved = _saved(reader, checkpoint, model_state)
     # To load into, a fresh optimizer has been given moments of all parameters; what no forward uses never had any.
     moments: Any = optimizer_state["state"]
     optimizer_state["state"] = {name: own for name, own in moments.items() if f"optimizer.state.{name}.step" in saved}
@@ -166,29 +168,97 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         group.update(now)
 
 
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Restore what trains into a whole model of this process, which needs no process group."""
+    state = get_model_state_dict(model, options=_WHAT_TRAINS)
+    reader = dcp.FileSystemReader(checkpoint)
+    _saved(reader, checkpoint, state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant
+        dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+    set_model_state_dict(model, state, options=_WHAT_TRAINS)
+
+
+def _saved(reader: dcp.FileSystemReader, checkpoint: Path, model_state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint holds, by name. Raises ConfigError if there are parameters that do not train in this model."""
+    saved = reader.read_metadata().state_dict_metadata
+    gone = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in model_state}
+    if gone:
+        raise ConfigError(
+            f"{checkpoint}: {min(gone).removeprefix('model.')} was trained there and does not train in this run; train "
+            "the same parts as before, or start a new run"
+        )
+    return saved
+
+
 def export_model(model: Any, source: Path, target: Path) -> Path:
-    """Write the policy as a checkpoint directory that `transformers` and vLLM load; a collective.
-
-    A LoRA adapter is merged into it, and lies in its folder `adapter` too, as PEFT writes it. `source` is the directory
-    that training started from: tokenizer, processor and templates are copied from it.
-    """
-    from transformers import GenerationConfig
-
+    """Write the policy as `write_export` does; a collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     if _is_main():
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.generation_config = GenerationConfig()  # many that can be read are refused when they are to be written
-        model.save_pretrained(partial, state_dict=merged_state(model, state))
-        (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
-        _copy(source, partial)
-        if hasattr(model, "peft_config"):
-            save_adapter(model, state, source, partial / _ADAPTER)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
+        write_export(model, state, source, target)
     dist.barrier()
     return target
+
+
+def write_export(
+    model: Any, state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a policy as a checkpoint directory that `transformers` and vLLM load.
+
+    A LoRA adapter is merged into it, and lies in its folder `adapter` too, as PEFT writes it.
+
+    Args:
+        model: what trains.
+        state: its whole parameters and buffers.
+        source: the directory that training started from: tokenizer, processor and templates are copied from it.
+        target: written anew.
+        dtype: of the weights; None: the one that the configuration of `source` says, or else that of training.
+    """
+    from transformers import GenerationConfig
+
+    dtype = dtype or _dtype_of(source) or model.dtype
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.generation_config = GenerationConfig()  # many that can be read are refused when they are to be written
+    model.save_pretrained(partial, state_dict=_as_dtype(merged_state(model, state), dtype))
+    config = json.loads((partial / "config.json").read_text())
+    (partial / "config.json").write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n")
+    (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
+    _copy(source, partial)
+    if hasattr(model, "peft_config"):
+        save_adapter(model, state, source, partial / _ADAPTER)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+
+
+def _dtype_of(source: Path) -> torch.dtype | None:
+    """Of the weights of a checkpoint directory; None if its configuration does not say a floating one."""
+    config = json.loads((source / "config.json").read_text())
+    parts = (config, config.get("text_config") or {})
+    names = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    return _DTYPES.get(str(names[0])) if names else None
+
+
+def _as_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """With floating tensors of this dtype; what is tied stays one tensor."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point() and (key := (tensor.data_ptr(), tensor.shape)) not in done:
+            done[key] = tensor.to(dtype)
+    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
+
+
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A model's configuration, and those of its parts, that say this dtype wherever they say one."""
+    return {
+        key: _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else str(dtype).removeprefix("torch.")
+        if key == "dtype"
+        else value
+        for key, value in config.items()
+    }
 
 
 def _copy(source: Path, target: Path) -> None:

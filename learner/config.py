@@ -1,7 +1,7 @@
 """Configuration of a training run. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -9,7 +9,7 @@ from common.config import Config
 from common.types import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS
 from learner.algorithms.config import LossConfig
 from learner.data import DataConfig
-from learner.model.config import Adapter, OptimizerConfig
+from learner.model.config import Adapter, OptimizerConfig, Part
 
 # Half the distance from one bfloat16 number to the next around 0.02, a usual size of weights. A step of AdamW is about
 # as long as the learning rate: a shorter one than this is rounded away.
@@ -46,6 +46,11 @@ class ModelConfig(Config):
     exclude_modules: tuple[str, ...] = ()
     # Go on with this adapter, a directory that PEFT wrote; rank, alpha and modules are then its own.
     lora_adapter_path: Path | None = None
+
+    @property
+    def frozen(self) -> tuple[Part, ...]:
+        """The parts that do not train."""
+        return tuple(part for part in get_args(Part) if getattr(self, f"freeze_{part}"))
 
     @property
     def adapter(self) -> Adapter | None:

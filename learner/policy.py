@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
 from learner.model.config import learning_rate
-from learner.model.load import Part, load_policy, model_cost
+from learner.model.load import load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
@@ -41,7 +41,7 @@ class Policy:
         self.model, self.freeze_report = load_policy(
             settings.path,
             dtype=getattr(torch, settings.dtype),
-            frozen=[part for part in get_args(Part) if getattr(settings, f"freeze_{part}")],
+            frozen=settings.frozen,
             adapter=settings.adapter,
             gradient_checkpointing=settings.enable_gradient_checkpointing,
         )

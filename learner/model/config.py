@@ -9,6 +9,9 @@ import pydantic
 
 from common.config import Config
 
+Part = Literal["vision_tower", "projector", "language_model"]
+"""Of a model, as far as it can be frozen."""
+
 _Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +12,8 @@ from torch import nn
 from common import torchvision_ops
 from learner.batch.balance import ModelCost
 from learner.model import attention
-from learner.model.config import Adapter
+from learner.model.config import Adapter, Part
 from learner.model.lora import add_adapter
-
-Part = Literal["vision_tower", "projector", "language_model"]
 
 # Where the parts of a model are, by the names that transformers gives them. A projector may be inside its tower.
 _MODULES: Mapping[Part, tuple[str, ...]] = {
