@@ -263,6 +263,8 @@ class LearnerConfig(Config):
     run_dir: Path | None = None
     # "host:port" where Prometheus finds the metrics of rank 0 over HTTP (learner/metrics.py); None: nowhere.
     metrics_listen: str | None = None
+    # Where the numbers of metrics.jsonl go too (learner/trackers.py); each needs the package of its name.
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     # OpenTelemetry spans of rank 0 (common/tracing.py); the variables OTEL_* say where they go.
     tracing: bool = False
     # Continue the newest unfinished run of this same configuration.

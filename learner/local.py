@@ -75,6 +75,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner.local_actors import addresses
     from learner.local_gpus import share_gpus
     from learner.task import check_actors, check_checkpoint
+    from learner.trackers import check_trackers
 
     signal.signal(signal.SIGTERM, _interrupt)
     actors = addresses(config.local) or config.rollout.actors
@@ -84,6 +85,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     if prepare is None:
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
+    check_trackers(listed.trackers)
     if (words := _try_task(listed, gpus.learner)) is not None:
         return _say(*words)
     with run_folder.held(config, "launcher") as run_dir:

@@ -26,6 +26,7 @@ from learner.rank_watch import watching
 from learner.report import Progress, Reporter
 from learner.summary import JsonLines, format_summary, write_question, write_summary
 from learner.task import check_actors, check_checkpoint, load_task
+from learner.trackers import Trackers, check_trackers
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ def run(config: LearnerConfig) -> int:
     """Run this rank to the end; the exit code. Raises ConfigError for mistakes of the user."""
     check_checkpoint(config.model.path)
     check_actors(config.rollout)
+    check_trackers(config.trackers)
     signal.signal(signal.SIGTERM, _stop)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
@@ -93,7 +95,9 @@ def _run_rank_zero(
             stack.callback(tracing.start("outrider-learner"))
         stack.callback(control.close)
         control.start()
-        reporter = Reporter(display, metrics, progress, [control.measured], completions)
+        trackers = Trackers(config, run_dir, policy.version, display.note)
+        stack.callback(trackers.close)
+        reporter = Reporter(display, metrics, progress, [control.measured, trackers.log], completions)
         export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
         summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], max_tokens=config.rollout.max_tokens)

@@ -24,7 +24,7 @@ from learner.config import LearnerConfig
 Role = Literal["launcher", "learner"]
 
 # Settings that say where, with whom, how fast and how patiently a run runs, not what it computes.
-_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "tracing"}
+_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "trackers", "tracing"}
 _PLACE_IN = {
     "data": {"max_media_pixels"},
     "evaluation": {"max_failed_share"},

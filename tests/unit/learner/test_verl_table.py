@@ -28,7 +28,7 @@ def test_our_column_names_settings_that_exist() -> None:
 
 def test_our_column_has_settings_of_the_top_level_that_exist() -> None:
     named = {key for _, ours, _ in ROWS for key in re.findall(r"`([a-z_]+)`", ours)}
-    assert named == {"resume", "run_dir", "runs_dir"}
+    assert named == {"resume", "run_dir", "runs_dir", "trackers"}
     assert named <= set(LearnerConfig.model_fields)
 
 
