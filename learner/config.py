@@ -152,7 +152,7 @@ class TrainerConfig(Config):
     # Steps between two evaluations on the held-out rows; the first and the last step always evaluate. 0: only those.
     eval_every: int = Field(0, ge=0)
     # Steps between two checkpoints; the last step always makes one. 0: only that.
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(20, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     # Groups of each step of which completions.jsonl in the run folder has prompt and completions; with them it also
     # has the first 64 rows of each evaluation. 0: there is no such file.
