@@ -9,7 +9,7 @@ from actor.engine_vllm.update_room import utilization_beside_updates
 from common.config import ConfigError
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.config import VllmConfig as EngineConfig
 
 # With this, vLLM reports a sample's first token and its end and nothing between. It keeps to it only where it reports
 # what is new (DELTA): in the other modes each token comes with all tokens before it.
@@ -21,55 +21,22 @@ STRUCTURE_BACKEND: Literal["xgrammar"] = "xgrammar"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = True) -> "AsyncEngineArgs":
+def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True) -> "EngineConfig":
     """Set up this process for the engine, and say what it is to be.
 
     Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word, and for a GPU that is too small.
     """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Its processes speak msgpack to each other; what that does not know would go as a pickle.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
-    from vllm.config import StructuredOutputsConfig
+    _set_up_process(config)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
 
-    from actor.engine_vllm.plugin import ACTOR_VARIABLE, WEIGHT_TRANSFER_BACKEND, register
-    from actor.engine_vllm.suppression import SUPPRESSION
+    from actor.engine_vllm.plugin import ACTOR_VARIABLE, register
 
     os.environ[ACTOR_VARIABLE] = str(os.getpid())
     register()
-    executor = set_up_cpus(config) if current_platform.is_cpu() else None
-    arguments = AsyncEngineArgs(
-        model=str(model),
-        served_model_name=[model.name],
-        dtype=config.dtype,
-        seed=config.seed,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        enforce_eager=config.enforce_eager,
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend=executor,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        limit_mm_per_prompt=_media_limits(config),
-        skip_mm_profiling=True,
-        mm_device_do_normalize=config.normalize_on_device,
-        logprobs_mode="processed_logprobs",
-        max_logprobs=config.max_logprobs,
-        enable_return_routed_experts=config.return_routed_experts,
-        generation_config="vllm",
-        structured_outputs_config=StructuredOutputsConfig(backend=STRUCTURE_BACKEND),
-        stream_interval=_FIRST_AND_LAST_ONLY,
-        logits_processors=[SUPPRESSION],
-        worker_extension_cls="actor.engine_vllm.worker.WorkerExtension",
-        weight_transfer_config={"backend": WEIGHT_TRANSFER_BACKEND},
-        **_lora_arguments(config),
-        disable_log_stats=True,
-        enable_log_requests=False,
-    )
+    own = _own_arguments(model, config, is_cpu=current_platform.is_cpu())
+    arguments = AsyncEngineArgs(**own)
     model_config = arguments.create_model_config()
     if current_platform.is_cpu():
         _check_cpu(model_config, config)
@@ -83,7 +50,58 @@ def engine_arguments(model: Path, config: VllmConfig, *, takes_updates: bool = T
             # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
             has_second_set=not (model_config.quantization or model_config.use_mla or model_config.get_num_experts()),
         )
-    return arguments
+    return arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+
+
+def _set_up_process(config: VllmConfig) -> None:
+    """What vLLM and its processes take from the environment."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Its processes speak msgpack to each other; what that does not know would go as a pickle.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
+    # Forked ones, its choice for GPUs, take its plug-ins for loaded: `actor.engine_vllm.plugin` would not run in them.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+
+
+def _own_arguments(model: Path, config: VllmConfig, *, is_cpu: bool) -> dict[str, Any]:
+    """Of `AsyncEngineArgs`."""
+    from vllm.config import StructuredOutputsConfig
+
+    from actor.engine_vllm.plugin import WEIGHT_TRANSFER_BACKEND
+    from actor.engine_vllm.suppression import SUPPRESSION
+
+    return {
+        "model": str(model),
+        "served_model_name": [model.name],
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "block_size": config.block_size,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": set_up_cpus(config) if is_cpu else None,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "limit_mm_per_prompt": _media_limits(config),
+        # On a GPU the cache gets what is left beside the largest images and videos. On CPUs its size is said, and
+        # encoding them would only take long.
+        "skip_mm_profiling": is_cpu,
+        "mm_device_do_normalize": config.normalize_on_device,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": config.max_logprobs,
+        "enable_return_routed_experts": config.return_routed_experts,
+        "generation_config": "vllm",
+        "structured_outputs_config": StructuredOutputsConfig(backend=STRUCTURE_BACKEND),
+        "stream_interval": _FIRST_AND_LAST_ONLY,
+        "logits_processors": [SUPPRESSION],
+        "worker_extension_cls": "actor.engine_vllm.worker.WorkerExtension",
+        "weight_transfer_config": {"backend": WEIGHT_TRANSFER_BACKEND},
+        **_lora_arguments(config),
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
 
 
 def set_up_cpus(config: VllmConfig) -> str | None:

@@ -15,7 +15,7 @@ from PIL import Image
 from actor.adapters import Adapters
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
-from actor.engine_vllm.arguments import engine_arguments
+from actor.engine_vllm.arguments import engine_config
 from actor.engine_vllm.beams import search_beams
 from actor.engine_vllm.outputs import NothingSampled, Sample, top_logprobs
 from actor.engine_vllm.prompts import VllmPrompts
@@ -72,12 +72,12 @@ class VllmEngine:
 
         A signal whose handler raises ends it there. vLLM, on a thread of its own, would go on.
         """
-        arguments = engine_arguments(self._model, self._config, takes_updates=self._takes_updates)
+        config = engine_config(self._model, self._config, takes_updates=self._takes_updates)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actor.engine_vllm.groups import send_groups
 
-        self._engine = AsyncLLM.from_engine_args(arguments)
+        self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         send_groups(self._engine)
 
     async def start(self) -> EngineInfo:
