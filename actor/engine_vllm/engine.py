@@ -287,11 +287,11 @@ class VllmEngine:
         return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
 
     def _check_policy(self, model: str, lora: "LoRARequest | None") -> None:
-        """Raises WeightsPending where the policy has become an adapter, and the request for it goes on without.
+        """Raises WeightsPending where the policy has become an adapter, InvalidRequest where a named one has gone.
 
         vLLM binds a request to its adapter when it is queued. After a swap under it, the base model alone answers.
         """
-        policy = self._adapters.find("")
+        policy = self._adapters.find(model)
         if not model and policy is not None and (lora is None or lora.lora_name != policy.name):
             raise WeightsPending(f"{policy.name!r} is the policy now, and this request began without it: ask again")
 

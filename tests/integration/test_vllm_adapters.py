@@ -153,11 +153,14 @@ async def test_weights_of_the_model_void_its_adapters(
     taken = trained.snapshot(source.version + 1)
     await source.publish_snapshot(taken)
     long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=600, ignore_eos=True))
-    await until(lambda: actor.engine.load().num_running == 2, pause_s=0.01)
+    named = asyncio.create_task(actor.group(SAMPLES[1], "policy", n=1, max_tokens=600, ignore_eos=True))
+    await until(lambda: actor.engine.load().num_running == 3, pause_s=0.01)
     await source.publish_snapshot(replace(taken, version=source.version + 1), full=False, merged=True)
     assert not long.done()
     assert actor.engine.adapters() == ()
     assert largest_difference(trained.model, hf, await long) <= PARITY  # the same policy in both forms
+    with pytest.raises(InvalidRequest, match="'policy' is not here"):
+        await named
     assert largest_difference(trained.model, hf, await actor.group(SAMPLES[1], n=2, max_tokens=12)) <= PARITY
     with pytest.raises(InvalidRequest, match="'policy' is not here"):
         await actor.group(SAMPLES[1], "policy", max_tokens=1)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from actor.engine import EngineRequest
 from actor.engine_vllm import engine as module
 from actor.engine_vllm.engine import VllmEngine
 from actor.engine_vllm.outputs import top_logprobs
-from common.errors import TooLarge
-from common.types import PromptInfo, SamplingParams, TextPrompt, TopLogprobs
+from common.errors import InvalidRequest, TooLarge
+from common.types import Manifest, ManifestParameter, PromptInfo, SamplingParams, TextPrompt, TopLogprobs
 
 # Of a prompt of two tokens: nothing for the first, and the second one's own logprob before its likeliest.
 FLAT = SimpleNamespace(start_indices=[0, 0], end_indices=[0, 3], token_ids=[7, 9, 7], logprobs=[-2.0, -0.5, -2.0])
@@ -79,3 +79,29 @@ async def test_too_many_logprobs_are_refused_before_the_model_runs(
     with pytest.raises(TooLarge) as refused:
         await _scored(engine, 2**17, prompt_top_logprobs=64)
     assert refused.value.field == "sampling.prompt_top_logprobs"
+
+
+async def test_a_request_ends_with_the_adapter_that_it_names() -> None:
+    """The base model alone must not finish it. One for the policy may: its adapter is merged by then."""
+    made = VllmEngine(Path("model"), VllmConfig(max_lora_rank=4), "actor-1")
+    matrix = ManifestParameter("x.lora_A.weight", "F32", (4, 4), 0, 0)
+    made._adapters.commit(Manifest(1, (matrix,), (), updates_vision=False, adapter="critic"))
+
+    async def generate(*_: Any, **__: Any) -> AsyncIterator[str]:
+        yield "before"
+        weights = ManifestParameter("w", "F32", (4, 4), 0, 0)
+        made._adapters.commit(Manifest(2, (weights,), (), updates_vision=False))
+        yield "after"
+
+    made._engine = cast("Any", SimpleNamespace(generate=generate))
+
+    async def outputs(model: str) -> list[Any]:
+        request = EngineRequest("g", TextPrompt("x"), (), SamplingParams(), model=model)
+        parameters: Any = SimpleNamespace(structured_outputs=None)
+        return [output async for output in made._outputs(cast("Any", {}), parameters, request)]
+
+    assert await outputs("") == ["before", "after"]
+    made._adapters.commit(Manifest(3, (matrix,), (), updates_vision=False, adapter="critic"))
+    with pytest.raises(InvalidRequest, match="model: 'critic' is not here"):
+        await outputs("critic")
+    assert await outputs("model") == ["before", "after"]

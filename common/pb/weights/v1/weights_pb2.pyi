@@ -268,8 +268,8 @@ class Manifest(_message.Message):
     """LoRA: name of the adapter that this update brings or replaces; empty: none. Its parameters are those with the names
     of PEFT's files, "base_model.model.<module>.lora_A.weight" ([rank, inputs]) and "....lora_B.weight"
     ([outputs, rank]); B is multiplied by the scaling already. Other parameters are weights of the base model below it.
-    Weights of the base model void all adapters that were loaded before: requests under way that named one go on
-    without.
+    Weights of the base model void all adapters that were loaded before: requests under way that named one end with
+    INVALID_ARGUMENT, field model.
     """
     base_version: _builtins.int
     """Given: a delta. What crosses for each bucket is not its bytes but what changed in those of a bucket of this version
