@@ -112,6 +112,7 @@ def test_the_learner_is_told_only_where_it_runs() -> None:
         "runs_dir",
         "model.path",
         "trainer.fsdp_size",
+        "weights.backend",
         "metrics_listen",
         "tracing",
     }
@@ -127,6 +128,17 @@ def test_overrides_on_the_command_line_count() -> None:
     assert isinstance(learner, LearnerConfig)
     assert (learner.trainer.fsdp_size, learner.runs_dir) == (8, Path("/runs"))
     assert policies.actor_config(render("gpu", "spot-actors")).grace_s == 15
+
+
+def test_no_weights_over_nccl_to_gpus_of_tensor_parallel_actors() -> None:
+    """Their communicators are ordered by nobody (docs/architecture.md)."""
+    backends = {}
+    for overlay in ("gpu", "gpu-multinode"):
+        manifests = render(overlay)
+        learner = policies.learner_config(manifests)
+        assert isinstance(learner, LearnerConfig)
+        backends[policies.actor_config(manifests).vllm.tensor_parallel_size] = learner.weights.backend
+    assert backends == {1: None, 4: "gloo"}
 
 
 @pytest.fixture(scope="module")
