@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,9 @@ class VllmConfig(Config):
     max_lora_rank: int = Field(0, ge=0, le=512)
     # Adapters that can be at hand, and in one batch, at the same time.
     max_loras: int = Field(1, ge=1)
+    # More arguments of vLLM (`AsyncEngineArgs`), which the actor passes on as they are and knows nothing of:
+    # vllm.extra.kv_cache_dtype=fp8, 'vllm.extra.hf_overrides={rope_parameters: {...}}'.
+    extra: dict[str, Any] = Field(default_factory=dict)
     # Its processes are killed after so long; they hold nothing that is worth waiting for.
     shutdown_timeout_s: float = Field(1.0, ge=0)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actor.config import VllmConfig, parse_cores
+from actor.engine_vllm.refused_settings import check_extra, refused_settings
 from actor.engine_vllm.update_room import utilization_beside_updates
 from common.config import ConfigError
 
@@ -24,7 +25,8 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True) -> "EngineConfig":
     """Set up this process for the engine, and say what it is to be.
 
-    Raises ConfigError for what vLLM on CPUs cannot do, or does wrong without a word, and for a GPU that is too small.
+    Raises ConfigError for what vLLM refuses, for what it cannot do on CPUs, or does wrong there without a word, and for
+    a GPU that is too small.
     """
     _set_up_process(config)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -36,21 +38,25 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
     os.environ[ACTOR_VARIABLE] = str(os.getpid())
     register()
     own = _own_arguments(model, config, is_cpu=current_platform.is_cpu())
-    arguments = AsyncEngineArgs(**own)
-    model_config = arguments.create_model_config()
-    if current_platform.is_cpu():
-        _check_cpu(model_config, config)
-    elif takes_updates:
-        arguments.gpu_memory_utilization = utilization_beside_updates(
-            model,
-            config.gpu_memory_utilization,
-            total_bytes=current_platform.get_device_total_memory(),
-            element_bytes=model_config.dtype.itemsize,
-            num_gpus=config.tensor_parallel_size,
-            # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
-            has_second_set=not (model_config.quantization or model_config.use_mla or model_config.get_num_experts()),
-        )
-    return arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    check_extra(config.extra, own)
+    with refused_settings(config.extra):
+        arguments = AsyncEngineArgs(**own, **config.extra)
+        model_config = arguments.create_model_config()
+        if current_platform.is_cpu():
+            _check_cpu(model_config, config)
+        elif takes_updates:
+            arguments.gpu_memory_utilization = utilization_beside_updates(
+                model,
+                config.gpu_memory_utilization,
+                total_bytes=current_platform.get_device_total_memory(),
+                element_bytes=model_config.dtype.itemsize,
+                num_gpus=config.tensor_parallel_size,
+                # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
+                has_second_set=not (
+                    model_config.quantization or model_config.use_mla or model_config.get_num_experts()
+                ),
+            )
+        return arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
 
 
 def _set_up_process(config: VllmConfig) -> None:
@@ -82,6 +88,7 @@ def _own_arguments(model: Path, config: VllmConfig, *, is_cpu: bool) -> dict[str
         "enable_prefix_caching": config.enable_prefix_caching,
         "enforce_eager": config.enforce_eager,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "data_parallel_size": 1,  # several engines are several actors
         "distributed_executor_backend": set_up_cpus(config) if is_cpu else None,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "limit_mm_per_prompt": _media_limits(config),
@@ -144,6 +151,6 @@ def _media_limits(config: VllmConfig) -> dict[str, Any]:
 
 def _lora_arguments(config: VllmConfig) -> dict[str, Any]:
     if not config.max_lora_rank:
-        return {}
+        return {"enable_lora": False}
     rank = next(rank for rank in _LORA_RANKS if rank >= config.max_lora_rank)
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": config.max_loras}

@@ -1,12 +1,15 @@
-"""How vLLM is started, without an engine."""
+"""How vLLM is started: its own configuration of a tiny model, without an engine."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actor.config import VllmConfig
+from actor.config import ActorConfig, VllmConfig
+from common.config import ConfigError, load_config
 from examples.digits.model import build_model
 
 
@@ -25,6 +28,12 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.delitem(os.environ, "VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     monkeypatch.setattr(plugin, "register", lambda: None)
+
+
+def _config(model: Path, *overrides: str) -> Any:
+    from actor.engine_vllm.arguments import engine_config
+
+    return engine_config(model, load_config(ActorConfig, None, list(overrides)).vllm)
 
 
 def _started(monkeypatch: pytest.MonkeyPatch, model: Path, *, is_cpu: bool) -> Any:
@@ -53,3 +62,44 @@ def test_processes_of_vllm_are_spawned_and_load_the_plug_in(
 def test_a_gpu_keeps_room_for_the_vision_tower(monkeypatch: pytest.MonkeyPatch, model: Path, is_cpu: bool) -> None:
     arguments = _started(monkeypatch, model, is_cpu=is_cpu)
     assert arguments.skip_mm_profiling is is_cpu
+
+
+def test_more_arguments_are_passed_on(model: Path) -> None:
+    made = _config(model, "vllm.extra.mm_processor_cache_gb=0.5", "vllm.extra.hf_overrides={rope_theta: 7.0}")
+    assert made.model_config.multimodal_config.mm_processor_cache_gb == 0.5
+    assert made.model_config.hf_config.rope_theta == 7.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("extra.max_model_len=7", "vllm.extra.max_model_len: is a key of the configuration; set vllm.max_model_len"),
+        ("extra.enable_lora=true", "vllm.extra.enable_lora: the actor sets it; leave it out"),
+        ("extra.data_parallel_size=2", "vllm.extra.data_parallel_size: the actor sets it; leave it out"),
+        (
+            "extra.kv_cache_dtyp=fp8",
+            "vllm.extra.kv_cache_dtyp: vLLM has no such argument; did you mean kv_cache_dtype?",
+        ),
+        ("extra.x=1", "vllm.extra.x: vLLM has no such argument; give a field of AsyncEngineArgs"),
+        ("extra.quantization=foo", "vllm.extra.quantization: Unknown quantization method: foo"),
+        ("extra.mm_encoder_tp_mode=foo", "vllm.extra.mm_encoder_tp_mode: Input should be 'weights'"),
+        ("max_model_len=10000000", "vllm.max_model_len: User-specified max_model_len (10000000) is greater than"),
+        ("tensor_parallel_size=3", "vllm.tensor_parallel_size: Total number of attention heads (4) must be divisible"),
+        ("max_num_batched_tokens=16", "vllm.max_num_batched_tokens: max_num_batched_tokens (16) must be greater than"),
+    ],
+)
+def test_what_vllm_refuses_is_one_line_with_the_key(model: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        _config(model, f"vllm.{override}")
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_vllm_does_not_know_is_one_line(model: Path, tmp_path: Path) -> None:
+    unknown = shutil.copytree(model, tmp_path / "unknown")
+    config = json.loads((model / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    with pytest.raises(ConfigError) as refused:
+        _config(unknown)
+    assert str(refused.value).startswith("model or vllm: Model architectures ['NoSuchModel'] are not supported")
+    assert len(str(refused.value)) < 400
