@@ -46,6 +46,8 @@ def _keep_media_of_cached_prompts() -> None:
 
     vLLM leaves those out, for no encoder will run for them. After a weight update it must: the caches are void and the
     requests in flight, all but the first of a group, start over. Without the images the engine dies of it.
+    That is so in the model runner of CPUs. The one that GPUs have by default gets resumed requests anew, with all that
+    is then missing; which of the two it will be is not known here yet, and sending more does it no harm.
     """
     from vllm.v1.core.sched import output
 
