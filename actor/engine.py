@@ -77,10 +77,12 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Completions that run and that wait."""
+    """Completions that run and that wait, and the cache of keys and values: its share in use, and what had to leave."""
 
     num_running: int
     num_waiting: int
+    cache_usage: float = 0.0
+    num_preemptions: int = 0
 
 
 class Engine(Protocol):

@@ -5,6 +5,8 @@
 | `outrider_actor_state` | gauge by `state` | 1 for the state that it is in |
 | `outrider_actor_policy_version` | gauge | version that it serves |
 | `outrider_actor_running_completions`, `..._waiting_completions` | gauge | in the engine, and in its queue |
+| `outrider_actor_kv_cache_usage` | gauge | share of vLLM's cache of keys and values that is in use, some seconds ago |
+| `outrider_actor_preemptions` | gauge | how many completions had to leave it for others, and were computed again |
 | `outrider_actor_groups_total` | counter by `outcome` | groups `finished`, `refused`, `cancelled`, `failed` |
 | `outrider_actor_completions_total` | counter by `finish_reason` | finished completions |
 | `outrider_actor_tokens_total` | counter | their tokens |
@@ -56,6 +58,8 @@ class ActorMetrics:
         self._gauge("policy_version", "Policy version that is served.", lambda: policy.policy_version)
         self._gauge("running_completions", "Completions in the engine.", lambda: engine.load().num_running)
         self._gauge("waiting_completions", "Completions in its queue.", lambda: engine.load().num_waiting)
+        self._gauge("kv_cache_usage", "Share of the cache in use.", lambda: engine.load().cache_usage)
+        self._gauge("preemptions", "Completions that had to leave it.", lambda: engine.load().num_preemptions)
         states = Gauge(f"{_PREFIX}state", "1 for the state that it is in.", ["state"], registry=self.registry)
         for state in ActorState:
             states.labels(state.value).set_function(functools.partial(_is_in, policy, state))

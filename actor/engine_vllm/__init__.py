@@ -5,5 +5,6 @@ goes in: `prompts`, and for their images and videos `media`, `videos` and `forei
 `outputs` and `beams`. Weights: `updates`.
 
 In vLLM's processes: `plugin`, which they load first, and `worker`, with `shadow`, `adapters` and `cpu_reload`, and
-`suppression`. Between them and the actor: `groups` on the way there, `held_outputs` on the way back.
+`suppression`. Between them and the actor: `groups` on the way there, `held_outputs` on the way back, and `cache_load`
+for metrics.
 """

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from actor.engine_vllm.cache_load import CacheLoad
+
 _WARM_UP_TOKENS = 4
 # What is new is looked through often and quickly; everything, for tens of milliseconds in which nothing else runs, once
 # in some minutes under full load. By default that would be each second, and vLLM leaves no garbage there.
@@ -64,6 +66,7 @@ class VllmEngine:
         self._eos_ids: frozenset[int] = frozenset()
         self._adapters = Adapters(model.resolve().name, config.max_lora_rank, config.max_loras)
         self._updates = VllmUpdates(self._require, self._adapters)
+        self._cache: CacheLoad | None = None
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -83,6 +86,8 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
         import vllm
+
+        from actor.engine_vllm.cache_load import CacheLoad
 
         assert self._engine is not None
         await self._engine.update_weight_version("0")
@@ -104,6 +109,7 @@ class VllmEngine:
             max_lora_rank=self._config.max_lora_rank,
         )
         await self._warm_up()
+        self._cache = CacheLoad(self._engine)
         # vLLM makes many small objects at each step. Looking for garbage among all modules costs a tenth of the time.
         gc.collect()
         gc.freeze()
@@ -139,13 +145,18 @@ class VllmEngine:
 
     def load(self) -> EngineLoad:
         """See `Engine.load`."""
-        unfinished = self._require().get_num_unfinished_requests() if self._engine else 0
+        engine, cache = self._engine, self._cache
+        if engine is None or cache is None:
+            return EngineLoad(0, 0)
+        unfinished = engine.get_num_unfinished_requests()
         running = min(unfinished, self._config.max_num_seqs)
-        return EngineLoad(running, unfinished - running)
+        return EngineLoad(running, unfinished - running, cache.usage, cache.num_preemptions)
 
     async def stop(self) -> None:
         """See `Engine.stop`."""
         engine, self._engine = self._engine, None
+        if self._cache is not None:
+            self._cache.stop()
         if engine is not None:
             if engine.output_handler is not None:  # it would take the end of its engine for a failure
                 engine.output_handler.cancel()

@@ -20,12 +20,14 @@ def register() -> None:
     """Add Outrider's way of receiving weights to vLLM's registry; importing this package has repaired torchvision."""
     actor_pid = os.environ.get(ACTOR_VARIABLE)
     if actor_pid is not None:  # else it is somebody else's vLLM
+        from actor.engine_vllm.cache_load import tell_cache_load
         from actor.engine_vllm.groups import take_groups
 
         _keep_media_of_cached_prompts()
         bound_matching()
         hold_outputs()
         take_groups()
+        tell_cache_load()
     if actor_pid not in (None, str(os.getpid())):
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)

@@ -1,0 +1,53 @@
+"""How full vLLM's cache of keys and values is, and what had to leave it: only the engine process knows.
+
+vLLM tells with each step, if asked to, which costs its front end. Here it is asked now and then.
+"""
+
+import asyncio
+import contextlib
+import functools
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.exceptions import EngineDeadError
+
+_PERIOD_S = 5.0
+
+
+class CacheLoad:
+    """What an engine process with `tell_cache_load` said last; until `stop`, or the end of the engine."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self.usage = 0.0
+        self.num_preemptions = 0
+        self._asking = asyncio.create_task(self._ask(engine))
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._asking.cancel()
+
+    async def _ask(self, engine: AsyncLLM) -> None:
+        with contextlib.suppress(EngineDeadError):
+            while True:
+                self.usage, self.num_preemptions = await engine.engine_core.call_utility_async("cache_load")
+                await asyncio.sleep(_PERIOD_S)
+
+
+@functools.cache
+def tell_cache_load() -> None:
+    """Let the engine process count what it preempts, and answer."""
+    preempt = Scheduler._preempt_request  # noqa: SLF001 - it counts them for its own statistics alone
+
+    @functools.wraps(preempt)
+    def count(self: Any, request: Any, timestamp: float, drop_stale_output: bool = False) -> None:
+        preempt(self, request, timestamp, drop_stale_output)
+        if not drop_stale_output:  # else a weight update makes room
+            self.num_preemptions = getattr(self, "num_preemptions", 0) + 1
+
+    def cache_load(self: Any) -> tuple[float, int]:
+        return self.scheduler.get_kv_cache_usage(), getattr(self.scheduler, "num_preemptions", 0)
+
+    Scheduler._preempt_request = count  # noqa: SLF001
+    EngineCore.cache_load = cache_load
