@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import platforms
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from actor.config import ActorConfig, VllmConfig
+from actor.engine_vllm import plugin
+from actor.engine_vllm.arguments import engine_config
 from common.config import ConfigError, load_config
 from examples.digits.model import build_model
 
@@ -21,28 +25,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What starting an engine changes is put back: variables, and the parts of vLLM that the plug-in replaces."""
-    import vllm.platforms  # noqa: F401 - it sets some
-
-    from actor.engine_vllm import plugin
-
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.delitem(os.environ, "VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     monkeypatch.setattr(plugin, "register", lambda: None)
 
 
 def _config(model: Path, *overrides: str) -> Any:
-    from actor.engine_vllm.arguments import engine_config
-
     return engine_config(model, load_config(ActorConfig, None, list(overrides)).vllm)
 
 
 def _started(monkeypatch: pytest.MonkeyPatch, model: Path, *, is_cpu: bool) -> Any:
     """The arguments, as they are when vLLM makes its configuration of them."""
-    from vllm import platforms
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    from actor.engine_vllm.arguments import engine_config
-
     monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda _self: is_cpu)
     monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", lambda self, _context: self)
     return engine_config(model, VllmConfig(), takes_updates=False)
