@@ -14,6 +14,7 @@ from learner.batch.balance import ModelCost
 from learner.model import attention
 from learner.model.config import Adapter, Part
 from learner.model.lora import add_adapter
+from learner.model.supported import check_supported
 
 # Where the parts of a model are, by the names that transformers gives them. A projector may be inside its tower.
 _MODULES: Mapping[Part, tuple[str, ...]] = {
@@ -23,11 +24,6 @@ _MODULES: Mapping[Part, tuple[str, ...]] = {
 }
 # What an image passes before the text model.
 _VISION: tuple[Part, ...] = ("vision_tower", "projector")
-
-# What `learner.model.attention` computes.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-# Families whose prompt sees itself in both directions, without a setting that says so.
-_PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,8 @@ def load_policy(
         (model in train mode with the packed attention in its text model, what was frozen).
 
     Raises:
-        ValueError: no checkpoint there, nothing to freeze, or nothing that the adapter fits.
+        ValueError: no checkpoint there, a model that cannot be trained, nothing to freeze, or nothing that the adapter
+            fits.
     """
     path = Path(model_dir)
     if not (path / "config.json").is_file():
@@ -85,7 +82,7 @@ def prepare_policy(
     model: Any, *, frozen: Sequence[Part] = (), adapter: Adapter | None = None, gradient_checkpointing: bool = False
 ) -> FreezeReport:
     """Set up a model of transformers, in place, as `load_policy` does."""
-    _require_attention(model)
+    check_supported(model)
     # Only the text model: the vision tower's attention knows its own windows.
     model.config.get_text_config()._attn_implementation = attention.register()  # noqa: SLF001 - no public setter for one
     if gradient_checkpointing:
@@ -100,22 +97,6 @@ def prepare_policy(
             model, adapter, left_out=[name for part in left_out for name in find_modules(model, part)]
         )
     return replace(freeze(model, frozen), num_adapted=num_adapted)
-
-
-def _require_attention(model: Any) -> None:
-    """Other layers carry a state from token to token, over the ends of the sequences of a pack, or look ahead."""
-    text_config = model.config.get_text_config()
-    if getattr(text_config, "use_bidirectional_attention", None) or model.config.model_type in _PREFIX_FAMILIES:
-        raise ValueError(
-            f"{type(model).__name__} lets tokens of the prompt see those that come later, which the attention over a "
-            "packed batch does not"
-        )
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
-    if unknown := sorted(layer_types - _LAYER_TYPES):
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(unknown)}, which would mix the sequences of a "
-            f"packed batch; there are {', '.join(sorted(_LAYER_TYPES))}"
-        )
 
 
 def _remove_dropout(model: nn.Module) -> None:

@@ -14,11 +14,10 @@ from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
 from learner.model.fused_logprobs import SUPPRESSED_LOGIT, fused_logprobs
 from learner.model.sequence_parallel import SequenceGroup
+from learner.model.supported import LOGIT_SETTINGS
 
 # Float32 logits that exist at once, in elements; more are computed piece by piece and again in the backward pass.
 _MAX_LOGIT_ELEMENTS = 2**26
-# What some models do with the output layer's logits, by the names of the settings; `fused` does not do it.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 # Families whose text model lets the tokens of an image see each other in both directions.
 _IMAGES_SEEN_WHOLE = frozenset({"gemma3"})
@@ -82,7 +81,7 @@ def _kept(model: Any, rows: Tensor, indices: Tensor) -> Tensor:
 def check_fused(model: nn.Module) -> None:
     """Raise ValueError for a model whose logits are more than its output layer applied to the last hidden states."""
     config: Any = model.config
-    settings = [name for name in _LOGIT_SETTINGS if getattr(config.get_text_config(), name, None) is not None]
+    settings = [name for name in LOGIT_SETTINGS if getattr(config.get_text_config(), name, None) is not None]
     if settings or not isinstance(getattr(model, "lm_head", None), nn.Linear):
         reason = f"it has {settings[0]}" if settings else "it has no linear lm_head"
         raise ValueError(f"use_fused_kernels does not fit {type(model).__name__}: {reason}; set it to false")

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import structlog
 import torch
-import transformers
 from torch import nn
 
 from learner.algorithms.config import LossConfig
@@ -154,17 +153,6 @@ def test_freezing_nothing_or_everything_is_refused() -> None:
         freeze(nn.Sequential(nn.Linear(2, 2)), ["vision_tower"])
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze(nn.ModuleDict({"visual": nn.Linear(2, 2)}), ["vision_tower"])
-
-
-@pytest.mark.parametrize(
-    ("family", "layer_types"),
-    [("Qwen3_5", ["linear_attention", "full_attention"]), ("Lfm2Vl", ["conv", "full_attention"])],
-)
-def test_layers_that_carry_a_state_are_refused(family: str, layer_types: list[str]) -> None:
-    config = getattr(transformers, f"{family}Config")(text_config={"layer_types": layer_types, "num_hidden_layers": 2})
-    model = type("Hybrid", (nn.Module,), {"config": config})()
-    with pytest.raises(ValueError, match=f"Hybrid has layers of type {layer_types[0]}, which would mix the sequences"):
-        prepare_policy(model)
 
 
 def test_a_model_costs_what_its_parameters_are(make_policy: Callable[[], Any]) -> None:

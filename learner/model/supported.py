@@ -1,0 +1,50 @@
+"""Which models can be trained: the others are refused by name, before they would train wrongly without a word."""
+
+import inspect
+from typing import Any
+
+# What some models do with the output layer's logits, by the names of the settings of the text model.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+# What `learner.model.attention` computes.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Families whose prompt sees itself in both directions, without a setting that says so.
+_PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
+
+
+def check_supported(model: Any) -> None:
+    """Raise ValueError for a model of transformers that a packed batch, or its own forward, would train wrongly."""
+    _check_attention(model)
+    _check_logits(model)
+
+
+def _check_attention(model: Any) -> None:
+    """Other layers carry a state from token to token, over the ends of the sequences of a pack, or look ahead."""
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "use_bidirectional_attention", None) or model.config.model_type in _PREFIX_FAMILIES:
+        raise ValueError(
+            f"{type(model).__name__} lets tokens of the prompt see those that come later, which the attention over a "
+            "packed batch does not"
+        )
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    if unknown := sorted(layer_types - _LAYER_TYPES):
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(unknown)}, which would mix the sequences of a "
+            f"packed batch; there are {', '.join(sorted(_LAYER_TYPES))}"
+        )
+
+
+def _check_logits(model: Any) -> None:
+    """The forward of a vision-language model may leave out what its text model, alone or in vLLM, does with logits.
+
+    It computes logits itself, from the text model's hidden states; whether it knows a setting, its source says.
+    """
+    text_config = model.config.get_text_config()
+    source = inspect.getsource(type(model).forward)
+    for name in LOGIT_SETTINGS:
+        value = getattr(text_config, name, None)
+        if value not in (None, 1) and name not in source:
+            raise ValueError(
+                f"{type(model).__name__} leaves out {name} ({value:g}) of its text model, which actors apply: what is "
+                "trained would not be what was sampled"
+            )
