@@ -46,6 +46,7 @@ _PLACE_IN = {
         "keep_checkpoints",
         "log_completions",
         "max_parity_diff",
+        "max_mean_parity_diff",
         "fsdp_size",
         "sequence_parallel_size",
         "rank_timeout_s",

@@ -126,6 +126,12 @@ class Trainer:
                 f"step {step}: a logprob of learner and actor differs by {stats.parity_max_abs_diff:.2e}, more than "
                 f"trainer.max_parity_diff ({limit:.0e}): what is trained is not what was sampled"
             )
+        limit = self._config.trainer.max_mean_parity_diff
+        if limit is not None and stats.parity_mean_abs_diff > limit:  # of NaN, the update is skipped
+            raise ParityError(
+                f"step {step}: logprobs of learner and actor differ by {stats.parity_mean_abs_diff:.2g} on average, "
+                f"more than trainer.max_mean_parity_diff ({limit:g}): the two compute different models"
+            )
         self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
         if self._num_skipped == _MAX_SKIPPED_STEPS:
             raise RuntimeError(

@@ -33,8 +33,8 @@ def launch(tmp_path: Path, model_dir: Path) -> Iterator[Launch]:
         def fake(*overrides: str, config: str = CONFIG) -> Launched:
             return start(
                 *("--config", config, f"runs_dir={tmp_path / 'runs'}", f"model.path={model_dir}"),
-                *(f"local.base_port={free_ports(2)}", "trainer.max_parity_diff=null"),
-                *("local.actor={engine: fake}", "rollout.startup_timeout_s=300"),
+                *("local.actor={engine: fake}", f"local.base_port={free_ports(2)}", "rollout.startup_timeout_s=300"),
+                *("trainer.max_parity_diff=null", "trainer.max_mean_parity_diff=null"),
                 *overrides,
             )
 

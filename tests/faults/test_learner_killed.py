@@ -53,7 +53,12 @@ def settings(model_dir: Path, runs_dir: Path, address: str, num_steps: int) -> d
         "rollout": {"actors": [address], "n": 2, "max_tokens": 4, "seed": 5},
         "algorithm": {"clip_low": 1.0, "clip_high": 1000.0},
         "optimizer": {"lr": 1e-3},
-        "trainer": {"total_steps": num_steps, "batch_prompts": BATCH, "checkpoint_every": 1},
+        "trainer": {
+            "total_steps": num_steps,
+            "batch_prompts": BATCH,
+            "checkpoint_every": 1,
+            "max_mean_parity_diff": None,
+        },
         "runs_dir": str(runs_dir),
     }
 

@@ -43,7 +43,10 @@ FAKE = Setup(
     start_s=300.0,
     batch_prompts=2,
     actor=("fake.vocab_size=256", "fake.mean_tokens=3", "fake.first_token_s=0.5"),
-    learner=("rollout.n=2", "algorithm.clip_low=1", "algorithm.clip_high=1000", "trainer.max_staleness=1"),
+    learner=(
+        *("rollout.n=2", "algorithm.clip_low=1", "algorithm.clip_high=1000", "trainer.max_staleness=1"),
+        "trainer.max_mean_parity_diff=null",
+    ),
 )
 
 VLLM = Setup(

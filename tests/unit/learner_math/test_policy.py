@@ -1,5 +1,6 @@
 """The policy as a whole, on one rank."""
 
+import contextlib
 import copy
 import dataclasses
 import threading
@@ -18,7 +19,7 @@ from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.checkpoint import CheckpointWriter, latest_checkpoint
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, TrainerConfig
 from learner.distributed import join_ranks
 from learner.evaluate import Evaluation
 from learner.ledger import Ledger
@@ -28,7 +29,7 @@ from learner.policy import Policy, vision_parts
 from learner.report import Progress, Reporter
 from learner.step import merge_stats
 from learner.summary import Summary
-from learner.trainer import RankZero, Trainer
+from learner.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 from tests.families import FAMILIES, build
@@ -170,7 +171,7 @@ def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
         {
             "model": {"path": model_dir},
             "data": {"train": "unused"},
-            "trainer": {"total_steps": 1, "batch_prompts": 4, "mini_batch_prompts": 1},
+            "trainer": {"total_steps": 1, "batch_prompts": 4, "mini_batch_prompts": 1, "max_mean_parity_diff": None},
         }
     )
     groups = [
@@ -207,13 +208,15 @@ def test_what_an_image_passes_is_all_but_the_text_model(family: str, tmp_path: P
         assert taken.update(full=False)[0].updates_vision
 
 
-def one_step(model_dir: Path, processor: PromptProcessor) -> tuple[LearnerConfig, MagicMock]:
-    """A run of one step, and what stands in for its actors."""
+def one_step(
+    model_dir: Path, processor: PromptProcessor, max_mean_parity_diff: float | None = None
+) -> tuple[LearnerConfig, MagicMock]:
+    """A run of one step, and what stands in for its actors: their logprobs are made up."""
     config = LearnerConfig.model_validate(
         {
             "model": {"path": model_dir},
             "data": {"train": "unused"},
-            "trainer": {"total_steps": 1, "batch_prompts": 4},
+            "trainer": {"total_steps": 1, "batch_prompts": 4, "max_mean_parity_diff": max_mean_parity_diff},
         }
     )
     control = MagicMock(processor=processor)
@@ -246,6 +249,19 @@ def test_a_resumed_run_makes_up_for_a_last_evaluation_that_failed(
         assert (summary.accuracy_before, summary.accuracy_after) == (0.25, 0.75)
         train("whole", first, last)
         assert train("whole").accuracy_after == 0.75  # it is not made again
+
+
+def test_actors_that_compute_another_model_end_the_run(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor
+) -> None:
+    """Made-up logprobs are about 3 off on average."""
+    default = TrainerConfig(total_steps=1, batch_prompts=1).max_mean_parity_diff
+    for limit, outcome in ((5.0, contextlib.nullcontext()), (default, pytest.raises(ParityError, match="on average"))):
+        config, control = one_step(model_dir, processor, limit)
+        control.evaluate.return_value = None
+        with join_ranks("cpu") as ranks, outcome:
+            zero = RankZero(control, Ledger(0, 4), MagicMock(**{"state.return_value": {}}))
+            Trainer(config, ranks, Policy(config, ranks), tmp_path, zero).run()
 
 
 def test_an_evaluation_that_fails_costs_no_checkpoint(
