@@ -65,17 +65,29 @@ class Block:
         return self._masks[window]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
-    """How a pack of T tokens lies in blocks of M places together; made once for a forward, used by every layer."""
+    """How a pack of T tokens lies in blocks of M places together; made once for a forward, used by every layer.
 
-    blocks: tuple[Block, ...]
-    gather: Tensor | None
-    """int64 [M]: the token in each place, 0 in padding; None if places and tokens are the same."""
-    scatter: Tensor | None
-    """int64 [T]: the place of each token."""
-    varlen: VarlenLayout | None = None
-    """The same for flash attention; None where images see themselves in both directions."""
+    No dataclass: FSDP2 copies those for each unit, to cast what is in them, and each unit would make its own masks.
+    """
+
+    __slots__ = ("blocks", "gather", "scatter", "varlen")
+
+    def __init__(
+        self, blocks: tuple[Block, ...], gather: Tensor | None, scatter: Tensor | None, varlen: VarlenLayout | None
+    ) -> None:
+        """Blocks, and how they are filled.
+
+        Args:
+            blocks: all rows.
+            gather: int64 `[M]`, the token in each place, 0 in padding; None if places and tokens are the same.
+            scatter: int64 `[T]`, the place of each token; None likewise.
+            varlen: the same for flash attention; None where images see themselves in both directions.
+        """
+        self.blocks = blocks
+        self.gather = gather
+        self.scatter = scatter
+        self.varlen = varlen
 
 
 def register() -> str:
