@@ -101,6 +101,8 @@ class Policy:
             [self._annotated(pack) for pack in decode_packs(self._ranks.scatter(parts[i] if parts else None))]
             for i in range(trainer.num_mini_batches)
         ]
+        if self._reference is not None:
+            self._reference.reshard()  # the root, which FSDP2 leaves whole for a backward pass that does not come
         updates: list[list[StepStats]] = [[] for _ in mini_batches]
         for epoch in range(trainer.epochs):
             for i, packs in enumerate(mini_batches):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from common.types import FloatArray
 from learner.algorithms.losses import k3
@@ -56,6 +57,7 @@ def test_the_kl_term_is_that_to_the_checkpoint_that_the_run_began_with(
         policy = Policy(config, ranks)
         ((first,),) = policy.step([[encode_packs(packs[0])]])
         assert first.reference_kl == pytest.approx(0.0, abs=1e-9)
+        assert all(isinstance(parameter, DTensor) for parameter in policy._reference.parameters()), "left whole"
         policy.step([[encode_packs(packs[0])]])
         (pack,) = packs[0]
         with torch.no_grad():
