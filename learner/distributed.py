@@ -18,6 +18,14 @@ from learner.model.sequence_parallel import SequenceGroup, make_sequence_group
 
 # Rank 0 waits for rollouts, and the others wait for rank 0; how long that takes is not the group's business.
 TIMEOUT = timedelta(hours=12)
+# What torchrun tells each rank.
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +39,29 @@ class Ranks:
     sequence_group: SequenceGroup | None = None
     """The ranks that share each sequence with this one; None: it has its own."""
 
+    local_rank: int = 0
+    """Among those of its node, whose ranks are consecutive."""
+    num_local_ranks: int = 1
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The ranks of a node run the block one after the other; nodes do not wait for each other.
+
+        One that fails in it lets the next one go on all the same, to fail for its own reason.
+        """
+        turn = torch.empty(1)
+        if 0 < self.local_rank < self.num_local_ranks:
+            dist.recv(turn, src=self.rank - 1)
+        try:
+            yield
+        finally:
+            if self.local_rank + 1 < self.num_local_ranks:
+                dist.send(turn, dst=self.rank + 1)
 
     def scatter(self, parts: Sequence[torch.Tensor] | None) -> torch.Tensor:
         """Give each rank its part of a list that rank 0 has: uint8 `[any]` on the CPU."""
@@ -79,7 +106,7 @@ def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_para
         ConfigError: one of the two does not divide the number of ranks.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, alone in _ALONE.items():
         os.environ.setdefault(name, alone)
     store = None
     if "MASTER_PORT" not in os.environ:  # not started by torchrun: a single rank
@@ -98,6 +125,7 @@ def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_para
         where = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
         mesh = make_mesh(kind, num_ranks, shard_ranks)
         sequence_group = make_sequence_group(kind, num_ranks, sequence_parallel_size)
-        yield Ranks(dist.get_rank(), num_ranks, where, mesh, sequence_group)
+        local_rank, num_local_ranks = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        yield Ranks(dist.get_rank(), num_ranks, where, mesh, sequence_group, local_rank, num_local_ranks)
     finally:
         dist.destroy_process_group()

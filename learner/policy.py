@@ -1,7 +1,6 @@
 """Model and optimizer of one rank, with everything that is a collective over the ranks."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,40 +35,17 @@ class Policy:
 
     def __init__(self, config: LearnerConfig, ranks: Ranks) -> None:
         torch.manual_seed(config.seed)
-        settings = config.model
-        self.model: Any
-        self.model, self.freeze_report = load_policy(
-            settings.path,
-            dtype=getattr(torch, settings.dtype),
-            frozen=settings.frozen,
-            adapter=settings.adapter,
-            gradient_checkpointing=settings.enable_gradient_checkpointing,
-        )
-        self.version = 0
-        self.placeholder_ids = placeholder_ids(self.model.config)
-        text_config = self.model.config.get_text_config()
-        self.cost = model_cost(self.model)
-        self._suppressed_token_ids = suppressed_token_ids(
-            self.placeholder_ids, config.rollout.allowed_token_ids, text_config.vocab_size
-        )
-        if settings.cpu_offload and ranks.device.type == "cpu":
+        if config.model.cpu_offload and ranks.device.type == "cpu":
             raise ConfigError("model.cpu_offload moves what trains from a GPU to the CPU, and there is no GPU here")
-        if settings.use_fused_kernels:
-            check_fused(self.model)
-        split_sequences(self.model, text_model(self.model), ranks.sequence_group)
-        shard = functools.partial(
-            parallelize,
-            mesh=ranks.mesh,
-            compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None,
-            cpu_offload=settings.cpu_offload,
+        self._config = config
+        self._ranks = ranks
+        self.version = 0
+        with ranks.in_turn():  # so that a node holds one whole model at a time, beside the shards
+            self._load()
+        self.placeholder_ids = placeholder_ids(self.model.config)
+        self._suppressed_token_ids = suppressed_token_ids(
+            self.placeholder_ids, config.rollout.allowed_token_ids, self.model.config.get_text_config().vocab_size
         )
-        shard(self.model, compile_layers=settings.use_torch_compile)
-        self._reference: Any = None
-        if config.algorithm.kl_coef and settings.adapter is None:
-            self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
-            self._reference.requires_grad_(False)
-            split_sequences(self._reference, text_model(self._reference), ranks.sequence_group)
-            shard(self._reference)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
         self._snapshotter = Snapshotter(
@@ -83,8 +59,38 @@ class Policy:
         self._needs_old_logprobs = (
             config.algorithm.old_policy == "learner" and trainer.num_mini_batches * trainer.epochs > 1
         )
-        self._config = config
-        self._ranks = ranks
+
+    def _load(self) -> None:
+        """Load and shard what trains, and the reference. No collective of the ranks may be in here."""
+        settings = self._config.model
+        self.model: Any
+        self.model, self.freeze_report = load_policy(
+            settings.path,
+            dtype=getattr(torch, settings.dtype),
+            frozen=settings.frozen,
+            adapter=settings.adapter,
+            gradient_checkpointing=settings.enable_gradient_checkpointing,
+        )
+        self.cost = model_cost(self.model)
+        if settings.use_fused_kernels:
+            check_fused(self.model)
+        self._shard(self.model, compile_layers=settings.use_torch_compile)
+        self._reference: Any = None
+        if self._config.algorithm.kl_coef and settings.adapter is None:
+            self._reference, _ = load_policy(settings.path, dtype=getattr(torch, settings.dtype))
+            self._reference.requires_grad_(False)
+            self._shard(self._reference)
+
+    def _shard(self, model: Any, *, compile_layers: bool = False) -> None:
+        settings = self._config.model
+        split_sequences(model, text_model(model), self._ranks.sequence_group)
+        parallelize(
+            model,
+            self._ranks.mesh,
+            compute_dtype=torch.bfloat16 if settings.compute_bfloat16 else None,
+            compile_layers=compile_layers,
+            cpu_offload=settings.cpu_offload,
+        )
 
     def step(self, parts: Sequence[Sequence[torch.Tensor]] | None) -> list[list[StepStats]]:
         """Train one batch, which gives the next version.

@@ -204,6 +204,16 @@ def test_all_ranks_resume_at_the_checkpoint_that_rank_0_sees(tmp_path: Path, mod
         assert seen == {"state": {"version": 2}, "version": 2, "values": [2.0]}
 
 
+def test_ranks_of_a_node_load_one_after_the_other(tmp_path: Path, model_dir: Path) -> None:
+    """Policy and reference: each rank holds them whole until they are sharded."""
+    run_ranks(2, "tests.integration.loading_ranks", str(tmp_path), str(model_dir))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for rank in (first, second):
+        assert [what for what, _ in rank["loads"]] == ["load", "sharded"] * 2
+    assert first["loads"][-1][1] <= second["loads"][0][1]
+    assert (first["outcome"], second["outcome"]) == ("no checkpoint", "went on")
+
+
 @pytest.mark.parametrize("first", ["processor", "policy"])
 def test_processor_and_policy_load_in_either_order_in_a_fresh_process(model_dir: Path, first: str) -> None:
     """Each repairs torchvision before importing it (common.torchvision_ops); importing them loads no model code."""
