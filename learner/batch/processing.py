@@ -3,6 +3,7 @@
 The learner trains with what comes out here, and holds the actor's answer against it (the image tripwire).
 """
 
+import copy
 import hashlib
 import threading
 from collections import OrderedDict
@@ -28,6 +29,8 @@ from learner.types import PixelBounds, ProcessedPrompt, PromptSample
 _TOO_LARGE = "; make it smaller, or raise data.max_media_pixels and the actors' limits.max_media_pixels"
 # Outputs of a processor that are not inputs of the media.
 _TEXT_OUTPUTS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
+# Samples whose decoded images are held at once.
+_MAX_DECODED = 4
 
 
 class PromptProcessor:
@@ -61,8 +64,12 @@ class PromptProcessor:
         self._cache_bytes = cache_bytes
         self._max_pixels = max_pixels
         self._cached_bytes = 0
-        # Fast tokenizers are not safe to call from two threads at once.
+        self._cache_lock = threading.Lock()
+        # Fast tokenizers are not safe to call from two threads at once, so completions have a copy of their own.
         self._lock = threading.Lock()
+        self._tokenizer = copy.deepcopy(getattr(self._processor, "tokenizer", self._processor))
+        self._tokenizer_lock = threading.Lock()
+        self._decoding = threading.Semaphore(_MAX_DECODED)
         self.filler = self._filler() if self._has_images else None
         """The smallest image that the model takes, alone, for packs without media; None for a model without vision."""
 
@@ -74,25 +81,27 @@ class PromptProcessor:
         """
         sha256 = tuple(content_hash(image) for image in sample.images)
         key = hashlib.sha256(repr((sample.chat, sha256, sample.image_bounds)).encode()).digest()
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-            try:
-                bounds = [bounds for _, bounds in sample.bounded_images]
-                processed = self._run(render_chat(self._processor, sample.chat), self._decoded(sample), sha256, bounds)
-            except (ValueError, InvalidRequest, TooLarge, Unimplemented) as error:
-                source = f" of {sample.data_source}" if sample.data_source else ""
-                hint = _TOO_LARGE if isinstance(error, TooLarge) else ""
-                raise ConfigError(f"row {sample.row}{source}: {error}{hint}") from error
-            self._remember(key, processed)
-            return processed
+        if known := self._known(key):
+            return known
+        bounds = [bounds for _, bounds in sample.bounded_images]
+        try:
+            with self._decoding:
+                images = self._decoded(sample)
+                with self._lock:
+                    if known := self._known(key):  # another thread was quicker
+                        return known
+                    processed = self._run(render_chat(self._processor, sample.chat), images, sha256, bounds)
+                    self._remember(key, processed)
+                    return processed
+        except (ValueError, InvalidRequest, TooLarge, Unimplemented) as error:
+            source = f" of {sample.data_source}" if sample.data_source else ""
+            hint = _TOO_LARGE if isinstance(error, TooLarge) else ""
+            raise ConfigError(f"row {sample.row}{source}: {error}{hint}") from error
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Ids to text, special tokens left out or kept."""
-        tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        with self._lock:
-            text: str = tokenizer.decode(token_ids, skip_special_tokens=not keep_special)
+        with self._tokenizer_lock:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special)
         return text
 
     def _decoded(self, sample: PromptSample) -> list[Image.Image]:
@@ -179,12 +188,19 @@ class PromptProcessor:
         side = getattr(image_processor, "patch_size", 14) * getattr(image_processor, "merge_size", 2)
         return self._run(self._processor.image_token, [Image.new("RGB", (side, side))], (b"\0" * 32,), [PixelBounds()])
 
+    def _known(self, key: bytes) -> ProcessedPrompt | None:
+        with self._cache_lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
     def _remember(self, key: bytes, processed: ProcessedPrompt) -> None:
-        self._cache[key] = processed
-        self._cached_bytes += _num_bytes(processed)
-        while self._cached_bytes > self._cache_bytes and self._cache:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= _num_bytes(oldest)
+        with self._cache_lock:
+            self._cache[key] = processed
+            self._cached_bytes += _num_bytes(processed)
+            while self._cached_bytes > self._cache_bytes and self._cache:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= _num_bytes(oldest)
 
 
 def _num_bytes(processed: ProcessedPrompt) -> int:

@@ -1,7 +1,9 @@
 import dataclasses
 import hashlib
 import io
+import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from PIL import Image
 
 from common.config import ConfigError
+from common.media import decode_image
 from common.types import ChatMessage, MediaPart, TextPart
+from learner.batch import processing
 from learner.batch.packing import Row, pack
 from learner.batch.processing import PromptProcessor
-from learner.types import PixelBounds, PromptSample
+from learner.types import PixelBounds, ProcessedPrompt, PromptSample
 from tests.unit.learner_math.groups import image_bytes, mixed_groups, sample
 
 
@@ -135,6 +139,41 @@ def test_the_chat_template_gets_its_arguments(model_dir: Path, hf_processor: Any
     assert texts[1] == texts[0] + "hard!"
     with pytest.raises(ConfigError, match=r"^row 5: chat.template_arguments: TypeError: unsupported operand"):
         processor.process(dataclasses.replace(given, template_arguments={"think": 1}))
+
+
+def test_one_prompt_in_the_processor_keeps_neither_images_nor_completions_waiting(
+    model_dir: Path, hf_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another prompt the images are decoded meanwhile, and completions are for their rewards."""
+    shared = PromptProcessor(model_dir)
+    is_in, may_leave = threading.Event(), threading.Event()
+    decoded: queue.Queue[str] = queue.Queue()
+    run = shared._run
+
+    def slow_run(*arguments: Any) -> ProcessedPrompt:
+        is_in.set()
+        assert may_leave.wait(20)
+        return run(*arguments)
+
+    def seen_decode(*arguments: Any) -> Any:
+        decoded.put(threading.current_thread().name)
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(shared, "_run", slow_run)
+    monkeypatch.setattr(processing, "decode_image", seen_decode)
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            results = [pool.submit(shared.process, sample(0, "a", [image_bytes(0)]))]
+            assert is_in.wait(20)
+            decoded.get(timeout=20)
+            results.append(pool.submit(shared.process, sample(1, "b", [image_bytes(1)])))
+            decoded.get(timeout=20)
+            assert pool.submit(shared.decode, hf_processor.tokenizer("hi").input_ids).result(timeout=20) == "hi"
+            assert not any(result.done() for result in results)
+        finally:
+            may_leave.set()
+        first, second = (result.result() for result in results)
+    assert first.media_sha256 != second.media_sha256
 
 
 def test_threads_get_what_one_thread_gets(model_dir: Path, processor: PromptProcessor) -> None:
