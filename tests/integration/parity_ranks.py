@@ -29,12 +29,21 @@ from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, 
 from learner.step import train_step
 
 LOSS = LossConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
+# Where rounding would move tokens over the clip, so that all of their gradient comes or goes.
+UNCLIPPED = LossConfig(entropy_coef=0.01, clip_low=1.0, clip_high=1000.0)
 MODES: Mapping[str, dict[str, Any]] = {
     "packed": {},
     "fused": {},
     "checkpointed": {"gradient_checkpointing": True},
     "lora": {"adapter": True},
+    "bfloat16": {"compute_dtype": torch.bfloat16},
+    "bfloat16-lora": {"dtype": torch.bfloat16, "adapter": True},
 }
+
+
+def loss_of(mode: str) -> LossConfig:
+    """What it is trained with."""
+    return UNCLIPPED if mode.startswith("bfloat16") else LOSS
 
 
 class Recorder(torch.optim.Optimizer):
@@ -71,15 +80,16 @@ def run_mode(
 ) -> None:
     if settings.pop("adapter", False):
         settings["adapter"] = Adapter(path=directory / "adapter")
+    compute_dtype = settings.pop("compute_dtype", None)
     model, _ = load_policy(directory / "model", **settings)
     split_sequences(model, text_model(model), group)
-    parallelize(model, mesh)
+    parallelize(model, mesh, compute_dtype=compute_dtype)
     recorder = Recorder(model)
     stats = train_step(
         model,
         recorder,
         decode_packs(load_file(directory / f"packs-{rank}.safetensors")["packs"]),
-        LOSS,
+        loss_of(mode),
         policy_version=0,
         suppressed_token_ids=placeholder_ids(model.config),
         max_grad_norm=1e9,
