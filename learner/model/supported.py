@@ -14,8 +14,22 @@ _PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
 
 def check_supported(model: Any) -> None:
     """Raise ValueError for a model of transformers that a packed batch, or its own forward, would train wrongly."""
+    _check_architecture(model)
     _check_attention(model)
     _check_logits(model)
+
+
+def _check_architecture(model: Any) -> None:
+    """A prompt elsewhere than in front of its completion is not packed with it."""
+    what = None
+    if model.config.is_encoder_decoder:
+        what = "is an encoder and a decoder"
+    elif getattr(model.config.get_text_config(), "cross_attention_layers", None):
+        what = "sees its images through layers of cross attention"
+    if what is not None:
+        raise ValueError(
+            f"{type(model).__name__} {what}; packed batches are for models that read text and images as one sequence"
+        )
 
 
 def _check_attention(model: Any) -> None:

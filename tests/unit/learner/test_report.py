@@ -68,7 +68,7 @@ def test_prometheus_shows_what_is_watched_of_both_lines(tmp_path: Path) -> None:
 
 
 def test_held_out_rows_without_a_score_are_told(tmp_path: Path) -> None:
-    said, writer = StringIO(), MetricsWriter(tmp_path / "metrics.jsonl")
+    said, writer = StringIO(), JsonLines(tmp_path / "metrics.jsonl")
     reporter = Reporter(Display(name="x", total_steps=2, run_dir=tmp_path, stream=said), writer, Progress())
     reporter.accuracy(0, Evaluation(0.5, 500, 12.5))
     assert "without a score" not in said.getvalue()

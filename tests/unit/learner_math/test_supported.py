@@ -21,6 +21,19 @@ def test_layers_that_carry_a_state_are_refused(family: str, layer_types: list[st
         prepare_policy(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("Florence2", "is an encoder and a decoder"),
+        ("T5Gemma2", "is an encoder and a decoder"),
+        ("Mllama", "sees its images through layers of cross attention"),
+    ],
+)
+def test_models_that_do_not_read_one_sequence_are_refused(family: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{family}ForConditionalGeneration {reason}; packed batches are for"):
+        check_supported(unbuilt(family))
+
+
 def granite_in_llava(scaling: float) -> Any:
     """As Granite Vision 3 is made, at a small size."""
     text = {name: value for name, value in TEXT.items() if name != "head_dim"}
@@ -44,12 +57,11 @@ def test_a_forward_that_leaves_out_the_scaling_of_its_text_model_is_refused() ->
         check_supported(scaled)
 
 
-def unbuilt(family: str, setting: str) -> Any:
-    """A family's class and configuration, without parameters."""
+def unbuilt(family: str, **settings: float) -> Any:
+    """A family's class and configuration, without parameters. `settings`: of its text model."""
     config = getattr(transformers, f"{family}Config")()
-    text_config = config.get_text_config()
-    setattr(text_config, setting, 4.0)
-    text_config.use_bidirectional_attention = None  # Gemma 4 is refused for it otherwise
+    for name, value in settings.items():
+        setattr(config.get_text_config(), name, value)
     model = object.__new__(getattr(transformers, f"{family}ForConditionalGeneration"))
     model.__dict__["config"] = config
     return model
@@ -58,7 +70,7 @@ def unbuilt(family: str, setting: str) -> Any:
 @pytest.mark.parametrize("family", ["AyaVision", "Cohere2Vision"])
 def test_families_that_leave_out_a_scaling_are_refused(family: str) -> None:
     with pytest.raises(ValueError, match=rf"^{family}\w+ leaves out logit_scale \(4\) of its text model"):
-        check_supported(unbuilt(family, "logit_scale"))
+        check_supported(unbuilt(family, logit_scale=4.0))
 
 
 @pytest.mark.parametrize(
@@ -70,4 +82,6 @@ def test_families_that_leave_out_a_scaling_are_refused(family: str) -> None:
     ],
 )
 def test_families_that_apply_a_scaling_are_trained(family: str, setting: str) -> None:
-    check_supported(unbuilt(family, setting))
+    model = unbuilt(family, **{setting: 4.0})
+    model.config.get_text_config().use_bidirectional_attention = None  # Gemma 4 would be refused for it
+    check_supported(model)
