@@ -6,7 +6,7 @@
 | `outrider_actor_policy_version` | gauge | version that it serves |
 | `outrider_actor_running_completions`, `..._waiting_completions` | gauge | in the engine, and in its queue |
 | `outrider_actor_kv_cache_usage` | gauge | share of vLLM's cache of keys and values that is in use, some seconds ago |
-| `outrider_actor_preemptions` | gauge | how many completions had to leave it for others, and were computed again |
+| `outrider_actor_preemptions_total` | counter | completions that had to leave it for others, and were computed again |
 | `outrider_actor_groups_total` | counter by `outcome` | groups `finished`, `refused`, `cancelled`, `failed` |
 | `outrider_actor_completions_total` | counter by `finish_reason` | finished completions |
 | `outrider_actor_tokens_total` | counter | their tokens |
@@ -19,9 +19,11 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from actor.engine import Engine
 from actor.weights import PolicyState
@@ -59,7 +61,13 @@ class ActorMetrics:
         self._gauge("running_completions", "Completions in the engine.", lambda: engine.load().num_running)
         self._gauge("waiting_completions", "Completions in its queue.", lambda: engine.load().num_waiting)
         self._gauge("kv_cache_usage", "Share of the cache in use.", lambda: engine.load().cache_usage)
-        self._gauge("preemptions", "Completions that had to leave it.", lambda: engine.load().num_preemptions)
+        self.registry.register(
+            _Counted(
+                f"{_PREFIX}preemptions",
+                "Completions that had to leave the cache.",
+                lambda: engine.load().num_preemptions,
+            )
+        )
         states = Gauge(f"{_PREFIX}state", "1 for the state that it is in.", ["state"], registry=self.registry)
         for state in ActorState:
             states.labels(state.value).set_function(functools.partial(_is_in, policy, state))
@@ -86,6 +94,19 @@ class ActorMetrics:
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"{_PREFIX}{name}", text, registry=self.registry).set_function(value)
+
+
+class _Counted(Collector):
+    """A counter that the engine keeps."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], int]) -> None:
+        self._name = name
+        self._text = text
+        self._value = value
+
+    def collect(self) -> Iterator[Metric]:
+        """Its value now."""
+        yield CounterMetricFamily(self._name, self._text, self._value())
 
 
 def _is_in(policy: PolicyState, state: ActorState) -> float:

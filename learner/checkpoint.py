@@ -202,7 +202,7 @@ def export_model(model: Any, source: Path, target: Path) -> Path:
 
 
 def write_export(
-    model: Any, state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None = None
+    model: Any, state: dict[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None = None
 ) -> None:
     """Write a policy as a checkpoint directory that `transformers` and vLLM load.
 
@@ -210,7 +210,7 @@ def write_export(
 
     Args:
         model: what trains.
-        state: its whole parameters and buffers.
+        state: its whole parameters and buffers; it is empty afterwards.
         source: the directory that training started from: tokenizer, processor and templates are copied from it.
         target: written anew.
         dtype: of the weights; None: the one that the configuration of `source` says, or else that of training.
@@ -221,13 +221,16 @@ def write_export(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.generation_config = GenerationConfig()  # many that can be read are refused when they are to be written
-    model.save_pretrained(partial, state_dict=_as_dtype(merged_state(model, state), dtype))
+    if hasattr(model, "peft_config"):
+        save_adapter(model, state, source, partial / _ADAPTER)
+    merged = merged_state(model, state)
+    state.clear()
+    _convert(merged, dtype)
+    model.save_pretrained(partial, state_dict=merged)
     config = json.loads((partial / "config.json").read_text())
     (partial / "config.json").write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n")
     (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
     _copy(source, partial)
-    if hasattr(model, "peft_config"):
-        save_adapter(model, state, source, partial / _ADAPTER)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
 
@@ -240,13 +243,14 @@ def _dtype_of(source: Path) -> torch.dtype | None:
     return _DTYPES.get(str(names[0])) if names else None
 
 
-def _as_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """With floating tensors of this dtype; what is tied stays one tensor."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    for tensor in state.values():
-        if tensor.is_floating_point() and (key := (tensor.data_ptr(), tensor.shape)) not in done:
-            done[key] = tensor.to(dtype)
-    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
+def _convert(state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give floating tensors this dtype, one after the other: there is no second whole model. What is tied stays so."""
+    names: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    for tied in names.values():
+        state.update(dict.fromkeys(tied, state[tied[0]].to(dtype)))
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from learner.evaluate import Evaluation
 from learner.summary import JsonLines, plain
 from learner.types import Group
 
-# Of an evaluation.
-_MAX_ROWS = 64
 # What is longer keeps its beginning and its end.
 _MAX_CHARS = 20_000
 
@@ -39,7 +37,7 @@ class CompletionsLog:
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """The greedy answers of the policy of `step`."""
-        self._write(step, "held_out", result.groups[:_MAX_ROWS])
+        self._write(step, "held_out", result.groups)
 
     def close(self) -> None:
         """Close the file."""

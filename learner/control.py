@@ -38,7 +38,7 @@ from learner.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
-from learner.rollouts.dispatcher import Dispatcher, DispatchStats, describe_drop
+from learner.rollouts.dispatcher import SKIPPED, Dispatcher, DispatchStats, describe_drop
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
 from learner.rollouts.sampler import Sampler
@@ -52,7 +52,6 @@ log = get_logger(__name__)
 _CLOSE_S = 10.0
 _LOOK_S = 0.5
 # Why groups of a step whose gradient was not finite are dropped.
-_SKIPPED = "STEP_SKIPPED"
 
 T = TypeVar("T")
 
@@ -179,11 +178,11 @@ class Control:
         self._metrics.trained(groups, version, wait_s)
         dropped = {group.sequence for group in skipped}
         for sequence in dropped:
-            self._ledger.mark_dropped(sequence, _SKIPPED)
+            self._ledger.mark_dropped(sequence, SKIPPED)
         if dropped:
             if not self._skipped:
-                self._notify(describe_drop(_SKIPPED, f"loss or gradient of step {version} was not finite"))
-            self._skipped = {_SKIPPED: self._skipped.get(_SKIPPED, 0) + len(dropped)}
+                self._notify(describe_drop(SKIPPED, f"loss or gradient of step {version} was not finite"))
+            self._skipped = {SKIPPED: self._skipped.get(SKIPPED, 0) + len(dropped)}
         self._ledger.mark_trained([group.sequence for group in groups if group.sequence not in dropped])
         self._dispatcher.set_version(version)
         self.publish(snapshot)

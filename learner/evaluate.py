@@ -18,7 +18,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
 from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
-from learner.types import Group, ProcessedPrompt, PromptSample
+from learner.types import Group, ProcessedPrompt, PromptSample, RewardParts
 
 log = get_logger(__name__)
 
@@ -27,6 +27,8 @@ _MAX_ROWS_AT_ONCE = 512
 # One is read while another goes through the processor. They have threads of their own: so many rows would keep the
 # loop's threads from everybody else.
 _PREPARED_AT_ONCE = 2
+# Whose answers are kept to be read.
+_MAX_KEPT_ROWS = 64
 
 
 class Rows(Protocol):
@@ -46,10 +48,23 @@ class Evaluation:
     mean_tokens: float
     pass_at_k: dict[int, float] = field(default_factory=dict)
     """k -> mean over the rows; empty without sampled completions."""
-    failed: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict, kw_only=True)
     """Reason -> rows without a score, which are not among `num_rows`."""
-    groups: tuple[Group, ...] = ()
-    """Of the greedy completions, row by row, without images and other columns."""
+    reward_parts: tuple[RewardParts, ...] = field(default=(), kw_only=True)
+    """Of the greedy completion of each row."""
+    groups: tuple[Group, ...] = field(default=(), kw_only=True)
+    """The greedy completions of the first rows, to be read, without images and other columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """To one row; `group` is kept of the first ones alone, for it has arrays as long as prompt and completion."""
+
+    reward: float
+    num_tokens: int
+    reward_parts: RewardParts
+    num_passed: int
+    group: Group | None
 
 
 class TooManyFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -96,8 +111,8 @@ async def evaluate(
     room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
     turns = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
-    async def ask(row: int) -> tuple[Group, int] | None:
-        """(the greedy completion, sampled completions that passed); None for a row that failed."""
+    async def ask(row: int) -> _Answer | None:
+        """None for a row that failed."""
         async with room:
             async with turns:
                 sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
@@ -106,36 +121,43 @@ async def evaluate(
                 request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
                 group = await sampler.sample(request, min_version=lambda: version, expected=expected)
                 scores = await rewards.score(sample, group.completions)
-                kept = replace(sample, images=(), extra={})  # all rows are in memory in the end
+                kept = replace(sample, images=(), image_bounds=(), extra={})
                 told = (request.group_id, row, kept, expected, group.prompt, group.completions)
                 return Group(*told, scores.rewards, scores.parts)
 
             try:
                 answer = await answers("", greedy)
-                passed = 0
+                num_passed = 0
                 if sampled is not None:
-                    passed = int(((await answers("samples.", sampled)).rewards >= settings.pass_reward).sum())
+                    num_passed = int(((await answers("samples.", sampled)).rewards >= settings.pass_reward).sum())
             except (GroupFailed, RewardError) as error:
                 log.warning("held-out row has no score", row=sample.row, reason=error.reason, error=str(error))
                 failed[error.reason] += 1
                 if failed.total() > settings.max_failed_share * len(rows):
                     raise TooManyFailed(_too_many(sample, error, failed.total(), len(rows))) from error
                 return None
-            return answer, passed
+            num_tokens = len(answer.completions[0].token_ids)
+            kept = answer if row < _MAX_KEPT_ROWS else None
+            return _Answer(float(answer.rewards[0]), num_tokens, answer.reward_parts, num_passed, kept)
 
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(row)) for row in range(len(rows))]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
-    groups, passed = zip(*filter(None, (task.result() for task in tasks)), strict=True)
-    scores = [float(group.rewards[0]) for group in groups]
-    lengths = [len(group.completions[0].token_ids) for group in groups]
+    told = [*filter(None, (task.result() for task in tasks))]
     rates = {}
     if sampled is not None:
-        rates = {k: sum(pass_at_k(sampled.n, count, k) for count in passed) / len(passed) for k in settings.k}
-    mean_tokens = sum(lengths) / len(lengths)
-    return Evaluation(sum(scores) / len(scores), len(scores), mean_tokens, rates, dict(failed), groups)
+        rates = {k: sum(pass_at_k(sampled.n, each.num_passed, k) for each in told) / len(told) for k in settings.k}
+    return Evaluation(
+        sum(each.reward for each in told) / len(told),
+        len(told),
+        sum(each.num_tokens for each in told) / len(told),
+        rates,
+        failed=dict(failed),
+        reward_parts=tuple(each.reward_parts for each in told),
+        groups=tuple(each.group for each in told if each.group is not None),
+    )
 
 
 def _too_many(sample: PromptSample, error: GroupFailed | RewardError, num_failed: int, num_rows: int) -> str:

@@ -2,7 +2,7 @@
 
     python -m learner export runs/charts-20250101-120000/checkpoints/step-000200 ./charts-200
 
-It needs no GPU and no learner, and disturbs none: the model is loaded on the CPU, in the dtype in which it trained.
+It needs no GPU and no learner, but memory: the model is loaded on the CPU in the dtype in which it trained.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
         cause, _ = next(iter(error.failures.values()))
         raise OSError(f"{checkpoint} cannot be read: {type(cause).__name__} {cause}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_export(model, model.state_dict(), settings.path, target, getattr(torch, dtype) if dtype else None)
+    write_export(model, dict(model.state_dict()), settings.path, target, getattr(torch, dtype) if dtype else None)
 
 
 def _say(code: int, line: str) -> int:

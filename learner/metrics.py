@@ -39,7 +39,7 @@ _MEASURED = {
     "reward": "Mean reward of the completions of the last step.",
     "reward_std": "Standard deviation of the rewards within a group, mean of the groups of the last step.",
     "uniform_fraction": "Share of the last step's groups whose rewards are all equal.",
-    "truncated_fraction": "Share of the last step's completions that were cut off at rollout.max_tokens.",
+    "truncated_fraction": "Share of the last step's completions that were cut off for their length.",
     "accuracy": "Mean reward of the held-out rows in the last evaluation.",
     "loss": "Loss of the last step.",
     "grad_norm": "Norm of the gradient of the last step, before clipping.",

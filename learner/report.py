@@ -12,10 +12,10 @@ from common.types import FinishReason
 from learner.completions_log import CompletionsLog
 from learner.display import Display, StepReport
 from learner.evaluate import Evaluation
-from learner.rollouts.dispatcher import STALE, DispatchStats
+from learner.rollouts.dispatcher import SKIPPED, STALE, DispatchStats
 from learner.step import StepStats
 from learner.summary import JsonLines, Summary
-from learner.types import Group
+from learner.types import Group, RewardParts
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,8 +77,8 @@ class Reporter:
                 f"parity: the current policy sampled no token of step {version}, so none is measured there"
             )
             self._said_no_parity = True
-        # A stale group is no loss: it is sampled again.
-        num_dropped = sum(number for reason, number in dispatch.dropped.items() if reason != STALE)
+        # A stale group is sampled again, and those of a skipped step are among `groups`.
+        num_dropped = sum(number for reason, number in dispatch.dropped.items() if reason not in (STALE, SKIPPED))
         new_drops, self._num_dropped = num_dropped - self._num_dropped, num_dropped
         progress = self._progress
         progress.num_completions += num_completions
@@ -153,7 +153,7 @@ class Reporter:
                 "eval_rows": result.num_rows,
                 "eval_failed": result.failed,
                 "eval_tokens": result.mean_tokens,
-                "eval_reward_parts": mean_parts(result.groups),
+                "eval_reward_parts": mean_parts(result.reward_parts),
                 **{f"pass@{k}": rate for k, rate in rates.items()},
             }
         )
@@ -195,16 +195,16 @@ def describe_rewards(groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "reward": float(sum(group.rewards.sum() for group in groups)) / len(completions),
         "reward_std": float(np.mean([group.rewards.std(ddof=1) for group in groups])),
-        "reward_parts": mean_parts(groups),
+        "reward_parts": mean_parts([group.reward_parts for group in groups]),
         "uniform_fraction": float(np.mean([group.rewards.min() == group.rewards.max() for group in groups])),
         "truncated_fraction": float(np.mean([each.finish_reason is FinishReason.LENGTH for each in completions])),
     }
 
 
-def mean_parts(groups: Sequence[Group]) -> dict[str, float | None]:
+def mean_parts(of_groups: Sequence[RewardParts]) -> dict[str, float | None]:
     """The mean of each part of the rewards, over the completions that have it; None where none has."""
     means: dict[str, float | None] = {}
-    for name in dict.fromkeys(name for group in groups for name in group.reward_parts):
-        values = [value for group in groups for value in group.reward_parts.get(name, ()) if value is not None]
+    for name in dict.fromkeys(name for parts in of_groups for name in parts):
+        values = [value for parts in of_groups for value in parts.get(name, ()) if value is not None]
         means[name] = sum(values) / len(values) if values else None
     return means

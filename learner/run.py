@@ -16,7 +16,7 @@ from learner import run_folder
 from learner.batch.processing import PromptProcessor
 from learner.completions_log import CompletionsLog
 from learner.config import LearnerConfig
-from learner.control import Control
+from learner.control import Control, sampling_params
 from learner.data import PromptDataset
 from learner.display import make_display
 from learner.distributed import Ranks, join_ranks
@@ -86,6 +86,8 @@ def _run_rank_zero(
             notify=display.note,
         )
         stack.enter_context(display)
+        trackers = Trackers(config, run_dir, policy.version, display.note)
+        stack.callback(trackers.close)
         display.watch_actors(control.members)
         if state is not None:
             display.note(f"resuming {run_dir} at step {policy.version}")
@@ -95,12 +97,10 @@ def _run_rank_zero(
             stack.callback(tracing.start("outrider-learner"))
         stack.callback(control.close)
         control.start()
-        trackers = Trackers(config, run_dir, policy.version, display.note)
-        stack.callback(trackers.close)
         reporter = Reporter(display, metrics, progress, [control.measured, trackers.log], completions)
         export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
         summary = reporter.summary(config.name, config.seed, policy.version, export)
-    question = write_question(run_dir, (held_out or train)[0], max_tokens=config.rollout.max_tokens)
+    question = write_question(run_dir, (held_out or train)[0], sampling_params(config))
     write_summary(run_dir, summary)
     print(format_summary(summary, question), flush=True)
     return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.types import MediaPart, TextPart
+from common.types import MediaPart, SamplingParams, TextPart
 from learner.run_folder import write_whole
 from learner.types import PixelBounds, PromptSample
 
@@ -68,7 +68,7 @@ def write_summary(run_dir: Path, summary: Summary) -> Path:
     return path
 
 
-def write_question(run_dir: Path, sample: PromptSample, *, max_tokens: int = 64) -> Path:
+def write_question(run_dir: Path, sample: PromptSample, sampling: SamplingParams) -> Path:
     """Write question.json, a `GenerateRequest` for grpcurl that asks `sample`, and its first image beside it."""
     if sample.images:
         suffix = (
@@ -92,7 +92,7 @@ def write_question(run_dir: Path, sample: PromptSample, *, max_tokens: int = 64)
         "chat": {"messages": messages}
         | ({"templateArguments": sample.template_arguments} if sample.template_arguments else {}),
         "media": media,
-        "sampling": {"temperature": 0, "maxTokens": max_tokens},
+        "sampling": {"temperature": 0, "maxTokens": sampling.max_tokens, "stop": [*sampling.stop]},
         "returns": {"text": True},
     }
     path = run_dir / "question.json"

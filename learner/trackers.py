@@ -18,11 +18,15 @@ from typing import Any
 
 from common.config import ConfigError
 from common.log import get_logger
+from common.threads import run_in_thread
 from learner.config import LearnerConfig
 from learner.run_folder import write_whole
 from learner.summary import plain
 
 log = get_logger(__name__)
+
+# What a tracker may take to send the rest.
+_CLOSE_S = 30.0
 
 # What takes the numbers of a step, and what ends it.
 Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
@@ -61,7 +65,7 @@ class Trackers:
     def close(self) -> None:
         """End them; what they hold back is written."""
         for name, (_, end) in list(self._open.items()):
-            self._try(name, end)
+            self._try(name, _in_time, end)
 
     def _begin(self, name: str, config: LearnerConfig, run_dir: Path, version: int) -> None:
         self._open[name] = _OPEN[name](config, run_dir, version)
@@ -74,6 +78,13 @@ class Trackers:
             self._open.pop(name, None)
             said = " ".join(str(error).split())
             self._notify(f"{name} failed and gets nothing more of this run: {type(error).__name__}: {said}")
+
+
+def _in_time(end: Callable[[], None]) -> None:
+    try:
+        run_in_thread(end, "close-tracker").result(_CLOSE_S)
+    except TimeoutError:
+        raise TimeoutError(f"it did not end within {_CLOSE_S:g} s") from None
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -90,7 +101,7 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def _tensorboard(config: LearnerConfig, run_dir: Path, version: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=version + 1 if version else None, flush_secs=10)
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=version + 1 if version else 0, flush_secs=10)
     writer.add_text("config", f"```\n{config.model_dump_json(indent=2)}\n```")
 
     def write(step: int, found: dict[str, float]) -> None:

@@ -4,7 +4,6 @@ vLLM tells with each step, if asked to, which costs its front end. Here it is as
 """
 
 import asyncio
-import contextlib
 import functools
 from typing import Any
 
@@ -12,6 +11,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from common.log import get_logger
+
+log = get_logger(__name__)
 
 _PERIOD_S = 5.0
 
@@ -29,10 +32,14 @@ class CacheLoad:
         self._asking.cancel()
 
     async def _ask(self, engine: AsyncLLM) -> None:
-        with contextlib.suppress(EngineDeadError):
+        try:
             while True:
                 self.usage, self.num_preemptions = await engine.engine_core.call_utility_async("cache_load")
                 await asyncio.sleep(_PERIOD_S)
+        except EngineDeadError:
+            pass  # others notice
+        except Exception as error:  # noqa: BLE001 - vLLM's for what fails there is as plain
+            log.warning("the engine does not tell of its cache any more", error=str(error))
 
 
 @functools.cache

@@ -263,7 +263,7 @@ class VllmEngine:
     async def _outputs(
         self, engine_input: "EngineInput", parameters: "VllmSamplingParams", request: EngineRequest
     ) -> "AsyncGenerator[RequestOutput, None]":
-        """What vLLM reports. Raises InvalidRequest for what it does not take, and as `_check_policy`."""
+        """What vLLM reports. Raises InvalidRequest for what it does not take, and as `_check_model`."""
         from vllm.exceptions import VLLMClientError
 
         engine, name, lora = self._require(), request.group_id, self._lora_request(request.model)
@@ -282,7 +282,7 @@ class VllmEngine:
                 engine.generate(prompt, parameters, request_id=name, lora_request=lora)
             ) as outputs:
                 async for output in outputs:
-                    self._check_policy(request.model, lora)
+                    self._check_model(request.model, lora)
                     yield output
         except (ValueError, VLLMClientError) as error:  # only while it looks at the request
             raise refusal(error, is_structured=parameters.structured_outputs is not None) from error
@@ -297,7 +297,7 @@ class VllmEngine:
         # The path is only a name: vLLM keeps cached prefixes apart by it.
         return LoRARequest(adapter.name, adapter.number, f"{adapter.name}@{adapter.policy_version}")
 
-    def _check_policy(self, model: str, lora: "LoRARequest | None") -> None:
+    def _check_model(self, model: str, lora: "LoRARequest | None") -> None:
         """Raises WeightsPending where the policy has become an adapter, InvalidRequest where a named one has gone.
 
         vLLM binds a request to its adapter when it is queued. After a swap under it, the base model alone answers.

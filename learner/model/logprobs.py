@@ -14,7 +14,7 @@ from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
 from learner.model.fused_logprobs import SUPPRESSED_LOGIT, fused_logprobs
 from learner.model.sequence_parallel import SequenceGroup
-from learner.model.supported import LOGIT_SETTINGS
+from learner.model.supported import logit_settings
 
 # Float32 logits that exist at once, in elements; more are computed piece by piece and again in the backward pass.
 _MAX_LOGIT_ELEMENTS = 2**26
@@ -81,7 +81,7 @@ def _kept(model: Any, rows: Tensor, indices: Tensor) -> Tensor:
 def check_fused(model: nn.Module) -> None:
     """Raise ValueError for a model whose logits are more than its output layer applied to the last hidden states."""
     config: Any = model.config
-    settings = [name for name in LOGIT_SETTINGS if getattr(config.get_text_config(), name, None) is not None]
+    settings = [*logit_settings(config)]
     if settings or not isinstance(getattr(model, "lm_head", None), nn.Linear):
         reason = f"it has {settings[0]}" if settings else "it has no linear lm_head"
         raise ValueError(f"use_fused_kernels does not fit {type(model).__name__}: {reason}; set it to false")

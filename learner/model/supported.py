@@ -4,12 +4,18 @@ import inspect
 from typing import Any
 
 # What some models do with the output layer's logits, by the names of the settings of the text model.
-LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 # What `learner.model.attention` computes.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Families whose prompt sees itself in both directions, without a setting that says so.
 _PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
+
+
+def logit_settings(config: Any) -> dict[str, float]:
+    """What a model with this configuration does with the output layer's logits beside nothing."""
+    found = {name: getattr(config.get_text_config(), name, None) for name in _LOGIT_SETTINGS}
+    return {name: value for name, value in found.items() if value not in (None, 1)}
 
 
 def check_supported(model: Any) -> None:
@@ -53,11 +59,9 @@ def _check_logits(model: Any) -> None:
 
     It computes logits itself, from the text model's hidden states; whether it knows a setting, its source says.
     """
-    text_config = model.config.get_text_config()
     source = inspect.getsource(type(model).forward)
-    for name in LOGIT_SETTINGS:
-        value = getattr(text_config, name, None)
-        if value not in (None, 1) and name not in source:
+    for name, value in logit_settings(model.config).items():
+        if name not in source:
             raise ValueError(
                 f"{type(model).__name__} leaves out {name} ({value:g}) of its text model, which actors apply: what is "
                 "trained would not be what was sampled"

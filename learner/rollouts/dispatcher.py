@@ -38,6 +38,8 @@ _MAX_UNIFORM_BATCHES = 8
 
 STALE = "STALE"
 """The reason of groups that came too late, in `DispatchStats.dropped`: they are sampled again."""
+SKIPPED = "STEP_SKIPPED"
+"""The reason of groups whose update was skipped."""
 
 
 def describe_drop(reason: str, what: str) -> str:

@@ -55,12 +55,12 @@ def test_a_line_has_all_of_a_completion(tmp_path: Path) -> None:
     assert (second["reward_parts"], second["finish_reason"]) == ({"right": 0.0, "short": None}, "length")
 
 
-def test_an_evaluation_has_its_first_rows(tmp_path: Path) -> None:
+def test_an_evaluation_has_the_rows_that_were_kept(tmp_path: Path) -> None:
     log = CompletionsLog(tmp_path / "completions.jsonl", 1, decode)
-    log.evaluation(5, Evaluation(0.5, 99, 2.0, {}, tuple(make_group(row, n=1) for row in range(99))))
+    log.evaluation(5, Evaluation(0.5, 99, 2.0, groups=tuple(make_group(row, n=1) for row in range(3))))
     log.close()
     lines = lines_of(tmp_path / "completions.jsonl")
-    assert [line["row"] for line in lines] == list(range(64))
+    assert [line["row"] for line in lines] == [0, 1, 2]
     assert {(line["step"], line["rows"]) for line in lines} == {(5, "held_out")}
 
 
@@ -96,6 +96,6 @@ def test_a_resumed_run_goes_on_behind_the_last_whole_line(tmp_path: Path) -> Non
 def test_zero_writes_no_file(tmp_path: Path) -> None:
     log = CompletionsLog(tmp_path / "completions.jsonl", 0, decode)
     log.step(1, [make_group(0)])
-    log.evaluation(1, Evaluation(0.5, 1, 2.0, {}, (make_group(0, n=1),)))
+    log.evaluation(1, Evaluation(0.5, 1, 2.0, groups=(make_group(0, n=1),)))
     log.close()
     assert list(tmp_path.iterdir()) == []

@@ -102,6 +102,13 @@ async def test_greedy_accuracy_alone_asks_once_per_row() -> None:
     assert told == [(row, 0, {"judge": [row / ROWS]}) for row in range(ROWS)]
 
 
+async def test_answers_of_the_first_rows_are_kept_and_parts_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.evaluate._MAX_KEPT_ROWS", 2)
+    result, _ = await run(EvaluationConfig())
+    assert [group.sample.row for group in result.groups] == [0, 1]
+    assert result.reward_parts == tuple({"judge": [row / ROWS]} for row in range(ROWS))
+
+
 async def test_pass_at_k_over_the_rows() -> None:
     result, requests = await run(EvaluationConfig(samples=4, k=(1, 2, 4)))
     assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)

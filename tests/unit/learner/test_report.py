@@ -39,7 +39,9 @@ def _report(folder: Path, metrics: LearnerMetrics, *, parity_tokens: int = 8) ->
     display = Display(name="x", total_steps=2, run_dir=folder, stream=StringIO())
     reporter = Reporter(display, writer, Progress(), [metrics.measured])
     reporter.step(1, [GROUP], _stats(parity_tokens), NO_GROUPS, wait_s=0.5)
-    reporter.accuracy(1, Evaluation(0.625, 8, 12.5, {1: 0.5, 4: 0.75}, (GROUP,)))
+    reporter.accuracy(
+        1, Evaluation(0.625, 8, 12.5, {1: 0.5, 4: 0.75}, reward_parts=(GROUP.reward_parts,), groups=(GROUP,))
+    )
     writer.close()
     step, evaluation = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return step, evaluation

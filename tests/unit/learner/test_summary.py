@@ -11,7 +11,7 @@ from google.protobuf import json_format
 
 from common import wire
 from common.pb.rollout.v1 import rollout_pb2
-from common.types import ChatMessage, ChatPrompt, MediaPart, TextPart
+from common.types import ChatMessage, ChatPrompt, MediaPart, SamplingParams, TextPart
 from learner.summary import JsonLines, Summary, format_duration, format_summary, write_question, write_summary
 from learner.types import PixelBounds, PromptSample
 
@@ -63,7 +63,7 @@ def test_the_question_is_a_request_that_the_server_reads(tmp_path: Path) -> None
     sample = PromptSample(0, (ChatMessage("user", (MediaPart(0), TextPart("digit?"))),), (image,), "3")
     bounds, arguments = (PixelBounds(max_pixels=5000),), {"enable_thinking": False}
     sample = dataclasses.replace(sample, image_bounds=bounds, template_arguments=arguments)
-    path = write_question(tmp_path, sample, max_tokens=8)
+    path = write_question(tmp_path, sample, SamplingParams(n=4, max_tokens=8, stop=("</answer>",)))
     assert (tmp_path / "question.png").read_bytes() == image
     request = wire.request_from_proto(json_format.Parse(path.read_text(), rollout_pb2.GenerateRequest()))
     assert request.prompt == ChatPrompt(sample.messages, arguments)

@@ -1,6 +1,7 @@
 """Trackers: the numbers of a run elsewhere, over resumes, and never at the run's expense."""
 
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,10 @@ def test_a_package_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tensorboard_has_the_numbers_and_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="is a development dependency")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for version, rewards in ((0, (0.1, 0.2, 0.3)), (1, (0.25,))):
+    # The first is resumed before its first checkpoint.
+    for version, rewards in ((0, (0.4, 0.5)), (0, (0.1, 0.2, 0.3)), (1, (0.25,))):
         trackers = Trackers(make_config("tensorboard"), tmp_path, version, pytest.fail)
         for step, reward in enumerate(rewards, version + 1):
             trackers.log({"step": step, "reward": reward, "reward_parts": {"right": reward}})
@@ -133,3 +134,12 @@ def test_tensorboard_has_the_numbers_and_forgets_what_a_resumed_run_does_again(t
         ]
     [config] = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")][-1:]
     assert '"name": "charts"' in config
+
+
+def test_a_tracker_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, lines, ends = install(monkeypatch, "trackio"), list[str](), threading.Event()
+    monkeypatch.setattr("learner.trackers._CLOSE_S", 0.05)
+    monkeypatch.setattr(service, "finish", ends.wait)
+    Trackers(make_config("trackio"), tmp_path, 0, lines.append).close()
+    ends.set()
+    assert lines == ["trackio failed and gets nothing more of this run: TimeoutError: it did not end within 0.05 s"]
