@@ -32,7 +32,7 @@ log = get_logger(__name__)
 
 # Where updates have less: a commit that is given up leaves an actor whose version nobody knows.
 _MIN_COMMIT_TIMEOUT_S = 60.0
-# One that was late says so first, or its neighbours; the others, hung ones too, have spoken by then.
+# One that was late says so first, or its neighbours; the others, hung and cut-off ones too, have spoken by then.
 _SPEAK_S = 3.0
 # It says so itself, or its engine does not even answer the server.
 _LATE = (StageTimeout, DeadlineExceeded)
@@ -175,27 +175,28 @@ async def _all_or_fail(
     """Wait for one call to each member, and for our own part; at the first failure leave the rest behind.
 
     Our own part failing says nothing of who is at fault, so the members then get a moment to say it themselves. So do
-    the other members when one was late.
+    the other members when one was late, or did not come in: what befell it may have befallen several.
     """
     tasks = [asyncio.ensure_future(_while_there(*pair)) for pair in zip(members, calls, strict=True)]
     waiting: set[asyncio.Future[Any]] = {*tasks} | ({own} if own is not None else set())
     try:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-        failed = [future for future in done if future.exception() is not None]
+        failed = [future for future in done if _error(future) is not None]
         if not failed:
             return [task.result() for task in tasks]
         if failed == [own]:
             await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
-        if any(task.done() and isinstance(task.exception(), StageTimeout) for task in tasks):
+        if any(isinstance(_error(task), (StageTimeout, *_ABSENT)) for task in tasks):
             await asyncio.wait(tasks, timeout=_SPEAK_S)
         culprits = []
         for member, task in zip(members, tasks, strict=True):
-            error = task.exception() if task.done() else None
+            error = _error(task)
             if isinstance(error, OutriderError):
                 culprits.append((member, error))
             elif error is not None:
                 raise error
-        reason = culprits[0][1] if culprits else failed[0].exception()
+        told = at_fault(culprits) or culprits  # not what those say that waited for them
+        reason = told[0][1] if told else _error(failed[0])
         raise EpochFailed(f"{what} failed: {reason}", culprits)
     finally:
         for future in waiting:
@@ -218,10 +219,13 @@ async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:
         calling.add_done_callback(_look_at)
 
 
+def _error(future: "asyncio.Future[Any]") -> BaseException | None:
+    return future.exception() if future.done() and not future.cancelled() else None
+
+
 def _look_at(future: "asyncio.Future[Any]") -> None:
     """Whatever it still says is no news: the epoch is over."""
-    if not future.cancelled():
-        future.exception()
+    _error(future)
 
 
 def _abort_if_in(joined: "asyncio.Future[Sender]") -> None:

@@ -48,6 +48,19 @@ class Client:
         self.aborted += 1
 
 
+class After(Client):
+    """Fails after `delay_s`."""
+
+    def __init__(self, delay_s: float, error: BaseException) -> None:
+        super().__init__("one#1")
+        self.failure = (delay_s, error)
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        delay_s, error = self.failure
+        await asyncio.sleep(delay_s)
+        raise error
+
+
 class BreaksOff(Client):
     """Never joins; its call ends with an error of its own when it is cancelled."""
 
@@ -123,8 +136,25 @@ async def test_who_does_not_even_answer_is_too_slow_and_not_those_that_wait_for_
 async def test_who_cannot_reach_the_rendezvous_is_at_fault_and_not_those_that_wait_for_it() -> None:
     late = [member(Client("one#1", StageTimeout("late"))) for _ in range(2)]
     cut_off = member(Client("one#1", RendezvousUnreachable("no route")))
-    with pytest.raises(TooSlow) as caught:
+    with pytest.raises(TooSlow, match="opening epoch 1 failed: no route") as caught:
         await open_epoch(SPEC, [late[0], cut_off, late[1]], Transport(asyncio.Event()))
+    assert [culprit for culprit, _ in caught.value.culprits] == [cut_off]
+
+
+@pytest.mark.parametrize("error", [RendezvousUnreachable("no route"), DeadlineExceeded("no answer")])
+async def test_all_that_do_not_come_in_are_at_fault_at_once_and_not_one_in_each_epoch(error: OutriderError) -> None:
+    absent = [member(After(0.01 * i, error)) for i in range(6)]
+    late = member(After(0.1, StageTimeout("late")))
+    with pytest.raises(TooSlow) as caught:
+        await open_epoch(SPEC, [*absent, late], Transport(asyncio.Event()))
+    assert [culprit for culprit, _ in caught.value.culprits] == absent
+
+
+async def test_a_call_that_is_broken_off_hides_nobody_at_fault() -> None:
+    broken_off = member(After(0.01, asyncio.CancelledError()))
+    cut_off = member(After(0.02, RendezvousUnreachable("no route")))
+    with pytest.raises(TooSlow) as caught:
+        await open_epoch(SPEC, [broken_off, cut_off], Transport(asyncio.Event()))
     assert [culprit for culprit, _ in caught.value.culprits] == [cut_off]
 
 
