@@ -49,7 +49,9 @@ class EpochFailed(Exception):  # noqa: N818 - says what happened
 
 
 class TooSlow(EpochFailed):
-    """The whole time that a rendezvous or an update may take has passed. `culprits` are those that made it so."""
+    """The whole time that a rendezvous or an update may take has passed. `culprits` are those that made it so, or one
+    that may have, where a rendezvous does not tell.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
     """Open an epoch with `members`, whose workers take the ranks from 1 in this order.
 
     Raises:
-        EpochFailed: a member did not come in (`TooSlow`: it held the others up, which waited for it).
+        EpochFailed: a member did not come in (`TooSlow`: it held the others up, which waited for it, or may have).
     """
     joins, rank = [], 1
     for member in members:
@@ -132,6 +134,10 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
         absent = [culprit for culprit in error.culprits if isinstance(culprit[1], _ABSENT)]
         if absent:
             raise TooSlow(str(error), absent) from error
+        if error.culprits and all(isinstance(said, StageTimeout) for _, said in error.culprits):
+            # A join does not say who waits for whom, and two that cannot connect make all late: each in its turn.
+            one = error.culprits[spec.epoch % len(error.culprits)]
+            raise TooSlow(f"{error}; who is at fault is not known", [one]) from error
         raise EpochFailed(str(error), at_fault(error.culprits)) from error
     return Epoch(spec, tuple(members), joined.result())
 
