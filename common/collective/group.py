@@ -8,6 +8,7 @@ the same.
 import os
 import socket
 import threading
+import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ from common.types import EpochSpec
 # torch asks the resolver for the name of whom it has connected to, if only for a message. One that does not answer
 # would hold up every join for ten seconds and more.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
+
+# A network may refuse for a second while it is set up, as a pod's does: there is no way if it still does after that.
+_REFUSED_S = 3.0
+_AGAIN_S = 0.2
 
 
 class _Wire(Protocol):
@@ -109,10 +114,24 @@ def _reach_store(spec: EpochSpec) -> dist.TCPStore:
     """The learner's. torch tries to connect for up to twice its timeout: whether there is a way is seen before."""
     where = (spec.master_host, spec.master_port)
     try:
-        socket.create_connection(where, spec.timeout_s / 2).close()
+        _knock(where, spec.timeout_s / 2)
         timeout = timedelta(seconds=spec.timeout_s)
         return dist.TCPStore(*where, is_master=False, timeout=timeout, wait_for_workers=False)
     except (OSError, dist.DistNetworkError) as error:
         raise RendezvousUnreachable(
             f"the rendezvous at {spec.master_host}:{spec.master_port} cannot be reached: {error}"
         ) from error
+
+
+def _knock(where: tuple[str, int], timeout_s: float) -> None:
+    """Connect once. Raises OSError if that is refused for a while, or there is no answer within `timeout_s`."""
+    started_at = time.monotonic()
+    while True:
+        left_s = timeout_s - (time.monotonic() - started_at)
+        try:
+            socket.create_connection(where, max(left_s, _AGAIN_S)).close()
+            return
+        except OSError:
+            if time.monotonic() - started_at + _AGAIN_S >= min(_REFUSED_S, timeout_s):
+                raise
+        time.sleep(_AGAIN_S)

@@ -117,3 +117,17 @@ def test_who_cannot_reach_the_rendezvous_says_so_before_the_others_are_late() ->
     with pytest.raises(RendezvousUnreachable, match=f"the rendezvous at 127.0.0.1:{port} cannot be reached: .*refused"):
         BroadcastGroup(EpochSpec("run", 1, "127.0.0.1", port, 2, 0, "gloo", 5.0), 1)
     assert time.monotonic() - started_at < 4.0
+
+
+def test_a_way_that_is_refused_for_a_moment_is_there() -> None:
+    """As while the network of a pod is set up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    spec = EpochSpec("run", 1, "127.0.0.1", port, 2, 0, "gloo", TIMEOUT_S)
+    with ThreadPoolExecutor(2) as threads:
+        joining = [threads.submit(BroadcastGroup, spec, rank) for rank in range(2)]
+        time.sleep(0.5)
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        for future in joining:
+            future.result(TIMEOUT_S).abort()
+    assert store.port == port
