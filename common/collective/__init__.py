@@ -5,6 +5,6 @@
 """
 
 from common.collective.address import address_towards
-from common.collective.group import BroadcastGroup, key_prefix
+from common.collective.group import BroadcastGroup, epoch_of
 
-__all__ = ["BroadcastGroup", "address_towards", "key_prefix"]
+__all__ = ["BroadcastGroup", "address_towards", "epoch_of"]

@@ -110,6 +110,11 @@ def key_prefix(spec: EpochSpec) -> str:
     return f"{spec.run_id}/{spec.epoch}/"
 
 
+def epoch_of(key: str) -> int:
+    """The epoch of a key that begins with a `key_prefix`."""
+    return int(key.split("/")[1])
+
+
 def _reach_store(spec: EpochSpec) -> dist.TCPStore:
     """The learner's. torch tries to connect for up to twice its timeout: whether there is a way is seen before."""
     where = (spec.master_host, spec.master_port)

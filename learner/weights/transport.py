@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from common.collective import BroadcastGroup, key_prefix
+from common.collective import BroadcastGroup, epoch_of
 from common.config import ConfigError
 from common.threads import run_in_thread, to_own_thread
 from common.types import EpochSpec
@@ -73,9 +73,9 @@ class TorchTransport:
             raise
 
     def _join(self, spec: EpochSpec) -> BroadcastGroup:
-        current = key_prefix(spec)
         for key in self._store.list_keys():
-            if not key.startswith(current):  # of an epoch that has ended
+            # Of an epoch that has ended. A later one may have begun: this thread may run after its join is given up.
+            if epoch_of(key) < spec.epoch:
                 self._store.delete_key(key)
         return BroadcastGroup(spec, 0)
 

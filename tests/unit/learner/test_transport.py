@@ -57,6 +57,19 @@ async def test_the_rendezvous_keeps_nothing_of_epochs_that_have_ended() -> None:
             one.abort()
 
 
+async def test_a_join_that_begins_late_leaves_the_keys_of_the_next_epoch_alone() -> None:
+    """It was given up before its thread had run; the members of the next epoch are at the rendezvous by then."""
+    transport = TorchTransport("127.0.0.1")
+    for key in ("run/8//x", "run/10//x"):
+        transport._store.set(key, "")
+    late = replace(SPEC, epoch=9, master_port=transport.port, timeout_s=1.0)
+    with pytest.raises(RuntimeError):
+        await transport.join(late)
+    keys = transport._store.list_keys()
+    assert "run/10//x" in keys
+    assert "run/8//x" not in keys
+
+
 async def test_a_join_that_is_given_up_leaves_nothing_behind() -> None:
     """The member that is waited for comes only then: it finds nobody, and nothing has held up the end until then."""
     transport = TorchTransport("127.0.0.1")
