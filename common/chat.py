@@ -1,6 +1,6 @@
 """A chat through the chat template of a Hugging Face processor: the learner and the actor both render it here."""
 
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +29,8 @@ _NOT_OF_THE_CALLER = frozenset(
         "truncation",
     }
 )
+# Room for the description of tools.
+_MAX_ARGUMENT_BYTES = 2**16
 
 
 def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modality] | None = None) -> str:
@@ -50,26 +52,51 @@ def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modalit
 
 
 def template_arguments(values: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Arguments of a chat template as every template gets them: JSON, with whole numbers as `int`.
+    """Arguments of a chat template as every template gets them, wherever it runs: what JSON makes of them.
 
-    Raises InvalidRequest, naming `field`, for what is no JSON, and for names that are not the caller's to give.
+    Raises InvalidRequest as `arguments_to_json` and `arguments_from_json` do.
     """
+    return arguments_from_json(arguments_to_json(values, field), field)
+
+
+def arguments_to_json(values: Mapping[str, Any], field: str) -> str:
+    """Raises InvalidRequest, naming `field`, for what JSON has no form for."""
+    try:
+        text = json.dumps(dict(values), allow_nan=False, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"has no form in JSON: {error}") from error
+    return text
+
+
+def arguments_from_json(text: str, field: str) -> dict[str, Any]:
+    """Names in their order, at every depth: a template that writes out `tools` keeps it.
+
+    Raises InvalidRequest, naming `field`, for more than 64 KiB, what is no JSON object, a name that comes twice, and
+    names that are not the caller's to give.
+    """
+    num_bytes = len(text.encode())
+    if num_bytes > _MAX_ARGUMENT_BYTES:
+        raise InvalidRequest(field, f"{num_bytes} bytes of JSON; the limit is {_MAX_ARGUMENT_BYTES}")
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(field, f"is a JSON {type(values).__name__}; give an object")
+    arguments_to_json(values, field)  # Python reads more than JSON: NaN, 1e999
     for name in sorted(_NOT_OF_THE_CALLER & values.keys()):
         raise InvalidRequest(field, f"{name} is no variable of a chat template that a caller gives")
-    return {name: _as_json(value, field) for name, value in values.items()}
+    return values
 
 
-def _as_json(value: Any, field: str) -> Any:
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-        # They are doubles on the wire.
-        return int(float(value)) if float(value).is_integer() else value
-    if isinstance(value, list | tuple):
-        return [_as_json(item, field) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: _as_json(item, field) for name, item in value.items()}
-    raise InvalidRequest(field, f"has a {type(value).__name__} that JSON has no form for")
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} comes twice in one object")
+        values[name] = value
+    return values
 
 
 def template_messages(

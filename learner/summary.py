@@ -90,7 +90,7 @@ def write_question(run_dir: Path, sample: PromptSample, sampling: SamplingParams
     request = {
         "groupId": "question",
         "chat": {"messages": messages}
-        | ({"templateArguments": sample.template_arguments} if sample.template_arguments else {}),
+        | ({"templateArguments": json.dumps(sample.template_arguments)} if sample.template_arguments else {}),
         "media": media,
         "sampling": {"temperature": 0, "maxTokens": sampling.max_tokens, "stop": [*sampling.stop]},
         "returns": {"text": True},

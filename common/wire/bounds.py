@@ -95,19 +95,6 @@ def _inner(descriptor: Descriptor) -> dict[int, Descriptor | None]:
     for field in descriptor.fields:
         if field.type == FieldDescriptor.TYPE_BYTES:
             inner[field.number] = _CONTENT
-        elif field.message_type is not None and _holds_bytes(field.message_type):
+        elif field.message_type is not None and _inner(field.message_type):
             inner[field.number] = field.message_type
     return inner
-
-
-def _holds_bytes(message: Descriptor) -> bool:
-    """Whether there is such a field somewhere in it; a message may hold others of its own kind, as a Struct does."""
-    seen, left = {message.full_name}, [message]
-    while left:
-        for field in left.pop().fields:
-            if field.type == FieldDescriptor.TYPE_BYTES:
-                return True
-            if field.message_type is not None and field.message_type.full_name not in seen:
-                seen.add(field.message_type.full_name)
-                left.append(field.message_type)
-    return False

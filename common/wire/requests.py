@@ -1,10 +1,6 @@
 """`GenerateRequest` and `RolloutRequest`."""
 
-from typing import Any
-
-from google.protobuf import json_format, struct_pb2
-
-from common.chat import template_arguments
+from common.chat import arguments_from_json, arguments_to_json
 from common.errors import InvalidRequest
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import (
@@ -27,8 +23,8 @@ _MAX_MESSAGES = 4096
 _MAX_PARTS = 4096
 _MAX_MEDIA = 4096
 _MAX_IDS = 2**21
-# Room for the description of tools.
-_MAX_ARGUMENT_BYTES = 2**16
+
+_ARGUMENTS = "chat.template_arguments"
 
 
 def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
@@ -48,7 +44,7 @@ def request_to_proto(request: RolloutRequest) -> pb.GenerateRequest:
         case ChatPrompt(messages, arguments):
             message.chat.messages.extend(_chat_message_to_proto(chat_message) for chat_message in messages)
             if arguments:
-                json_format.ParseDict(dict(arguments), message.chat.template_arguments)
+                message.chat.template_arguments = arguments_to_json(arguments, _ARGUMENTS)
         case TextPrompt(text):
             message.text = text
         case TokenPrompt(ids, placeholders):
@@ -93,7 +89,7 @@ def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
                     ChatMessage(chat_message.role, _parts_from_proto(chat_message, f"chat.messages[{i}]"))
                     for i, chat_message in enumerate(message.chat.messages)
                 ),
-                _arguments_from_proto(message.chat.template_arguments, "chat.template_arguments"),
+                arguments_from_json(message.chat.template_arguments or "{}", _ARGUMENTS),
             )
         case "text":
             return TextPrompt(message.text)
@@ -104,17 +100,6 @@ def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
             return TokenPrompt(tuple(message.tokens.ids), runs)
         case _:
             raise InvalidRequest("prompt", "is missing; set one of chat, text or tokens")
-
-
-def _arguments_from_proto(message: struct_pb2.Struct, field: str) -> dict[str, Any]:
-    num_bytes = message.ByteSize()
-    if num_bytes > _MAX_ARGUMENT_BYTES:
-        raise InvalidRequest(field, f"{num_bytes} bytes; the limit is {_MAX_ARGUMENT_BYTES}")
-    try:
-        values = json_format.MessageToDict(message)
-    except (ValueError, json_format.Error) as error:
-        raise InvalidRequest(field, f"is no JSON: {error}") from error
-    return template_arguments(values, field)
 
 
 def _parts_from_proto(message: pb.ChatMessage, field: str) -> tuple[TextPart | MediaPart, ...]:

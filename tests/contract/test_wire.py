@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -191,16 +192,21 @@ def test_the_hash_of_tensors_is_the_documented_one() -> None:
 
 
 def test_golden_template_arguments() -> None:
-    chat = ChatPrompt(REQUEST.prompt.messages, {"n": 2, "think": True})  # type: ignore[union-attr]
+    chat = ChatPrompt(REQUEST.prompt.messages, {"n": 2, "é": 1.0})  # type: ignore[union-attr]
     message = wire.request_to_proto(RolloutRequest("g", chat))
-    entries = (
-        "0a 0e 0a01 6e 1209 11 0000000000000040"  # 1: fields { 1: "n", 2: { 2: number_value = 2.0 } }
-        "0a 0b 0a05 7468696e6b 1202 2001"  # 1: fields { 1: "think", 2: { 4: bool_value } }
-    ).replace(" ", "")
-    encoded = message.chat.SerializeToString(deterministic=True).hex()
-    assert encoded.endswith(f"12{len(entries) // 2:02x}{entries}")  # 2: template_arguments
-    found = wire.request_from_proto(message).prompt
-    assert repr(found) == repr(chat)  # 2, not 2.0
+    text = '{"n": 2, "é": 1.0}'.encode()
+    assert message.chat.SerializeToString().endswith(b"\x12" + bytes([len(text)]) + text)  # 2: template_arguments
+    assert repr(wire.request_from_proto(message).prompt) == repr(chat)
+
+
+def test_arguments_of_the_template_stay_in_their_order() -> None:
+    """A template writes `tools` out as they come, so that another order is another prompt."""
+    function = {"name": "zoom", "description": "?", "parameters": {"type": "object", "properties": {"y": 1, "x": 2}}}
+    arguments = {"tools": [{"type": "function", "function": function}], "enable_thinking": True, "budget": 9}
+    message = wire.request_to_proto(RolloutRequest("g", ChatPrompt((), arguments)))
+    found = wire.request_from_proto(pb.GenerateRequest.FromString(message.SerializeToString())).prompt
+    assert isinstance(found, ChatPrompt)
+    assert json.dumps(found.template_arguments) == json.dumps(arguments)
 
 
 def test_golden_videos() -> None:

@@ -17,10 +17,8 @@ def _item(**values: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="hi", media=media)
 
 
-def _arguments(**values: object) -> pb.GenerateRequest:
-    request = pb.GenerateRequest()
-    request.chat.template_arguments.update(values)
-    return request
+def _arguments(text: str) -> pb.GenerateRequest:
+    return pb.GenerateRequest(chat=pb.ChatPrompt(template_arguments=text))
 
 
 def _tensor(**values: object) -> pb.Tensor:
@@ -41,9 +39,9 @@ def _processed(*names: str) -> pb.GenerateRequest:
             "INVALID_ARGUMENT",
             "chat.messages[1].parts[0]",
         ),
-        (_arguments(tokenize=True), "INVALID_ARGUMENT", "chat.template_arguments"),
-        (_arguments(x=float("nan")), "INVALID_ARGUMENT", "chat.template_arguments"),
-        (_arguments(x="y" * 2**16), "INVALID_ARGUMENT", "chat.template_arguments"),
+        (_arguments('{"tokenize": true}'), "INVALID_ARGUMENT", "chat.template_arguments"),
+        (_arguments('{"x": NaN}'), "INVALID_ARGUMENT", "chat.template_arguments"),
+        (_arguments("[" * 2**16), "INVALID_ARGUMENT", "chat.template_arguments"),
         (_item(encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
         (_item(modality=7, encoded=b"x"), "INVALID_ARGUMENT", "media[1].modality"),
         (_item(modality=IMAGE), "INVALID_ARGUMENT", "media[1].content"),

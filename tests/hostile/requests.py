@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import random
 import re
@@ -287,13 +288,15 @@ class _Maker:
     def arguments_of_the_template(self) -> BadCall:
         rng = self._rng
         chat = _chat(0)
-        bad: tuple[dict[str, Any], ...] = (
-            {rng.choice(("tokenize", "messages", "chat_template", "return_dict")): True},
-            {"x": [rng.choice((math.nan, math.inf))]},
-            {"x": "y" * 2**16},
-            {"x": [[]] * 2**15},
+        bad = (
+            json.dumps({rng.choice(("tokenize", "messages", "chat_template", "return_dict")): True}),
+            json.dumps({"x": [rng.choice((math.nan, math.inf))]}),
+            json.dumps({"x": "y" * 2**16}),
+            json.dumps({"x": rng.choice(("\ud800", [[]] * 2**15))}),
+            '{"x": 1, "x": 2}',
+            rng.choice(("null", "[]", "{", "[" * 2**15, '{"x": 1e999}', '{"x": %s}' % ("9" * 5000))),
         )
-        chat.template_arguments.update(rng.choice(bad))
+        chat.template_arguments = rng.choice(bad)
         return self._generate(r"chat\.template_arguments", chat=chat)
 
     def ids_of_the_prompt(self) -> BadCall:

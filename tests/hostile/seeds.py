@@ -24,7 +24,7 @@ def generate_requests() -> Iterator[bytes]:
         chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=parts)])
         yield pb.GenerateRequest(group_id="g", chat=chat, media=[item]).SerializeToString()
     chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=[pb.ChatPart(text="?")])])
-    chat.template_arguments.update({"enable_thinking": True, "tools": [{"name": "x"}, None, 1.5]})
+    chat.template_arguments = '{"enable_thinking": true, "tools": [{"name": "x"}, null, 1.5]}'
     yield pb.GenerateRequest(group_id="g", chat=chat).SerializeToString()
     run = pb.PlaceholderRange(offset=1, length=2)
     tokens = pb.TokenPrompt(ids=[5, 1, 1, 6], placeholders=[run])

@@ -1,15 +1,17 @@
 """A chat through a template: its arguments, and what is refused of them."""
 
+import functools
 import inspect
-import json
 import math
+from datetime import date
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from common.chat import render_chat, template_arguments
+from common.chat import arguments_from_json, render_chat, template_arguments
 from common.errors import InvalidRequest
 from common.types import ChatMessage, ChatPrompt, TextPart
 from examples.digits.model import build_processor
@@ -44,16 +46,40 @@ def test_a_template_that_raises_names_the_field(processor: Any) -> None:
         render_chat(processor, ChatPrompt(MESSAGES))
 
 
-def test_values_are_json_with_whole_numbers_as_such() -> None:
-    values = {"a": 3.0, "b": (1.5, None, True), "c": {"d": 2**60, "e": "x"}}
-    expected = {"a": 3, "b": [1.5, None, True], "c": {"d": 2**60, "e": "x"}}
-    assert json.dumps(template_arguments(values, "x")) == json.dumps(expected)
+def test_values_are_what_json_makes_of_them() -> None:
+    """In their order, with integers and doubles apart."""
+    values = {"b": (1.5, None, True), "a": [3.0, 3], "c": {"é": 2**60, "d": "x", 1: np.float64(0.1)}}
+    expected = {"b": [1.5, None, True], "a": [3.0, 3], "c": {"é": 2**60, "d": "x", "1": 0.1}}
+    assert repr(template_arguments(values, "x")) == repr(expected)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, b"x", {1: 2}, [object()]])
-def test_what_is_no_json_is_refused(value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"^x: has a .* that JSON has no form for"):
+_DEEP: list[Any] = functools.reduce(lambda inner, _: [inner], range(10**5), [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [10**5000], b"x", object(), date(2026, 1, 1), "\ud800", _DEEP])
+def test_what_json_has_no_form_for_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^x: has no form in JSON: "):
         template_arguments({"a": [value]}, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is no JSON: Expecting property name"),
+        ("[" * 2**15, "is no JSON: maximum recursion depth exceeded"),
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "is no JSON: 'b' comes twice in one object"),
+        ("[1]", "is a JSON list; give an object"),
+        ('{"a": NaN}', "has no form in JSON: "),
+        ('{"a": 1e999}', "has no form in JSON: "),
+        (r'{"a": "\ud800"}', "has no form in JSON: "),
+        ('{"a": "%s"}' % ("é" * 2**15), "65545 bytes of JSON; the limit is 65536"),
+        ('{"tokenize": true}', "tokenize is no variable"),
+    ],
+)
+def test_texts_that_are_no_arguments_are_refused(text: str, problem: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        arguments_from_json(text, "x")
+    assert refused.value.message.startswith(f"x: {problem}")
 
 
 def test_names_that_are_not_the_callers_are_refused() -> None:

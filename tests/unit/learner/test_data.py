@@ -393,7 +393,7 @@ def test_arguments_of_the_chat_template_are_those_of_each_row(module: types.Modu
     module.rows = lambda: [{"prompt": "?", "answer": 1}]  # type: ignore[attr-defined]
     module.samples = lambda: [own]  # type: ignore[attr-defined]
     arguments = {"enable_thinking": False, "budget": 3.0}
-    for name, budget in (("rows", 3), ("samples", 9)):
+    for name, budget in (("rows", 3.0), ("samples", 9)):
         sample = load(f"{MODULE}:{name}", image_column="", chat_template_arguments=arguments)[0]
         assert json.dumps(sample.template_arguments) == json.dumps({"enable_thinking": False, "budget": budget})
     with pytest.raises(ConfigError, match=r"chat_template_arguments: add_generation_prompt is no variable of a chat"):

@@ -29,7 +29,6 @@ Errors are gRPC status codes with google.rpc details, never fields of a response
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -196,22 +195,22 @@ class ChatPrompt(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    template_arguments: _builtins.str
+    """Further arguments of the chat template, as one JSON object of up to 64 KiB; with grpcurl
+      "template_arguments": "{\\"enable_thinking\\": false}"
+    The template gets its names in the order in which they are here, at every depth. A name that it does not use changes
+    nothing. Refused are names that come twice, and those of what the server itself decides (`tokenize`,
+    `add_generation_prompt`, `chat_template`, ...).
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
-    @_builtins.property
-    def template_arguments(self) -> _struct_pb2.Struct:
-        """Further arguments of the chat template, as `enable_thinking`; up to 64 KiB. Whole numbers come to it as integers. A
-        name that the template does not use changes nothing, and names of what the server itself decides are refused
-        (`tokenize`, `add_generation_prompt`, `chat_template`, ...).
-        """
-
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
-        template_arguments: _struct_pb2.Struct | None = ...,
+        template_arguments: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["template_arguments", b"template_arguments"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "template_arguments", b"template_arguments"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
