@@ -22,7 +22,8 @@ def resize_options(
     of_modality = getattr(processor, f"{modality.value}_processor", None)
     known = getattr(getattr(of_modality, "valid_kwargs", None), "__annotations__", {})
     size: Any = getattr(of_modality, "size", {})
-    if "min_pixels" not in known or "max_pixels" not in known:
+    bounded = all(edge in size for edge in ("shortest_edge", "longest_edge"))
+    if not bounded or "min_pixels" not in known or "max_pixels" not in known:
         raise Unimplemented(
             field, "the processor of this model does not resize by a number of pixels; leave min_pixels, max_pixels out"
         )

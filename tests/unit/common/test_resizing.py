@@ -1,0 +1,33 @@
+"""Bounds on pixels, where a processor has none or others."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers.image_utils import SizeDict
+
+from common.errors import Unimplemented
+from common.resizing import resize_options
+from common.types import Modality
+
+
+class _Bounded:
+    min_pixels: int
+    max_pixels: int
+
+
+def _processor(size: Any) -> Any:
+    return SimpleNamespace(image_processor=SimpleNamespace(valid_kwargs=_Bounded, size=size))
+
+
+def test_a_bound_that_is_left_out_is_the_models_own() -> None:
+    for size in ({"shortest_edge": 4, "longest_edge": 9}, SizeDict(shortest_edge=4, longest_edge=9)):
+        options = resize_options(_processor(size), Modality.IMAGE, None, 8, "x")
+        assert options == {"size": {"shortest_edge": 4, "longest_edge": 8}}
+
+
+@pytest.mark.parametrize("size", [{"height": 4, "width": 9}, {"shortest_edge": 4}, SizeDict(height=4, width=9)])
+def test_a_processor_whose_size_is_no_number_of_pixels_says_so(size: Any) -> None:
+    for bounds in ((None, 8), (8, None), (1, 8)):
+        with pytest.raises(Unimplemented, match=r"^x: the processor of this model does not resize by a number of pix"):
+            resize_options(_processor(size), Modality.IMAGE, *bounds, "x")
