@@ -38,15 +38,16 @@ def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modalit
 
     `modalities` as in `template_messages`. Raises InvalidRequest for what the template cannot render.
     """
+    arguments = template_arguments(prompt.template_arguments, "chat.template_arguments")
     try:
         text: str = processor.apply_chat_template(
             template_messages(prompt.messages, modalities),
             tokenize=False,
             add_generation_prompt=True,
-            **prompt.template_arguments,
+            **arguments,
         )
     except Exception as error:  # a checkpoint's code on anybody's arguments: it raises whatever it likes
-        field = "chat.template_arguments" if prompt.template_arguments else "prompt"
+        field = "chat.template_arguments" if arguments else "prompt"
         raise InvalidRequest(field, " ".join(f"{type(error).__name__}: {error}".split())) from error
     return text
 

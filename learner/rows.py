@@ -84,9 +84,18 @@ class RowReader:
         if len(own) != len(sample.images):
             raise self._error(number, f"has image_bounds for {len(own)} images, but {len(sample.images)} images")
         bounds = tuple(self._bounds(number, i, dataclasses.asdict(each)) for i, each in enumerate(own))
-        arguments = self.template_arguments | sample.template_arguments
+        arguments = self._arguments(number, sample.template_arguments)
         messages = self._framed(number, sample.messages)
         return dataclasses.replace(sample, messages=messages, image_bounds=bounds, template_arguments=arguments)
+
+    def _arguments(self, number: int, own: dict[str, Any]) -> dict[str, Any]:
+        from common.chat import template_arguments
+        from common.errors import InvalidRequest
+
+        try:
+            return template_arguments(self.template_arguments | own, "")
+        except InvalidRequest as error:
+            raise self._error(number, f"template_arguments: {error.message}") from None
 
     def _error(self, number: int, problem: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
         return kind(f"{self.source}: row {number} {problem}")

@@ -37,6 +37,16 @@ def test_the_template_gets_the_arguments(processor: Any) -> None:
     assert render_chat(processor, ChatPrompt(MESSAGES, arguments)) == "hi<think>at most 9"
 
 
+def test_arguments_are_rendered_as_they_cross(processor: Any) -> None:
+    processor = build_processor()
+    processor.chat_template = "{{ x }}"
+    assert render_chat(processor, ChatPrompt(MESSAGES, {"x": (1, 2.0)})) == "[1, 2.0]"
+    for arguments in ({"continue_final_message": False}, {"x": date(2026, 1, 1)}, {"x": "y" * 2**16}):
+        with pytest.raises(InvalidRequest) as refused:
+            render_chat(processor, ChatPrompt(MESSAGES, arguments))
+        assert refused.value.field == "chat.template_arguments"
+
+
 def test_a_template_that_raises_names_the_field(processor: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"^chat.template_arguments: TypeError: can only concatenate str"):
         render_chat(processor, ChatPrompt(MESSAGES, {"enable_thinking": True, "budget": 9}))

@@ -8,6 +8,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,20 @@ def test_arguments_of_the_chat_template_are_those_of_each_row(module: types.Modu
         assert json.dumps(sample.template_arguments) == json.dumps({"enable_thinking": False, "budget": budget})
     with pytest.raises(ConfigError, match=r"chat_template_arguments: add_generation_prompt is no variable of a chat"):
         parse_config(DataConfig, {"train": "a", "chat_template_arguments": {"add_generation_prompt": False}}, "x")
+
+
+def test_arguments_of_a_sample_are_those_that_actors_take(module: types.ModuleType) -> None:
+    own = dataclasses.replace(make_sample(3), template_arguments={"size": (1, 2)})
+    module.samples = lambda: [own]  # type: ignore[attr-defined]
+    assert load(f"{MODULE}:samples", image_column="")[0].template_arguments == {"size": [1, 2]}
+    for arguments, problem in (
+        ({"day": date(2026, 1, 1)}, "has no form in JSON: Object of type date"),
+        ({"continue_final_message": False}, "continue_final_message is no variable of a chat template"),
+    ):
+        own.template_arguments.clear()
+        own.template_arguments.update(arguments)
+        with pytest.raises(ConfigError, match=f": row 0 template_arguments: {problem}"):
+            load(f"{MODULE}:samples", image_column="")[0]
 
 
 def test_all_rows_may_have_a_system_prompt_and_a_suffix(module: types.ModuleType) -> None:

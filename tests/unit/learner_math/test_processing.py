@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from common import wire
+from common.chat import render_chat
 from common.config import ConfigError
 from common.media import decode_image
-from common.types import ChatMessage, MediaPart, TextPart
+from common.pb.rollout.v1 import rollout_pb2
+from common.types import ChatMessage, ChatPrompt, MediaPart, RolloutRequest, TextPart
 from learner.batch import processing
 from learner.batch.packing import Row, pack
 from learner.batch.processing import PromptProcessor
@@ -139,6 +143,21 @@ def test_the_chat_template_gets_its_arguments(model_dir: Path, hf_processor: Any
     assert texts[1] == texts[0] + "hard!"
     with pytest.raises(ConfigError, match=r"^row 5: chat.template_arguments: TypeError: unsupported operand"):
         processor.process(dataclasses.replace(given, template_arguments={"think": 1}))
+
+
+def test_tools_are_the_text_that_an_actor_renders(model_dir: Path, hf_processor: Any) -> None:
+    """Templates write them out in the order in which they come."""
+    processor = PromptProcessor(model_dir)
+    processor._processor.chat_template += "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    parameters = {"type": "object", "required": ("y", "x"), "properties": {"y": {"type": "number"}, "x": {}}}
+    tools = [{"type": "function", "function": {"name": "zoom", "description": "?", "parameters": parameters}}]
+    given = dataclasses.replace(sample(0, "x"), template_arguments={"tools": tools})
+    sent = wire.request_to_proto(RolloutRequest("g", given.chat)).SerializeToString()
+    prompt = wire.request_from_proto(rollout_pb2.GenerateRequest.FromString(sent)).prompt
+    assert isinstance(prompt, ChatPrompt)
+    text = render_chat(processor._processor, prompt)
+    assert text.endswith(json.dumps(tools[0]))
+    assert processor.process(given).input_ids.tolist() == hf_processor.tokenizer(text).input_ids
 
 
 def test_one_prompt_in_the_processor_keeps_neither_images_nor_completions_waiting(
