@@ -1,6 +1,7 @@
 """A chat through the chat template of a Hugging Face processor: the learner and the actor both render it here."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,11 @@ _NOT_OF_THE_CALLER = frozenset(
 )
 # Room for the description of tools.
 _MAX_ARGUMENT_BYTES = 2**16
+
+# transformers says so for each chat with an argument that its template does not use, which is no mistake here.
+logging.getLogger("transformers.processing_utils").addFilter(
+    lambda record: not str(record.msg).startswith("Kwargs passed to `processor.__call__` have to be in")
+)
 
 
 def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modality] | None = None) -> str:

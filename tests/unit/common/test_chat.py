@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import math
 from datetime import date
 from typing import Any
@@ -54,6 +55,15 @@ def test_a_template_that_raises_names_the_field(processor: Any) -> None:
     processor.chat_template = "{{ raise_exception('no system\nprompt') }}"
     with pytest.raises(InvalidRequest, match=r"^prompt: TemplateError: no system prompt$"):
         render_chat(processor, ChatPrompt(MESSAGES))
+
+
+def test_a_name_that_the_template_does_not_use_is_no_warning(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    logger = logging.getLogger("transformers.processing_utils")
+    monkeypatch.setattr(logger, "callHandlers", lambda record: said.append(record.getMessage()))
+    assert render_chat(processor, ChatPrompt(MESSAGES, {"of_another_model": 1})) == "hi"
+    logger.warning("another")
+    assert said == ["another"]
 
 
 def test_values_are_what_json_makes_of_them() -> None:
