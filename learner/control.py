@@ -51,7 +51,6 @@ log = get_logger(__name__)
 # How long the loop may take to end, and how often a caller looks whether it still runs.
 _CLOSE_S = 10.0
 _LOOK_S = 0.5
-# Why groups of a step whose gradient was not finite are dropped.
 
 T = TypeVar("T")
 
@@ -329,10 +328,13 @@ def own_address(actors: Sequence[str]) -> str:
 
     Raises ConfigError if none of them has an address itself.
     """
-    addresses = []
+    loopback = None
     for actor in actors:
         with contextlib.suppress(OSError):  # a name without an address, or an address without a route, as yet
-            addresses.append(address_towards(*split_address(actor)))
-    if not addresses:
+            address = address_towards(*split_address(actor))
+            if not is_loopback(address):
+                return address
+            loopback = loopback or address
+    if loopback is None:
         raise ConfigError(f"there is no address of this machine on a route to {', '.join(actors)}; give weights.host")
-    return next((address for address in addresses if not is_loopback(address)), addresses[0])
+    return loopback

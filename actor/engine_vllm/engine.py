@@ -302,9 +302,9 @@ class VllmEngine:
 
         vLLM binds a request to its adapter when it is queued. After a swap under it, the base model alone answers.
         """
-        policy = self._adapters.find(model)
-        if not model and policy is not None and (lora is None or lora.lora_name != policy.name):
-            raise WeightsPending(f"{policy.name!r} is the policy now, and this request began without it: ask again")
+        adapter = self._adapters.find(model)
+        if not model and adapter is not None and (lora is None or lora.lora_name != adapter.name):
+            raise WeightsPending(f"{adapter.name!r} is the policy now, and this request began without it: ask again")
 
     async def _score_prompt(self, request: EngineRequest, info: PromptInfo, engine_input: "EngineInput") -> PromptInfo:
         """Add the logprobs of the prompt, from a request of its own: it cannot use the prefix cache, the group can.
