@@ -240,7 +240,11 @@ class Control:
             if not self._thread.is_alive() and not future.done():
                 self._raise_failure()
                 raise RuntimeError("the control loop has ended")
-        return future.result()
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:  # the loop ended, and its slots with it
+            self._raise_failure()
+            raise
 
     def _raise_failure(self) -> None:
         """Raise what ended the loop, once it has ended."""

@@ -1,6 +1,7 @@
 """Rank 0's loop thread, from outside."""
 
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,6 +12,8 @@ from common.config import ConfigError
 from learner.config import LearnerConfig
 from learner.control import Control, own_address
 from learner.ledger import Ledger
+from learner.rollouts.slots import Slots
+from learner.types import ProcessedPrompt, PromptSample
 from tests.fakes import FakeActor, Rows, make_group
 
 
@@ -112,4 +115,31 @@ def test_the_fleet_fails_the_trainers_next_call() -> None:
     actor.kill()
     with pytest.raises(OSError, match="no space left"):
         control.take_batch(0, lambda _: True)
+    control.close()
+
+
+def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row waits for weights that do not come, and is cancelled when the loop ends."""
+
+    def broken_row(_: PromptSample) -> ProcessedPrompt:
+        evaluation_began.wait(timeout=10)
+        raise ConfigError("row 7: images[0] is too large")
+
+    evaluation_began = threading.Event()
+    group = make_group(0)
+    hold = Slots.hold
+
+    def held(*arguments: Any) -> Any:
+        evaluation_began.set()
+        return hold(*arguments)
+
+    monkeypatch.setattr("learner.evaluate._prepare", lambda *_: (group.sample, group.processed))
+    monkeypatch.setattr(Slots, "hold", held)
+    control = make_control()
+    control._fleet._connect = lambda _: FakeActor("127.0.0.1:1").connect()
+    control._held_out = Rows(1)  # type: ignore[assignment]
+    monkeypatch.setattr(control._dispatcher._processor, "process", broken_row)
+    control.start()
+    with pytest.raises(ConfigError, match=r"row 7: images\[0\] is too large"):
+        control.evaluate(5)
     control.close()
