@@ -126,7 +126,7 @@ class Publisher:
         members = self._updatable()
         if snapshot is None or not members:
             return
-        if self._epoch is None or set(self._epoch.members) != set(members):
+        if self._is_epoch_over(members, snapshot):
             await self._open(members)
         assert self._epoch is not None
         if all(member.version >= snapshot.version for member in members):
@@ -156,6 +156,13 @@ class Publisher:
             stage_s=round(times.stage_s, 4),
             pause_s=round(times.pause_s, 4),
         )
+
+    def _is_epoch_over(self, members: tuple[Member, ...], snapshot: Snapshot) -> bool:
+        """Whether an update needs another one. Who is only held comes back, or is left out of the next update."""
+        if self._epoch is None or any(member.left.is_set() for member in self._epoch.members):
+            return True
+        is_behind = any(member.version < snapshot.version for member in members)
+        return is_behind and set(self._epoch.members) != set(members)
 
     async def _open(self, members: tuple[Member, ...]) -> None:
         if self._epoch is not None:

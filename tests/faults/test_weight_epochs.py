@@ -14,7 +14,7 @@ from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer
 from actor.transfer import Staging, WeightReceiver
-from common.errors import StageTimeout
+from common.errors import DeadlineExceeded, StageTimeout
 from common.types import ActorState, Manifest
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
@@ -162,6 +162,32 @@ async def test_a_dead_actor_does_not_hold_up_the_others_and_comes_back_as_a_new_
         await learner.all_serve(2, stays, dies)
         learner.publish(3)
         await learner.all_serve(3, stays, dies)
+
+
+@pytest.mark.timeout(60)
+async def test_a_failed_call_to_an_actor_that_is_up_to_date_ends_no_epoch() -> None:
+    async with _running(2, 2) as learner:
+        learner.publish(1)
+        await learner.all_serve(1, *learner.actors)
+        learner.fleet.report_failure(learner.fleet.live()[0], DeadlineExceeded("a group past its deadline"))
+        await until(lambda: learner.events[-1].kind == "recovered", 0.01)
+        learner.publish(2)
+        await learner.all_serve(2, *learner.actors)
+        assert learner.publisher._last_epoch == 1
+
+
+@pytest.mark.timeout(60)
+async def test_an_actor_that_leaves_ends_the_epoch() -> None:
+    """The others hear of it before there is a version that they would wait for in vain."""
+    async with _running(2, 2) as learner:
+        stays, leaves = learner.actors
+        learner.publish(1)
+        await learner.all_serve(1, stays, leaves)
+        await leaves.stop()
+        await until(lambda: learner.publisher._last_epoch == 2, 0.01)
+        learner.publish(2)
+        await learner.all_serve(2, stays)
+        assert learner.publisher._last_epoch == 2
 
 
 @pytest.mark.timeout(60)
