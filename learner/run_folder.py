@@ -8,6 +8,8 @@ unless another process is at work in it; a learner gives such a process some tim
 
 import contextlib
 import fcntl
+import functools
+import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +55,13 @@ _PLACE_IN = {
         "device",
     },
 }
+# Settings that a checkpoint cannot go on without: those of what trains, and of which prompt has which number.
+_FIXED = {
+    "seed",
+    *("data.train", "data.format", "data.held_out_fraction", "data.split_seed"),
+    *("model.path", "model.lora_rank", "model.lora_alpha", "model.target_modules", "model.exclude_modules"),
+    "model.lora_adapter_path",
+}
 # As long as Kubernetes lets a pod take to end.
 _GRACE_S = 60.0
 _LOOK_S = 0.5
@@ -65,10 +74,10 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     """The folder of this run: the one that the configuration names, one to continue, or a new one.
 
     It is this process's own in its role until the block or the process ends, however that happens.
-    Raises NotYet if another process has the role there, and ConfigError if `resume` is off and there is something to
-    resume.
+    Raises NotYet if another process has the role there, and ConfigError if there is something to resume and `resume` is
+    off, or the configuration has other settings than it can go on with.
     """
-    if config.run_dir and not config.resume and any(config.run_dir.glob("checkpoints/step-*")):
+    if config.run_dir and not config.resume and _has_checkpoints(config.run_dir):
         raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
     # Two launchers are two runs on purpose; a second learner may be what replaces the first.
     patience_s = _GRACE_S if role == "learner" else 0.0
@@ -80,6 +89,8 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.
         if role == "launcher" or _is_free(run_dir, "launcher"):
             clear_last_words(run_dir)
+            if _has_checkpoints(run_dir):
+                _check_goes_on(run_dir, config, role)
             write_whole(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 
@@ -176,13 +187,35 @@ def _unfinished(config: LearnerConfig, patience_s: float) -> Path | None:
             continue
         if is_free and not odd:
             return run_dir
-        if is_free and any(run_dir.glob("checkpoints/step-*")):
-            hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}; run_dir={run_dir} continues it"
+        if is_free and _has_checkpoints(run_dir):
+            continues = "" if _FIXED.intersection(odd) else f"; run_dir={run_dir} continues it"
+            hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}{continues}"
         elif not odd:
             hint = hint or f"{run_dir} is unfinished, and another learner is at work in it"
     if hint:
         print(f"a new run: {hint}", flush=True)
     return None
+
+
+def _check_goes_on(run_dir: Path, config: LearnerConfig, role: Role) -> None:
+    """Say in which settings the run goes on otherwise; raises ConfigError for those with which it cannot."""
+    # A launcher may have prepared a model for its learner.
+    begun = (_read(run_dir / "learner.yaml") if role == "learner" else None) or _read(run_dir / "config.yaml")
+    if begun is None:
+        return
+    then = _identity(begun)
+    odd = _differences(then, _identity(config.model_dump(mode="json")))
+    if fixed := [path for path in odd if path in _FIXED]:
+        before = [f"{path}={functools.reduce(operator.getitem, path.split('.'), then)}" for path in fixed]
+        raise ConfigError(
+            f"{fixed[0]}: the checkpoints in {run_dir} are of {_enumerate(before)}; give that again, or another run_dir"
+        )
+    if odd:
+        print(f"{run_dir} goes on with another {_enumerate(odd)}", flush=True)
+
+
+def _has_checkpoints(run_dir: Path) -> bool:
+    return any(run_dir.glob("checkpoints/step-*"))
 
 
 def _is_finished(run_dir: Path) -> bool:

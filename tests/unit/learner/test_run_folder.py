@@ -62,9 +62,57 @@ def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys
     first = _chosen(_config(tmp_path))
     _checkpoint(first)
     assert capsys.readouterr().out == ""
-    _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
-    hint = f"{first} is unfinished and has another seed, trainer.total_steps; run_dir={first} continues it"
+    other = _config(tmp_path, optimizer={"lr": 0.1}, trainer={"total_steps": 4, "batch_prompts": 2})
+    _chosen(other)
+    hint = f"{first} is unfinished and has another optimizer.lr, trainer.total_steps; run_dir={first} continues it"
     assert capsys.readouterr().out == f"a new run: {hint}\n"
+    assert _chosen(other.model_copy(update={"run_dir": first})) == first
+    assert capsys.readouterr().out == f"{first} goes on with another optimizer.lr, trainer.total_steps\n"
+
+
+def test_a_run_that_cannot_be_continued_is_not_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = _chosen(_config(tmp_path))
+    _checkpoint(first)
+    _chosen(_config(tmp_path, seed=1, trainer={"total_steps": 4, "batch_prompts": 2}))
+    hint = f"{first} is unfinished and has another seed, trainer.total_steps"
+    assert capsys.readouterr().out == f"a new run: {hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "before"),
+    [
+        ({"seed": 1, "trainer": {"total_steps": 4, "batch_prompts": 2}}, "seed=0"),
+        ({"model": {"path": "other", "lora_rank": 8}}, "model.path=model"),
+        ({"model": {"path": "model", "lora_rank": 8, "lora_alpha": 64}}, "model.lora_alpha=16"),
+        ({"model": {"path": "model"}}, "model.lora_rank=8"),
+        ({"data": {"train": "rows.jsonl", "held_out_fraction": 0.5}}, "data.held_out_fraction=0.0"),
+    ],
+)
+@pytest.mark.parametrize("role", ["launcher", "learner"])
+def test_a_checkpoint_goes_on_with_what_it_is_of(
+    tmp_path: Path, changes: dict[str, object], before: str, role: run_folder.Role
+) -> None:
+    here, lora = tmp_path / "here", {"path": "model", "lora_rank": 8}
+    config = _config(tmp_path, run_dir=here, model=lora)
+    assert _chosen(config) == here
+    assert _chosen(_config(tmp_path, **{"run_dir": here, "model": lora} | changes)) == here  # nothing is trained yet
+    assert _chosen(config) == here
+    _checkpoint(here)
+    with (
+        pytest.raises(ConfigError, match=f"the checkpoints in {here} are of {before}; give that again, or another run"),
+        run_folder.held(_config(tmp_path, **{"run_dir": here, "model": lora} | changes), role),
+    ):
+        pass
+    assert _chosen(config) == here  # it is still the configuration of the run
+
+
+def test_a_learner_may_go_on_with_the_model_that_a_launcher_prepared(tmp_path: Path) -> None:
+    with run_folder.held(_config(tmp_path), "launcher") as first:
+        prepared = _config(tmp_path, run_dir=first, model={"path": first / "model"})
+        (first / "learner.yaml").write_text(yaml.safe_dump(prepared.model_dump(mode="json")))
+    _checkpoint(first)
+    with run_folder.held(prepared, "learner") as again:
+        assert again == first
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": True}, {"enable_thinking": False, "budget": 2}])
