@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -45,6 +46,7 @@ _STATE = "state.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is frozen is in `model.path`, as it was.
 _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
+_AS_BEFORE = "train the same parts of the same model as before, or start a new run"
 # The folder of an exported adapter.
 _ADAPTER = "adapter"
 # Of a checkpoint directory of transformers: what an export writes anew, the same weights in other formats, what other
@@ -151,7 +153,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore parameters and the optimizer's moments in place; a collective, on any number of ranks.
 
-    The optimizer's settings stay those that it was made with.
+    The optimizer's settings stay those that it was made with. Raises as `_saved` and `_load`.
     """
     settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
@@ -160,7 +162,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     # To load into, a fresh optimizer has been given moments of all parameters; what no forward uses never had any.
     moments: Any = optimizer_state["state"]
     optimizer_state["state"] = {name: own for name, own in moments.items() if f"optimizer.state.{name}.step" in saved}
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader)
+    _load(reader, checkpoint, {"model": model_state, "optimizer": optimizer_state})
     set_state_dict(
         model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_WHAT_TRAINS
     )
@@ -169,26 +171,48 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Restore what trains into a whole model of this process, which needs no process group."""
+    """As `load_checkpoint`, but only what trains, into a whole model of this process; it needs no process group."""
     state = get_model_state_dict(model, options=_WHAT_TRAINS)
     reader = dcp.FileSystemReader(checkpoint)
     _saved(reader, checkpoint, state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant
-        dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+        _load(reader, checkpoint, {"model": state}, no_dist=True)
     set_model_state_dict(model, state, options=_WHAT_TRAINS)
 
 
 def _saved(reader: dcp.FileSystemReader, checkpoint: Path, model_state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a checkpoint holds, by name. Raises ConfigError if there are parameters that do not train in this model."""
+    """What a checkpoint holds, by name. Raises ConfigError if its parameters are not those that train in this model."""
     saved = reader.read_metadata().state_dict_metadata
-    gone = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in model_state}
-    if gone:
-        raise ConfigError(
-            f"{checkpoint}: {min(gone).removeprefix('model.')} was trained there and does not train in this run; train "
-            "the same parts as before, or start a new run"
-        )
+    shapes = {
+        name.removeprefix("model."): part.size
+        for name, part in saved.items()
+        if name.startswith("model.") and isinstance(part, TensorStorageMetadata)
+    }
+    if gone := shapes.keys() - model_state.keys():
+        raise ConfigError(f"{checkpoint}: {min(gone)} was trained there and does not train in this run; {_AS_BEFORE}")
+    if new := model_state.keys() - shapes.keys():
+        raise ConfigError(f"{checkpoint}: {min(new)} was not trained there and trains in this run; {_AS_BEFORE}")
+    for name, size in shapes.items():
+        if size != (now := model_state[name].shape):
+            raise ConfigError(
+                f"{checkpoint}: {name} has shape {tuple(size)} there and {tuple(now)} in this run; {_AS_BEFORE}"
+            )
     return saved
+
+
+def _load(
+    reader: dcp.FileSystemReader, checkpoint: Path, state: dict[str, dict[str, Any]], *, no_dist: bool = False
+) -> None:
+    """Read what has these names into these tensors. Raises OSError if that cannot be read."""
+    try:
+        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    except CheckpointException as error:  # it is no Exception, and says tracebacks
+        cause, _ = next(iter(error.failures.values()))
+        reason = " ".join(f"{type(cause).__name__} {cause}".split())
+        raise OSError(
+            f"{checkpoint} cannot be read: {reason}; without it the run resumes from the one before"
+        ) from error
 
 
 def export_model(model: Any, source: Path, target: Path) -> Path:

@@ -62,7 +62,6 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
     check_checkpoint(settings.path)
 
     import torch
-    from torch.distributed.checkpoint.api import CheckpointException
 
     from learner.checkpoint import load_weights, write_export
     from learner.model.load import load_policy
@@ -70,11 +69,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
     model, _ = load_policy(
         settings.path, dtype=getattr(torch, settings.dtype), frozen=settings.frozen, adapter=settings.adapter
     )
-    try:
-        load_weights(checkpoint, model)
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise OSError(f"{checkpoint} cannot be read: {type(cause).__name__} {cause}") from error
+    load_weights(checkpoint, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_export(model, dict(model.state_dict()), settings.path, target, getattr(torch, dtype) if dtype else None)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import ConfigError
 from learner.batch.packing import pack_batch
@@ -158,8 +157,34 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(
     trained_and_saved(make_policy, train, tmp_path)
     again = make_policy()
     again.model.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: model\.more"):
+    with pytest.raises(ConfigError, match=r"step-000001: more was not trained there and trains in this run; train the"):
         again.restore(tmp_path)
+
+
+def test_a_checkpoint_of_another_rank_of_the_adapter_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    config = config_of(model_dir)
+    of_rank = [config.model_copy(update={"model": config.model.model_copy(update={"lora_rank": r})}) for r in (2, 4)]
+    with join_ranks("cpu") as ranks:
+        before, after = (Policy(config, ranks) for config in of_rank)
+        before.save(tmp_path, {})
+        before.finish()
+        with pytest.raises(
+            ConfigError, match=r"lora_A\S* has shape \(2, \d+\) there and \(4, \d+\) in this run; train"
+        ):
+            after.restore(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    trained_and_saved(make_policy, train, tmp_path)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    next(checkpoint.glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(
+        OSError, match=r"^.*step-000001 cannot be read: EOFError.*; without it the run resumes from .*$"
+    ):
+        make_policy().restore(tmp_path)
 
 
 def test_what_trained_and_does_not_train_any_more_is_not_dropped(
