@@ -131,7 +131,10 @@ class CheckpointWriter:
         _sync(target.parent)
         log.info("checkpoint", path=str(target))
         for old in _all(target.parent.parent)[: -self._keep]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # the new one is whole; on NFS a file that somebody has open keeps its directory
+                log.warning("an old checkpoint stays", path=str(old), error=str(error))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import resource
 import shutil
 import stat
@@ -102,6 +103,32 @@ def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Trai
     for _ in range(4):
         train(policy)
         policy.save(tmp_path, {})
+    policy.finish()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_an_old_checkpoint_that_stays_ends_no_run(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where somebody reads it."""
+    rmtree = shutil.rmtree
+
+    def busy(path: Path, *, ignore_errors: bool = False) -> None:
+        if path.name == "step-000001" and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, ignore_errors=ignore_errors)
+
+    policy = make_policy()
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+        patch.setattr("learner.checkpoint.shutil.rmtree", busy)
+        for _ in range(3):
+            train(policy)
+            policy.save(tmp_path, {})
+        policy.finish()
+    [warning] = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert warning["path"].endswith("step-000001")
+    train(policy)
+    policy.save(tmp_path, {})
     policy.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
