@@ -147,7 +147,7 @@ class World:
         started_at = time.perf_counter()
         self.version += 1
         self.snapshot = self._take() if gather else replace(self.snapshot, version=self.version)
-        times = await self._epoch.update(self.snapshot, full=False)
+        times = await self._epoch.send(*self.snapshot.update(full=False))
         self._committed(times)
         return time.perf_counter() - started_at, times
 
@@ -156,7 +156,7 @@ class World:
         started_at = time.perf_counter()
         self.version += 1
         self.snapshot = self._take()
-        times = await self._epoch.update(self.snapshot, full=False, keep=True)
+        times = await self._epoch.send(*self.snapshot.update(full=False, keep=True))
         self._committed(times)
         return time.perf_counter() - started_at, times
 
@@ -165,10 +165,7 @@ class World:
         self.version += 1
         self.snapshot = self._take()
         changes = await self._deltas.choose(self.snapshot, self._epoch.members)
-        if changes is not None:
-            self._committed(await self._epoch.send(*changes))
-        else:
-            self._committed(await self._epoch.update(self.snapshot, full=False, keep=True))
+        self._committed(await self._epoch.send(*(changes or self.snapshot.update(full=False, keep=True))))
         return changes is not None
 
     def _committed(self, times: Any) -> None:

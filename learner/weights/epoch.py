@@ -2,7 +2,7 @@
 
     open: OpenEpoch to all, join as rank 0 -> stage: Stage to all, broadcast -> commit: Commit to all   ... -> abort
 
-Whatever fails, `open_epoch` and `Epoch.update` say which members are at fault; the publisher then aborts the epoch and
+Whatever fails, `open_epoch` and `Epoch.send` say which members are at fault; the publisher then aborts the epoch and
 opens the next one with the others.
 """
 
@@ -22,10 +22,8 @@ from common.errors import (
     Unreachable,
 )
 from common.log import get_logger
-from common.threads import to_own_thread
 from common.types import EpochSpec, Manifest
 from learner.rollouts.members import Member
-from learner.weights.snapshot import Snapshot
 from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
@@ -70,14 +68,6 @@ class Epoch:
         self.members = members
         self._spec = spec
         self._sender = sender
-
-    async def update(self, snapshot: Snapshot, *, full: bool, merged: bool = False, keep: bool = False) -> UpdateTimes:
-        """Bring every member to the snapshot's version, as `Snapshot.update` makes it. Raises as `send`."""
-        if merged:
-            manifest, buffers = await to_own_thread("merge-weights", snapshot.update, full=full, merged=True)
-        else:
-            manifest, buffers = snapshot.update(full=full, keep=keep)
-        return await self.send(manifest, buffers)
 
     async def send(self, manifest: Manifest, buffers: Sequence[torch.Tensor]) -> UpdateTimes:
         """Bring every member to the manifest's version. Those that serve it already receive it too, as the broadcast

@@ -19,10 +19,11 @@ from collections.abc import Callable
 
 from common import tracing
 from common.log import get_logger
+from common.threads import to_own_thread
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from learner.weights.deltas import Deltas
+from learner.weights.deltas import Deltas, Update
 from learner.weights.epoch import Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
 from learner.weights.forms import AdapterForms
 from learner.weights.snapshot import Snapshot
@@ -135,10 +136,7 @@ class Publisher:
         full = any(member.version < 0 for member in members) or self._forms.changes(snapshot, merged=merged)
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
             changes = None if full else await self._deltas.choose(snapshot, members)
-            if changes is not None:
-                times = await self._epoch.send(*changes)
-            else:
-                times = await self._epoch.update(snapshot, full=full, merged=merged, keep=self._deltas.enabled)
+            times = await self._epoch.send(*(changes or await self._whole(snapshot, full=full, merged=merged)))
         self._forms.sent(merged=merged)
         self._deltas.sent(snapshot, members, times)
         self._num_failures = 0
@@ -181,6 +179,12 @@ class Publisher:
         )
         self._epoch = await open_epoch(spec, members, self._transport)
         log.info("epoch open", epoch=spec.epoch, actors=[member.address for member in members])
+
+    async def _whole(self, snapshot: Snapshot, *, full: bool, merged: bool) -> Update:
+        """The update that is no delta."""
+        if merged:
+            return await to_own_thread("merge-weights", snapshot.update, full=full, merged=True)
+        return snapshot.update(full=full, keep=self._deltas.enabled)
 
     async def _end_epoch(self, failure: EpochFailed) -> None:
         log.warning("epoch failed", epoch=self._last_epoch, reason=str(failure))

@@ -74,7 +74,7 @@ async def use_everything(address: str, request: RolloutRequest, update: Snapshot
         spec = EpochSpec("run", 1, "127.0.0.1", transport.port, world_size, 0, "gloo", timeout_s=60.0)
         member = Member(address, client, 1, status.actor_id, status.state, status=status)
         epoch = await open_epoch(spec, [member], transport)
-        await epoch.update(update, full=True)
+        await epoch.send(*update.update(full=True))
         await epoch.abort()
         sampled = await client.generate(request, timeout_s=60)
         versions = {span.policy_version for completion in sampled.completions for span in completion.version_spans}
