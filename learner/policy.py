@@ -19,13 +19,12 @@ from learner.model.load import load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
 from learner.model.optimizer import build_optimizer
-from learner.model.parallelize import parallelize, text_model
+from learner.model.parallelize import parallelize
+from learner.model.parts import text_model, vision_parts
 from learner.model.sequence_parallel import split_sequences
 from learner.step import StepStats, train_step
 from learner.weights.snapshot import Snapshot, Snapshotter
 
-# What the families call their text model; all else in a model comes before it.
-_TEXT_MODELS = ("language_model", "text_model")
 # In place of a path, which is longer.
 _NO_CHECKPOINT = "-"
 
@@ -191,13 +190,6 @@ class Policy:
     def export(self, target: Path) -> Path:
         """Write a Hugging Face checkpoint directory; returns it."""
         return export_model(self.model, self._config.model.path, target)
-
-
-def vision_parts(model: Any) -> list[str]:
-    """What an image passes before the text model: modules, and parameters of the model's own (a LLaVA's newline)."""
-    inner = model.model
-    names = [name for name, _ in (*inner.named_children(), *inner.named_parameters(recurse=False))]
-    return [f"model.{name}" for name in names if name not in _TEXT_MODELS]
 
 
 def suppressed_token_ids(placeholders: Sequence[int], allowed: Sequence[int], vocab_size: int) -> tuple[int, ...]:

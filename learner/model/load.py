@@ -1,7 +1,7 @@
 """Loads the policy: a Hugging Face vision-language checkpoint, ready to train on packed batches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,9 @@ from learner.batch.balance import ModelCost
 from learner.model import attention
 from learner.model.config import Adapter, Part
 from learner.model.lora import add_adapter
+from learner.model.parts import NAMES, find_modules, text_model
 from learner.model.supported import check_supported
 
-# Where the parts of a model are, by the names that transformers gives them. A projector may be inside its tower.
-_MODULES: Mapping[Part, tuple[str, ...]] = {
-    "vision_tower": ("visual", "vision_tower", "vision_model", "vision_encoder"),
-    "projector": ("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner"),
-    "language_model": ("language_model", "text_model", "lm_head"),
-}
 # What an image passes before the text model.
 _VISION: tuple[Part, ...] = ("vision_tower", "projector")
 
@@ -110,25 +105,11 @@ def _remove_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def find_modules(model: nn.Module, part: Part) -> list[str]:
-    """Full names of the modules that are a part of a model; the outermost ones."""
-    found: list[str] = []
-    for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in _MODULES[part] and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return found
-
-
 def model_cost(model: Any) -> ModelCost:
     """What the parts of a whole model cost, by their parameters: a token, or a patch, passes each of them once."""
     towers = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
     vision = sum(parameter.numel() for tower in towers for parameter in tower.parameters())
-    layers = next(
-        name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("language_model", "text_model")
-    )
-    text = sum(
-        parameter.numel() for name, parameter in model.get_submodule(layers).named_parameters() if "embed" not in name
-    )
+    text = sum(parameter.numel() for name, parameter in text_model(model).named_parameters() if "embed" not in name)
     settings = getattr(model.config, "vision_config", None)
     pixel_value = vision / text / patch_elements(settings) if vision and settings is not None else 0.0
     return ModelCost(model.config.get_text_config().hidden_size, pixel_value)
@@ -152,7 +133,7 @@ def freeze(model: nn.Module, parts: Sequence[Part]) -> FreezeReport:
         if not any(True for name in modules for _ in model.get_submodule(name).parameters()):
             raise ValueError(
                 f"freeze_{part} found nothing to freeze in {type(model).__name__}: no module is named "
-                f"{', '.join(_MODULES[part])}; set it to false"
+                f"{', '.join(NAMES[part])}; set it to false"
             )
         for name in modules:
             model.get_submodule(name).requires_grad_(False)

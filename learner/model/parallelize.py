@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from learner.model.load import find_modules
+from learner.model.parts import find_modules, text_model
 
 
 def parallelize(
@@ -62,15 +62,6 @@ def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
     parents = [model.get_submodule(name) for name in find_modules(model, "vision_tower")]
     for parent in (*parents, text_model(model)):
         yield from _layers(parent)
-
-
-def text_model(model: nn.Module) -> nn.Module:
-    """The part of a vision-language model that the embeddings of text and media go through."""
-    inner = getattr(model, "model", model)
-    text: nn.Module | None = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
-    if text is None:
-        raise ValueError(f"{type(model).__name__} has no model.language_model: its layers cannot be sharded")
-    return text
 
 
 def _layers(parent: nn.Module) -> Iterator[nn.Module]:

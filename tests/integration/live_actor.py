@@ -34,7 +34,7 @@ from common.types import (
     SamplingParams,
 )
 from learner.batch.processing import PromptProcessor
-from learner.model.load import find_modules
+from learner.model.parts import find_modules
 from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
 from learner.weights.epoch import Epoch, open_epoch

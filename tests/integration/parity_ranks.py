@@ -24,7 +24,8 @@ from learner.algorithms.config import LossConfig
 from learner.batch.transport import decode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
-from learner.model.parallelize import parallelize, text_model
+from learner.model.parallelize import parallelize
+from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
 from learner.step import train_step
 

@@ -21,7 +21,7 @@ from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
-from learner.model.parallelize import text_model
+from learner.model.parts import text_model
 from learner.model.sequence_parallel import split_sequences
 from learner.policy import Policy
 from learner.trainer import RankZero, Trainer

@@ -22,7 +22,8 @@ from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter
-from learner.policy import Policy, vision_parts
+from learner.model.parts import vision_parts
+from learner.policy import Policy
 from learner.weights.snapshot import Snapshotter
 from tests.families import build
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups

@@ -26,7 +26,8 @@ from learner.evaluate import Evaluation
 from learner.ledger import Ledger
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
-from learner.policy import Policy, vision_parts
+from learner.model.parts import vision_parts
+from learner.policy import Policy
 from learner.report import Progress, Reporter
 from learner.step import merge_stats
 from learner.summary import Summary

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.config import ConfigError
 from learner.model.load import load_policy
-from learner.model.parallelize import text_model
+from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
 
 NO_PROCESSES: Any = None

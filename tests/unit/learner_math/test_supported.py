@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from learner.model.load import prepare_policy
+from learner.model.load import model_cost, prepare_policy
 from learner.model.supported import check_supported
 from tests.families import CLIP, TEXT
 
@@ -32,6 +32,16 @@ def test_layers_that_carry_a_state_are_refused(family: str, layer_types: list[st
 def test_models_that_do_not_read_one_sequence_are_refused(family: str, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"^{family}ForConditionalGeneration {reason}; packed batches are for"):
         check_supported(unbuilt(family))
+
+
+@pytest.mark.parametrize("family", ["blip", "git", "idefics"])
+def test_families_whose_text_model_has_another_name_are_refused(family: str) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(family))
+    with pytest.raises(
+        ValueError, match=r"^\w+ has neither of model\.language_model, model\.text_model; docs/models.md"
+    ):
+        model_cost(model)
 
 
 def granite_in_llava(scaling: float) -> Any:
