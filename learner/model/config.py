@@ -26,7 +26,7 @@ class OptimizerConfig(Config):
     max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to `min_lr_ratio * lr` at the last step."""
+    """After warm-up: stay, or fall towards `min_lr_ratio * lr`, which the step after the last would have."""
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps of linear rise; the first has lr / (warmup_steps + 1)."""
     min_lr_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
@@ -64,6 +64,6 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
     falling = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)

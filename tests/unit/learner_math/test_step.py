@@ -6,6 +6,7 @@ import pytest
 import structlog
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from learner.algorithms.config import LossConfig
 from learner.batch.packing import PackedBatch, pack_batch
@@ -185,12 +186,23 @@ def test_rotary_frequencies_stay_float32_in_bfloat16(model_dir: Any) -> None:
     ("schedule", "expected"),
     [
         ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.25, 0.5, 0.75, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.82, 0.64, 0.46, 0.28]),
         ("cosine", [0.25, 0.5, 0.75, 1.0, 0.775, 0.325, 0.1, 0.1]),
     ],
 )
 def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
     falls = {} if schedule == "constant" else {"min_lr_ratio": 0.1}
     config = OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=3, **falls)
-    total = 7 if schedule == "cosine" else 8  # thirds of a half circle: cos 60 degrees is 1/2
+    total = 6 if schedule == "cosine" else 8  # thirds of a half circle: cos 60 degrees is 1/2
     assert [learning_rate(step, total, config) / 2 for step in range(8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_learning_rates_fall_as_in_transformers_and_no_step_has_none(schedule: Any, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    peer = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=8)
+    config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=warmup)
+    ours = [learning_rate(step, 8, config) for step in range(8)]
+    assert ours[warmup:] == pytest.approx([peer.lr_lambdas[0](step) for step in range(warmup, 8)])
+    assert min(ours) > 0
