@@ -14,7 +14,6 @@ loss counts too because autograd can lose a NaN: the gradient of `clamp` at NaN 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import structlog
@@ -65,7 +64,9 @@ class StepStats:
     learning_rate: float
 
 
-_MEANS = ("loss", "grad_norm", "entropy", "clip_fraction", "masked_fraction", "ratio_mean", "kl", "reference_kl")
+# Fields of `StepStats`: means over tokens, and all that micro-batches and ranks add up.
+_PER_TOKEN = ("entropy", "clip_fraction", "masked_fraction", "ratio_mean", "kl", "reference_kl")
+_SUMS = ("loss", *_PER_TOKEN, "parity_mean_abs_diff", "parity_tokens", "num_input_tokens")
 
 
 def merge_stats(updates: Sequence[StepStats]) -> StepStats:
@@ -77,7 +78,7 @@ def merge_stats(updates: Sequence[StepStats]) -> StepStats:
         return float(sum(getattr(stats, name) * stats.num_tokens for stats in updates)) / tokens
 
     return StepStats(
-        **{name: mean(name) for name in _MEANS},
+        **{name: mean(name) for name in ("loss", "grad_norm", *_PER_TOKEN)},
         skipped=all(stats.skipped for stats in updates),
         parity_max_abs_diff=float(np.max([stats.parity_max_abs_diff for stats in updates])),  # NaN stays NaN
         parity_mean_abs_diff=sum(stats.parity_mean_abs_diff * stats.parity_tokens for stats in updates)
@@ -204,22 +205,9 @@ def _totals(micro_batches: Sequence[PackedBatch], device: torch.device, num_copi
 class _Meter:
     """Sums over micro-batches and ranks."""
 
-    _SUMS = (
-        "loss",
-        "entropy",
-        "clipped",
-        "masked",
-        "ratio",
-        "actor_kl",
-        "reference_kl",
-        "parity",
-        "parity_tokens",
-        "input_tokens",
-    )
-
     def __init__(self, policy_version: int | None, device: torch.device) -> None:
         self._policy_version = policy_version
-        self._sums = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._parity_max = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -229,19 +217,19 @@ class _Meter:
         if self._policy_version is not None:
             current = (pack.versions == self._policy_version).double()
         difference = (logprobs - pack.actor_logprobs).abs().double() * current
-        values: list[Any] = [
-            terms.loss.detach(),
-            entropy.sum(),
-            terms.clipped.sum(),
-            terms.masked.sum(),
-            terms.ratio.sum(),
-            terms.actor_kl.sum(),
-            terms.reference_kl.sum(),
-            difference.sum(),
-            current.sum(),
-        ]
-        self._sums[:-1] += torch.stack([value.double() for value in values])
-        self._sums[-1] += len(pack.input_ids)
+        values = {
+            "loss": terms.loss.detach(),
+            "entropy": entropy.sum(),
+            "clip_fraction": terms.clipped.sum(),
+            "masked_fraction": terms.masked.sum(),
+            "ratio_mean": terms.ratio.sum(),
+            "kl": terms.actor_kl.sum(),
+            "reference_kl": terms.reference_kl.sum(),
+            "parity_mean_abs_diff": difference.sum(),
+            "parity_tokens": current.sum(),
+            "num_input_tokens": torch.full((), len(pack.input_ids), device=self._sums.device),
+        }
+        self._sums += torch.stack([values[name].double() for name in _SUMS])
         if len(difference):
             self._parity_max = torch.maximum(self._parity_max, difference.max())
 
@@ -255,30 +243,24 @@ class _Meter:
     @property
     def loss(self) -> float:
         """Of the batch."""
-        loss: float = self._sums[self._SUMS.index("loss")].item()
+        loss: float = self._sums[_SUMS.index("loss")].item()
         return loss
 
     def stats(self, grad_norm: float, skipped: bool, learning_rate: float, totals: BatchTotals) -> StepStats:
         """The whole step, once reduced."""
-        sums = dict(zip(self._SUMS, self._sums.tolist(), strict=True))
-        tokens = totals.num_tokens
+        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         # Gloo's maximum loses a NaN of any rank but the first; a sum does not.
-        parity_max = math.nan if math.isnan(sums["parity"]) else float(self._parity_max)
+        parity_max = math.nan if math.isnan(sums["parity_mean_abs_diff"]) else float(self._parity_max)
         return StepStats(
+            **{name: sums[name] / totals.num_tokens for name in _PER_TOKEN},
             loss=sums["loss"],
             grad_norm=grad_norm,
             skipped=skipped,
-            entropy=sums["entropy"] / tokens,
-            clip_fraction=sums["clipped"] / tokens,
-            masked_fraction=sums["masked"] / tokens,
-            ratio_mean=sums["ratio"] / tokens,
-            kl=sums["actor_kl"] / tokens,
-            reference_kl=sums["reference_kl"] / tokens,
             parity_max_abs_diff=parity_max,
-            parity_mean_abs_diff=sums["parity"] / max(1.0, sums["parity_tokens"]),
+            parity_mean_abs_diff=sums["parity_mean_abs_diff"] / max(1.0, sums["parity_tokens"]),
             parity_tokens=int(sums["parity_tokens"]),
-            num_tokens=tokens,
+            num_tokens=totals.num_tokens,
             num_sequences=totals.num_sequences,
-            num_input_tokens=int(sums["input_tokens"]),
+            num_input_tokens=int(sums["num_input_tokens"]),
             learning_rate=learning_rate,
         )
