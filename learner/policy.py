@@ -1,6 +1,7 @@
 """Model and optimizer of one rank, with everything that is a collective over the ranks."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,16 @@ class Policy:
         with ranks.in_turn():  # so that a node holds one whole model at a time, beside the shards
             self._load()
         self.placeholder_ids = placeholder_ids(self.model.config)
-        self._suppressed_token_ids = suppressed_token_ids(
-            self.placeholder_ids, config.rollout.allowed_token_ids, self.model.config.get_text_config().vocab_size
+        vocab_size = self.model.config.get_text_config().vocab_size
+        # Of every policy that a pack goes through, so that what is compared differs by the policies alone.
+        self._forward = functools.partial(
+            completion_logprobs,
+            temperature=config.rollout.temperature,
+            suppressed_token_ids=suppressed_token_ids(
+                self.placeholder_ids, config.rollout.allowed_token_ids, vocab_size
+            ),
+            fused=config.model.use_fused_kernels,
+            sequence_group=ranks.sequence_group,
         )
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._checkpoints = CheckpointWriter(self.model, self._optimizer, keep=config.trainer.keep_checkpoints)
@@ -123,12 +132,10 @@ class Policy:
             packs,
             self._config.algorithm,
             policy_version=self.version if untouched else None,
-            temperature=self._config.rollout.temperature,
-            suppressed_token_ids=self._suppressed_token_ids,
+            forward=self._forward,
+            num_copies=self._config.trainer.sequence_parallel_size,
             max_grad_norm=self._config.optimizer.max_grad_norm,
             learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
-            fused_logprobs=self._config.model.use_fused_kernels,
-            sequence_group=self._ranks.sequence_group,
         )
 
     def _annotated(self, pack: PackedBatch) -> PackedBatch:
@@ -144,14 +151,7 @@ class Policy:
 
     @torch.no_grad()
     def _logprobs(self, model: Any, pack: PackedBatch) -> torch.Tensor:
-        logprobs, _ = completion_logprobs(
-            model,
-            pack.to(self._ranks.device),
-            temperature=self._config.rollout.temperature,
-            suppressed_token_ids=self._suppressed_token_ids,
-            fused=self._config.model.use_fused_kernels,
-            sequence_group=self._ranks.sequence_group,
-        )
+        logprobs, _ = self._forward(model, pack.to(self._ranks.device))
         return logprobs
 
     def snapshot(self) -> Snapshot | None:

@@ -25,9 +25,8 @@ from torch.distributed.tensor import DTensor
 from learner.algorithms.config import LossConfig
 from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
 from learner.batch.packing import PackedBatch
-from learner.model.logprobs import completion_logprobs
+from learner.model.logprobs import Forward, completion_logprobs
 from learner.model.parallelize import compute_device
-from learner.model.sequence_parallel import SequenceGroup
 
 log = structlog.get_logger(__name__)
 
@@ -98,12 +97,10 @@ def train_step(
     loss: LossConfig,
     *,
     policy_version: int | None,
-    temperature: float = 1.0,
-    suppressed_token_ids: Sequence[int] = (),
+    forward: Forward = completion_logprobs,
+    num_copies: int = 1,
     max_grad_norm: float = 1.0,
     learning_rate: float | None = None,
-    fused_logprobs: bool = False,
-    sequence_group: SequenceGroup | None = None,
 ) -> StepStats:
     """Accumulate the gradient of a batch and update the policy.
 
@@ -114,29 +111,19 @@ def train_step(
         loss: coefficients.
         policy_version: of the parameters now; tokens of this version count for parity. None between two versions,
             when no actor has sampled from these parameters.
-        temperature: of the sampling.
-        suppressed_token_ids: ids that the actor could not sample.
+        forward: `completion_logprobs` with the settings of the sampling.
+        num_copies: ranks that have the same micro-batches and share each of them, as `forward`'s sequence group does.
         max_grad_norm: gradients are scaled down to it.
         learning_rate: of this step; None leaves the optimizer's.
-        fused_logprobs: see `completion_logprobs`.
-        sequence_group: the ranks that have the same micro-batches and share each of them.
 
     Raises:
         ValueError: no rank has a token to train on.
     """
     device = compute_device(model)
-    num_copies = sequence_group.size if sequence_group is not None else 1
     meter = _Meter(policy_version, device)
     totals = _totals(micro_batches, device, num_copies)
     for pack in (batch.to(device) for batch in micro_batches):
-        logprobs, entropy = completion_logprobs(
-            model,
-            pack,
-            temperature=temperature,
-            suppressed_token_ids=suppressed_token_ids,
-            fused=fused_logprobs,
-            sequence_group=sequence_group,
-        )
+        logprobs, entropy = forward(model, pack)
         terms = policy_loss(
             logprobs,
             entropy,

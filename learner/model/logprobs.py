@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ _MAX_LOGIT_ELEMENTS = 2**26
 
 # Families whose text model lets the tokens of an image see each other in both directions.
 _IMAGES_SEEN_WHOLE = frozenset({"gemma3"})
+
+Forward = Callable[[Any, PackedBatch], tuple[Tensor, Tensor]]
+"""`completion_logprobs` of a model and a pack, its settings bound."""
 
 
 def completion_logprobs(

@@ -1,6 +1,7 @@
 """The training step on a GPU is that of the CPU: in float32, packed, fused, and with parameters offloaded."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from learner.algorithms.config import LossConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
+from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
 from tests.unit.learner_math.groups import centred, mixed_groups
@@ -38,22 +40,20 @@ def _one_rank() -> Iterator[None]:
 def _train(model_dir: Path, device: str, **options: Any) -> tuple[list[StepStats], dict[str, torch.Tensor], set[str]]:
     """(statistics, whole parameters after the last step, devices that hold them)."""
     model, _ = load_policy(model_dir)
-    fused = options.pop("fused_logprobs", False)
+    forward = partial(completion_logprobs, fused=options.pop("fused", False))
     parallelize(model, init_device_mesh(device, (1,)), **options)
     processor = PromptProcessor(model_dir)
     groups = mixed_groups(processor)
     [packs] = pack_batch(groups, centred(groups), filler=processor.filler)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loss = LossConfig(entropy_coef=0.01)
-    steps = [
-        train_step(model, optimizer, packs, loss, policy_version=0, fused_logprobs=fused) for _ in range(NUM_STEPS)
-    ]
+    steps = [train_step(model, optimizer, packs, loss, policy_version=0, forward=forward) for _ in range(NUM_STEPS)]
     devices = {parameter.device.type for parameter in model.parameters()}
     return steps, {name: value.full_tensor().cpu() for name, value in model.named_parameters()}, devices
 
 
 @pytest.mark.parametrize(
-    ("options", "device"), [({}, "cuda"), ({"fused_logprobs": True}, "cuda"), ({"cpu_offload": True}, "cpu")]
+    ("options", "device"), [({}, "cuda"), ({"fused": True}, "cuda"), ({"cpu_offload": True}, "cpu")]
 )
 def test_a_gpu_takes_the_same_steps(model_dir: Path, options: dict[str, Any], device: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False

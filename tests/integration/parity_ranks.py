@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from learner.algorithms.config import LossConfig
 from learner.batch.transport import decode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
+from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
 from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
@@ -92,10 +94,14 @@ def run_mode(
         decode_packs(load_file(directory / f"packs-{rank}.safetensors")["packs"]),
         loss_of(mode),
         policy_version=0,
-        suppressed_token_ids=placeholder_ids(model.config),
+        forward=partial(
+            completion_logprobs,
+            suppressed_token_ids=placeholder_ids(model.config),
+            fused=mode == "fused",
+            sequence_group=group,
+        ),
+        num_copies=group.size if group is not None else 1,
         max_grad_norm=1e9,
-        fused_logprobs=mode == "fused",
-        sequence_group=group,
     )
     if rank == 0:
         (directory / f"{mode}.json").write_text(json.dumps({"loss": stats.loss, "parity": stats.parity_max_abs_diff}))

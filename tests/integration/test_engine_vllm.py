@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from learner.algorithms.config import LossConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
+from learner.model.logprobs import completion_logprobs
 from learner.step import train_step
 from learner.types import PromptSample
 from learner.weights.epoch import EpochFailed
@@ -417,15 +419,14 @@ async def test_the_parity_meter_sees_a_stale_encoder_cache(
     """A manifest that hides that the vision tower changed leaves its old embeddings in vLLM's cache."""
     policy, _ = load_policy(model_dir)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    forward = partial(completion_logprobs, suppressed_token_ids=SUPPRESSED)
     prompts = [prompt for prompt in SAMPLES if prompt.images]
     processor = PromptProcessor(model_dir)
 
     async def step() -> float:
         groups = [await actor.group(prompt, n=4, max_tokens=8) for prompt in prompts]
         [packs] = pack_batch(groups, centred(groups), filler=processor.filler)
-        stats = train_step(
-            policy, optimizer, packs, LossConfig(), policy_version=source.version, suppressed_token_ids=SUPPRESSED
-        )
+        stats = train_step(policy, optimizer, packs, LossConfig(), policy_version=source.version, forward=forward)
         assert stats.parity_tokens == stats.num_tokens == sum(len(c.token_ids) for g in groups for c in g.completions)
         return stats.parity_max_abs_diff
 

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from learner.batch.transport import decode_packs
 from learner.distributed import make_mesh
 from learner.model.config import OptimizerConfig
 from learner.model.load import load_policy
+from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import train_step
@@ -51,7 +53,8 @@ def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
     if not case.name.startswith("sgd"):
         optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.01))
     batches = decode_packs(load_file(case / f"{rank}.safetensors")["packs"])
-    options: dict[str, Any] = {"max_grad_norm": 0.05, "fused_logprobs": case.name.endswith("fused")}
+    forward = partial(completion_logprobs, fused=case.name.endswith("fused"))
+    options: dict[str, Any] = {"max_grad_norm": 0.05, "forward": forward}
     stats = [asdict(train_step(model, optimizer, batches, LOSS, policy_version=0, **options)) for _ in range(NUM_STEPS)]
     (case / f"{rank}.json").write_text(json.dumps(stats))
     full = {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,8 +127,9 @@ def test_frozen_parts_stay_as_they_are(
     assert report.num_trainable + report.num_frozen == sum(p.numel() for p in policy.parameters())
     optimizer = build_optimizer(policy, OPTIMIZER)
     batches = packs(processor)
+    forward = partial(completion_logprobs, suppressed_token_ids=SUPPRESSED)
     for _ in range(20):
-        train_step(policy, optimizer, batches, LOSS, policy_version=0, suppressed_token_ids=SUPPRESSED)
+        train_step(policy, optimizer, batches, LOSS, policy_version=0, forward=forward)
     for name, value in policy.named_parameters():
         assert torch.equal(value, before[name]) == (name in still), name
         assert (name in still) == (value not in optimizer.state), name
