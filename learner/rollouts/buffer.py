@@ -1,8 +1,8 @@
 """Finished groups between the dispatcher (asyncio) and the trainer's feed (a thread that blocks).
 
 The feed takes whole batches. A group of which a larger share of tokens than `max_stale_share` (by default: any) is
-more than `max_staleness` versions behind is never trained: it leaves the buffer when the feed comes for it, is
-counted, and goes back to the dispatcher, which samples the prompt again.
+more than `max_staleness` versions behind is never trained: it leaves the buffer when the feed comes for it and goes
+back to the dispatcher, which counts it and samples the prompt again.
 """
 
 import threading
@@ -29,8 +29,6 @@ class GroupBuffer:
     def __init__(self, max_groups: int, *, max_stale_share: float = 0.0) -> None:
         self.max_groups = max_groups
         self._max_stale_share = max_stale_share
-        self.num_stale = 0
-        """Groups dropped for staleness so far."""
         self.on_stale: Callable[[list[Group]], None] | None = None
         """Called, on the thread that takes, with the groups that `take` found too stale."""
         self._groups: dict[int, Group] = {}
@@ -77,7 +75,6 @@ class GroupBuffer:
                     raise TimeoutError(f"{len(self._groups)} of {batch} groups after {timeout_s} s")
                 stale = self._stale(version, max_staleness)
                 self._remove(stale)
-                self.num_stale += len(stale)
                 taken = self._oldest(batch, accept)
                 self._remove(taken)
             if stale and self.on_stale is not None:

@@ -3,11 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner.batch.multimodal import (
-    extract_multi_modal_inputs,
-    multi_modal_shapes,
-    split_multi_modal_inputs,
-)
+from learner.batch.multimodal import extract_multi_modal_inputs
 
 
 def image(value: float, patches: int = 4) -> dict[str, Any]:
@@ -80,19 +76,6 @@ def test_tensors_that_do_not_fit_are_named_with_their_shapes(first: Any, second:
         extract_multi_modal_inputs([{"pixel_values": first}, {"pixel_values": second}])
 
 
-RAGGED: list[Any] = [
-    {"input_features": torch.ones(1, 2, 3), "ids": torch.tensor([1])},
-    None,
-    {"input_features": torch.full((2, 2, 5), 2.0), "ids": None},
-    {"input_features": torch.full((1, 2, 1), 3.0), "ids": torch.tensor([4, 5])},
-]
-BOUND: list[Any] = [
-    {"image_bound": torch.tensor([[1, 5]]), "pixel_values": [torch.zeros(3, 14, 70)]},
-    {},
-    {"pixel_values": [torch.zeros(3, 14, 28)], "tgt_sizes": torch.tensor([[1, 2]])},
-]
-
-
 LINES: list[Any] = [
     {"pixel_values": torch.full((1, 3, 2, 8), 1.0), "target_sizes": torch.tensor([[2, 2]])},
     None,
@@ -111,24 +94,3 @@ def test_lines_of_patches_are_laid_end_to_end() -> None:
         extract_multi_modal_inputs([LINES[0], LINES[0] | {"pixel_values": torch.zeros(2, 3, 2, 8)}])
     with pytest.raises(ValueError, match=r"pixel_values: cannot be concatenated on the last .*\(1, 3, 4, 8\)"):
         extract_multi_modal_inputs([LINES[0], LINES[0] | {"pixel_values": torch.zeros(1, 3, 4, 8)}])
-
-
-@pytest.mark.parametrize("batch", [[image(1), None, image(2, 6), {}], RAGGED, BOUND, LINES, [None, {}], []])
-@pytest.mark.parametrize("order", [None, (2, 0, 0), ()])
-def test_what_was_joined_can_be_split_again(batch: list[Any], order: tuple[int, ...] | None) -> None:
-    indices = None if order is None else [index for index in order if index < len(batch)]
-    shapes = multi_modal_shapes(batch, indices)
-    samples = split_multi_modal_inputs(extract_multi_modal_inputs(batch, indices), shapes)
-    chosen = batch if indices is None else [batch[index] for index in indices]
-    assert len(samples) == len(chosen)
-    for sample, original in zip(samples, chosen, strict=True):
-        expected = {key: value for key, value in (original or {}).items() if value is not None}
-        assert sample.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(sample[key], value, rtol=0, atol=0)
-
-
-def test_shapes_of_another_batch_are_refused() -> None:
-    joined = extract_multi_modal_inputs([image(1), image(2)])
-    with pytest.raises(ValueError, match="the samples take 4 rows, but 8 were joined"):
-        split_multi_modal_inputs(joined, multi_modal_shapes([image(1)]))
