@@ -45,7 +45,7 @@ class StepStats:
     clip_fraction: float
     """Share of tokens that the clip took out of the gradient (with `cispo`: whose weight it bounded)."""
     masked_fraction: float
-    """Share of tokens that `importance_mask` took out of the gradient."""
+    """Share of tokens that `importance_mask` or `mask_truncated_completions` took out of the gradient."""
     ratio_mean: float
     """Learner probability / old policy's probability."""
     kl: float
@@ -134,6 +134,7 @@ def train_step(
             loss,
             reference_logprobs=pack.reference_logprobs,
             old_logprobs=pack.old_logprobs,
+            truncated=pack.truncated,
         )
         # FSDP2 averages gradients over the ranks; the loss wants their sum, with each sample once.
         (terms.loss * (_num_ranks() / num_copies)).backward()

@@ -48,6 +48,9 @@ class LossConfig(Config):
     """Soft punishment of long answers: over the last so many tokens before `rollout.max_tokens`, a reward falls by up
     to `overlong_penalty`. 0: off."""
     overlong_penalty: float = pydantic.Field(default=1.0, gt=0)
+    mask_truncated_completions: bool = False
+    """Completions that were cut off for their length count in the advantages of their group and in the denominators of
+    the loss, but are left out of the gradient: whether they would have come to a right answer is not known."""
 
     @pydantic.model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:

@@ -22,7 +22,8 @@ Above, w = 1, or for rollouts of an engine that differs numerically from the tra
 min(q / actor, cap), or 0 for q / actor outside a range (masked importance sampling), with q the old policy if that is
 the learner's and else p. A batch is the weighted sum of its
 tokens; `token_weights` has the denominators. They are those of the whole batch over all ranks and micro-batches, so
-that packs may simply be summed.
+that packs may simply be summed. With `mask_truncated_completions` the weight of a completion that was cut off is 0, its
+entropy and KL included (overlong filtering, arXiv 2503.14476, section 3.4); the denominators still count it.
 
 Nothing here hides a value that is not finite: it reaches the loss, and the step is skipped (learner.step).
 Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.
@@ -61,7 +62,7 @@ class LossTerms:
     reference_kl: Tensor
     """k3 estimate of KL(learner || reference); zeros without a reference."""
     masked: Tensor
-    """1 where the token was left out because learner and actor disagree too much about it."""
+    """1 where the token was left out: learner and actor disagree too much about it, or its completion was cut off."""
 
 
 def policy_loss(
@@ -75,6 +76,7 @@ def policy_loss(
     *,
     reference_logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
+    truncated: Tensor | None = None,
 ) -> LossTerms:
     """This pack's share of the loss.
 
@@ -89,11 +91,12 @@ def policy_loss(
         reference_logprobs: float32 `[N]`; needed if `config.kl_coef` is not 0.
         old_logprobs: float32 `[N]`, of the learner before the batch, for `config.old_policy: learner`; None
             where that is the current policy, at a batch's only optimizer step.
+        truncated: bool `[S]`, completions that were cut off; needed for `config.mask_truncated_completions`.
 
     Raises:
-        ValueError: a KL term without reference log-probabilities.
+        ValueError: something that the settings need is missing.
     """
-    weights = token_weights(sequence_ids, len(advantages), totals, config)
+    weights = token_weights(sequence_ids, len(advantages), totals, config, truncated)
     token_advantages = advantages[sequence_ids]
     old = actor_logprobs
     if config.old_policy == "learner":
@@ -117,11 +120,12 @@ def policy_loss(
     correction = _ratio((logprobs.detach() if config.old_policy == "actor" else old) - actor_logprobs)
     if config.importance_cap is not None:
         objective = objective * correction.clamp(max=config.importance_cap)
-    masked = torch.zeros_like(correction)
+    masked = (weights == 0).float()
     if config.importance_mask is not None:
         low, high = config.importance_mask
-        masked = ((correction < low) | (correction > high)).float()
-        objective = torch.where(masked.bool(), 0.0, objective)
+        disagrees = (correction < low) | (correction > high)
+        objective = torch.where(disagrees, 0.0, objective)
+        masked = torch.maximum(masked, disagrees.float())
     token_loss = -objective - config.entropy_coef * entropy
     reference_kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
@@ -164,21 +168,35 @@ def suffix_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Ten
     return (sums[sequence_ids] - (until - before[sequence_ids]) + values).float()
 
 
-def token_weights(sequence_ids: Tensor, num_sequences: int, totals: BatchTotals, config: LossConfig) -> Tensor:
+def token_weights(
+    sequence_ids: Tensor,
+    num_sequences: int,
+    totals: BatchTotals,
+    config: LossConfig,
+    truncated: Tensor | None = None,
+) -> Tensor:
     """float32 `[N]`: what each token counts in the batch.
 
     - `token-mean`: 1 / tokens of the batch (DAPO, arXiv 2503.14476).
     - `seq-mean-token-mean`: 1 / (completions of the batch * tokens of this completion) (GRPO).
     - `seq-mean-token-sum-norm`: 1 / (completions of the batch * `max_completion_tokens`) (Dr. GRPO).
+
+    With `mask_truncated_completions` those of completions that were cut off, by `truncated` `[S]`, are 0.
     """
     if config.aggregation == "token-mean":
-        return torch.full(sequence_ids.shape, 1 / totals.num_tokens, device=sequence_ids.device)
-    if config.aggregation == "seq-mean-token-mean":
+        weights = torch.full(sequence_ids.shape, 1 / totals.num_tokens, device=sequence_ids.device)
+    elif config.aggregation == "seq-mean-token-mean":
         lengths = torch.bincount(sequence_ids, minlength=num_sequences)
-        return 1 / (totals.num_sequences * lengths[sequence_ids].float())
-    assert config.max_completion_tokens is not None  # LossConfig has checked it
-    weight = 1 / (totals.num_sequences * config.max_completion_tokens)
-    return torch.full(sequence_ids.shape, weight, device=sequence_ids.device)
+        weights = 1 / (totals.num_sequences * lengths[sequence_ids].float())
+    else:
+        assert config.max_completion_tokens is not None  # LossConfig has checked it
+        weight = 1 / (totals.num_sequences * config.max_completion_tokens)
+        weights = torch.full(sequence_ids.shape, weight, device=sequence_ids.device)
+    if not config.mask_truncated_completions:
+        return weights
+    if truncated is None:
+        raise ValueError("mask_truncated_completions needs to know which completions were cut off")
+    return weights * ~truncated[sequence_ids]
 
 
 def k3(log_ratio: Tensor) -> Tensor:

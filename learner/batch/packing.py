@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.types import Completion, FloatArray
+from common.types import Completion, FinishReason, FloatArray
 from learner.batch.balance import ModelCost, balance
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.types import Group, ProcessedPrompt
@@ -49,6 +49,8 @@ class PackedBatch:
     """int64 [N]: policy version that sampled target n."""
     advantages: Tensor
     """float32 [S]."""
+    truncated: Tensor
+    """bool [S]: cut off for its length."""
     media: dict[str, Tensor] = field(default_factory=dict)
     """The model's media inputs, in the order of the rows."""
     reference_logprobs: Tensor | None = None
@@ -166,6 +168,7 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
         actor_logprobs=_float32([completion.logprobs for completion in completions]),
         versions=_int64([_token_versions(completion) for completion in completions]),
         advantages=torch.tensor([value for row in rows for value in row.advantages], dtype=torch.float32),
+        truncated=torch.tensor([each.finish_reason is FinishReason.LENGTH for each in completions], dtype=torch.bool),
         media=_media(rows),
     )
 

@@ -104,7 +104,9 @@ def naive_advantage(advantage: float, rest: list[dict[str, float]], config: Loss
     return advantage - config.kl_coef * sum(token[old] - token["reference"] for token in rest)
 
 
-def is_masked(token: dict[str, float], config: LossConfig) -> bool:
+def is_masked(token: dict[str, float], truncated: bool, config: LossConfig) -> bool:
+    if config.mask_truncated_completions and truncated:
+        return True
     if config.importance_mask is None:
         return False
     low, high = config.importance_mask
@@ -114,13 +116,16 @@ def is_masked(token: dict[str, float], config: LossConfig) -> bool:
 def naive_loss(
     tokens: list[list[dict[str, float]]],
     advantages: list[float],
+    truncated: list[bool],
     config: LossConfig,
     batch_tokens: int,
     batch_sequences: int,
 ) -> float:
     """The formula of learner.algorithms.losses, one token at a time."""
     total = 0.0
-    for sequence, of_sequence in zip(tokens, advantages, strict=True):
+    for sequence, of_sequence, cut_off in zip(tokens, advantages, truncated, strict=True):
+        if config.mask_truncated_completions and cut_off:
+            continue
         for i, token in enumerate(sequence):
             advantage = naive_advantage(of_sequence, sequence[i:], config)
             p, actor = token["logprob"], token["actor"]
@@ -133,7 +138,7 @@ def naive_loss(
                 value = min(value, -config.clip_dual * advantage)
             if config.importance_cap is not None:
                 value *= min(math.exp(p - actor), config.importance_cap)
-            if is_masked(token, config):
+            if is_masked(token, cut_off, config):
                 value = 0.0
             value -= config.entropy_coef * token["entropy"]
             m = token["reference"]
@@ -163,6 +168,8 @@ CONFIGS = [
     LossConfig(old_policy="learner", kl_coef=0.2, kl_penalty="reward", clip_dual=2.0),
     LossConfig(importance_mask=(0.5, 2.0)),
     LossConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
+    LossConfig(mask_truncated_completions=True, entropy_coef=0.05, kl_coef=0.3, importance_mask=(0.5, 2.0)),
+    LossConfig(mask_truncated_completions=True, aggregation="seq-mean-token-mean"),
 ]
 
 
@@ -174,6 +181,7 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
     names = ("logprob", "actor", "entropy", "reference")
     tokens = [[{name: float(rng.normal(-1, 0.7)) for name in names} for _ in range(n)] for n in lengths]
     advantages = rng.normal(size=4).tolist()
+    truncated = [False, True, True, False]
     flat = {name: torch.tensor([t[name] for s in tokens for t in s]) for name in names}
     sequence_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
     terms = policy_loss(
@@ -185,10 +193,12 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
         BatchTotals(num_tokens=31, num_sequences=8),
         config,
         reference_logprobs=flat["reference"],
+        truncated=torch.tensor(truncated),
     )
-    assert terms.loss.item() == pytest.approx(naive_loss(tokens, advantages, config, 31, 8), rel=1e-4, abs=1e-6)
+    expected = naive_loss(tokens, advantages, truncated, config, 31, 8)
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     clipped, masked = [], []
-    for sequence, of_sequence in zip(tokens, advantages, strict=True):
+    for sequence, of_sequence, cut_off in zip(tokens, advantages, truncated, strict=True):
         for i, t in enumerate(sequence):
             advantage = naive_advantage(of_sequence, sequence[i:], config)
             ratio = naive_ratio(t, sequence, config)
@@ -196,7 +206,7 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: in
             beyond = config.clip_dual is not None and ratio > config.clip_dual
             one_sided = above if advantage > 0 else below or beyond
             clipped.append(float(above or below if config.policy_loss == "cispo" else one_sided))
-            masked.append(float(is_masked(t, config)))
+            masked.append(float(is_masked(t, cut_off, config)))
     assert terms.clipped.tolist() == clipped
     assert terms.masked.tolist() == masked
 

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from common.types import FinishReason
 from learner.algorithms.config import LossConfig
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
@@ -17,6 +19,7 @@ from learner.model.load import freeze, load_policy, model_cost, prepare_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.step import StepStats, clip_gradients, train_step
+from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
 
@@ -94,6 +97,35 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_loud(
     assert not optimizer.state
     getattr(pack, field)[0] = 1.0
     assert not train_step(policy, optimizer, [pack], LOSS, policy_version=0).skipped
+
+
+def test_completions_that_were_cut_off_have_no_gradient(
+    make_policy: Callable[[], Any], processor: PromptProcessor
+) -> None:
+    groups = mixed_groups(processor)
+    config = LossConfig(entropy_coef=0.01, mask_truncated_completions=True)
+
+    def trained(*cut_off: int) -> tuple[Any, StepStats]:
+        """With the completions of these groups cut off."""
+        now = [_cut_off(group) if i in cut_off else group for i, group in enumerate(groups)]
+        [batches] = pack_batch(now, centred(groups), filler=processor.filler)
+        policy = make_policy()
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+        return policy, train_step(policy, optimizer, batches, config, policy_version=0)
+
+    assert trained()[1].masked_fraction == 0
+    _, some = trained(0)
+    assert some.masked_fraction == pytest.approx(8 / 31)
+    assert some.grad_norm > 0
+    policy, none = trained(0, 1, 2, 3)
+    assert (none.masked_fraction, none.loss, none.grad_norm, none.skipped) == (1, 0, 0, False)
+    assert none.parity_tokens == 31
+    assert all(torch.equal(*pair) for pair in zip(policy.parameters(), make_policy().parameters(), strict=True))
+
+
+def _cut_off(group: Group) -> Group:
+    completions = (replace(each, finish_reason=FinishReason.LENGTH) for each in group.completions)
+    return replace(group, completions=tuple(completions))
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
