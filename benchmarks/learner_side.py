@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from common.types import Completion, FinishReason, FloatArray, IntArray, PromptInfo, VersionSpan
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import PackedBatch
 from learner.model.config import OptimizerConfig
 from learner.model.load import load_policy, model_cost
@@ -27,15 +27,15 @@ Gradients = dict[str, Tensor]
 class LearnerSide:
     """A policy and its optimizer."""
 
-    def __init__(self, model_dir: Path, loss: LossConfig) -> None:
+    def __init__(self, model_dir: Path, algorithm: AlgorithmConfig) -> None:
         self.model: Any = load_policy(model_dir)[0]
         self.cost = model_cost(self.model)
-        self._loss = loss
+        self._algorithm = algorithm
         self._optimizer = build_optimizer(self.model, OptimizerConfig(lr=_LEARNING_RATE))
 
     def train(self, packs: Sequence[PackedBatch]) -> StepStats:
         """One optimizer step."""
-        return train_step(self.model, self._optimizer, packs, self._loss, policy_version=None)
+        return train_step(self.model, self._optimizer, packs, self._algorithm, policy_version=None)
 
     def gradients(self, packs: Sequence[PackedBatch]) -> tuple[float, Gradients]:
         """Loss of a batch, and the gradients of a step on it, which changes nothing."""
@@ -48,7 +48,9 @@ class LearnerSide:
 
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(keep)
-        stats = train_step(self.model, optimizer, packs, self._loss, policy_version=None, max_grad_norm=float("inf"))
+        stats = train_step(
+            self.model, optimizer, packs, self._algorithm, policy_version=None, max_grad_norm=float("inf")
+        )
         return stats.loss, found
 
 

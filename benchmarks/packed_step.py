@@ -41,7 +41,7 @@ def main() -> None:
     pairs: int = parser.parse_args().pairs
     from benchmarks.learner_side import LearnerSide
     from examples.digits.model import build_model
-    from learner.algorithms.config import LossConfig
+    from learner.algorithms.config import AlgorithmConfig
 
     lengths = skewed_lengths(NUM_SEQUENCES, LONGEST)
     ideal = equal_lengths(lengths)
@@ -49,7 +49,7 @@ def main() -> None:
     say(f"padded to the longest: {len(lengths) * max(lengths) / sum(lengths):.2f} times the tokens")
     say(f"the ideal: {len(ideal)} sequences of {ideal[-1]} to {ideal[0]}")
     with tempfile.TemporaryDirectory() as temporary:
-        side = LearnerSide(build_model(Path(temporary), seed=0), LossConfig())
+        side = LearnerSide(build_model(Path(temporary), seed=0), AlgorithmConfig())
     _require_equal_gradients(side, skewed_lengths(16, 64))
 
     def turn(lengths: Sequence[int]) -> Callable[[], float]:

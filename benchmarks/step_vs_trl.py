@@ -115,11 +115,11 @@ class _OurSide:
 
     def __init__(self, folder: Path, batches: Sequence[Sequence[GivenGroup]]) -> None:
         from benchmarks.learner_side import LearnerSide
-        from learner.algorithms.config import LossConfig
+        from learner.algorithms.config import AlgorithmConfig
         from learner.batch.processing import PromptProcessor
 
         processor = PromptProcessor(folder / "model")
-        self.side: LearnerSide = LearnerSide(folder / "model", LossConfig(aggregation="seq-mean-token-mean"))
+        self.side: LearnerSide = LearnerSide(folder / "model", AlgorithmConfig(aggregation="seq-mean-token-mean"))
         self._filler = processor.filler
         self._batches = [[_to_group(group, processor) for group in batch] for batch in batches]
         self._advantages = [[np.array(group.advantages, np.float32) for group in batch] for batch in batches]

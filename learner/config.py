@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
 from common.types import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.data import DataConfig
 from learner.model.config import Adapter, OptimizerConfig, Part
 
@@ -255,7 +255,7 @@ class LearnerConfig(Config):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
-    algorithm: LossConfig = LossConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -44,7 +44,7 @@ _MEASURED = {
     "loss": "Loss of the last step.",
     "grad_norm": "Norm of the gradient of the last step, before clipping.",
     "clip_fraction": "Share of the last step's tokens that the clip took out of the gradient.",
-    "kl": "Estimate of KL(actor || learner) over the last step's tokens.",
+    "mismatch_kl": "Estimate of KL(actor || learner) over the last step's tokens.",
     "entropy": "Mean entropy of the last step's tokens, in nats.",
     "parity_max_abs_diff": "Largest logprob difference of actor and learner where the current policy sampled.",
 }

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
 from learner.batch.packing import PackedBatch
 from learner.model.logprobs import Forward, completion_logprobs
@@ -48,7 +48,7 @@ class StepStats:
     """Share of tokens that `importance_mask` or `mask_truncated_completions` took out of the gradient."""
     ratio_mean: float
     """Learner probability / old policy's probability."""
-    kl: float
+    mismatch_kl: float
     """Estimate of KL(actor || learner)."""
     reference_kl: float
     parity_max_abs_diff: float
@@ -64,7 +64,7 @@ class StepStats:
 
 
 # Fields of `StepStats`: means over tokens, and all that micro-batches and ranks add up.
-_PER_TOKEN = ("entropy", "clip_fraction", "masked_fraction", "ratio_mean", "kl", "reference_kl")
+_PER_TOKEN = ("entropy", "clip_fraction", "masked_fraction", "ratio_mean", "mismatch_kl", "reference_kl")
 _SUMS = ("loss", *_PER_TOKEN, "parity_mean_abs_diff", "parity_tokens", "num_input_tokens")
 
 
@@ -94,7 +94,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[PackedBatch],
-    loss: LossConfig,
+    algorithm: AlgorithmConfig,
     *,
     policy_version: int | None,
     forward: Forward = completion_logprobs,
@@ -108,7 +108,7 @@ def train_step(
         model: in train mode; if the default process group is up, sharded over all its ranks.
         optimizer: over the model's parameters.
         micro_batches: this rank's, as `pack_batch` makes them.
-        loss: coefficients.
+        algorithm: coefficients of the loss.
         policy_version: of the parameters now; tokens of this version count for parity. None between two versions,
             when no actor has sampled from these parameters.
         forward: `completion_logprobs` with the settings of the sampling.
@@ -131,7 +131,7 @@ def train_step(
             pack.advantages,
             pack.sequence_ids,
             totals,
-            loss,
+            algorithm,
             reference_logprobs=pack.reference_logprobs,
             old_logprobs=pack.old_logprobs,
             truncated=pack.truncated,
@@ -211,7 +211,7 @@ class _Meter:
             "clip_fraction": terms.clipped.sum(),
             "masked_fraction": terms.masked.sum(),
             "ratio_mean": terms.ratio.sum(),
-            "kl": terms.actor_kl.sum(),
+            "mismatch_kl": terms.mismatch_kl.sum(),
             "reference_kl": terms.reference_kl.sum(),
             "parity_mean_abs_diff": difference.sum(),
             "parity_tokens": current.sum(),

@@ -11,7 +11,7 @@ PolicyLoss = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
-class LossConfig(Config):
+class AlgorithmConfig(Config):
     """How rewards become a gradient. `docs/algorithms.md` has the published recipes in these settings."""
 
     advantage: AdvantageEstimator = "grpo"

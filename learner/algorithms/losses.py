@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
 
@@ -57,7 +57,7 @@ class LossTerms:
     """1 where the clip took the gradient away."""
     ratio: Tensor
     """p / old policy."""
-    actor_kl: Tensor
+    mismatch_kl: Tensor
     """k3 estimate of KL(actor || learner)."""
     reference_kl: Tensor
     """k3 estimate of KL(learner || reference); zeros without a reference."""
@@ -72,7 +72,7 @@ def policy_loss(
     advantages: Tensor,
     sequence_ids: Tensor,
     totals: BatchTotals,
-    config: LossConfig,
+    config: AlgorithmConfig,
     *,
     reference_logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
@@ -134,11 +134,11 @@ def policy_loss(
         token_loss = token_loss + config.kl_coef * reference_kl
     with torch.no_grad():
         clipped = _is_clipped(ratio, clipped_ratio, token_advantages, config).float()
-        actor_kl = k3(logprobs - actor_logprobs)
-    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), actor_kl, reference_kl.detach(), masked)
+        mismatch_kl = k3(logprobs - actor_logprobs)
+    return LossTerms((weights * token_loss).sum(), clipped, ratio.detach(), mismatch_kl, reference_kl.detach(), masked)
 
 
-def _is_clipped(ratio: Tensor, clipped_ratio: Tensor, token_advantages: Tensor, config: LossConfig) -> Tensor:
+def _is_clipped(ratio: Tensor, clipped_ratio: Tensor, token_advantages: Tensor, config: AlgorithmConfig) -> Tensor:
     """bool `[N]`: where the ratio itself is not in the objective."""
     if config.policy_loss == "cispo":
         return clipped_ratio != ratio
@@ -172,7 +172,7 @@ def token_weights(
     sequence_ids: Tensor,
     num_sequences: int,
     totals: BatchTotals,
-    config: LossConfig,
+    config: AlgorithmConfig,
     truncated: Tensor | None = None,
 ) -> Tensor:
     """float32 `[N]`: what each token counts in the batch.
@@ -189,7 +189,7 @@ def token_weights(
         lengths = torch.bincount(sequence_ids, minlength=num_sequences)
         weights = 1 / (totals.num_sequences * lengths[sequence_ids].float())
     else:
-        assert config.max_completion_tokens is not None  # LossConfig has checked it
+        assert config.max_completion_tokens is not None  # AlgorithmConfig has checked it
         weight = 1 / (totals.num_sequences * config.max_completion_tokens)
         weights = torch.full(sequence_ids.shape, weight, device=sequence_ids.device)
     if not config.mask_truncated_completions:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from examples.digits.model import build_model
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
@@ -46,7 +46,7 @@ def _train(model_dir: Path, device: str, **options: Any) -> tuple[list[StepStats
     groups = mixed_groups(processor)
     [packs] = pack_batch(groups, centred(groups), filler=processor.filler)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loss = LossConfig(entropy_coef=0.01)
+    loss = AlgorithmConfig(entropy_coef=0.01)
     steps = [train_step(model, optimizer, packs, loss, policy_version=0, forward=forward) for _ in range(NUM_STEPS)]
     devices = {parameter.device.type for parameter in model.parameters()}
     return steps, {name: value.full_tensor().cpu() for name, value in model.named_parameters()}, devices

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from common.placeholders import placeholder_ids
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.transport import decode_packs
 from learner.model.config import Adapter
 from learner.model.load import load_policy
@@ -31,9 +31,9 @@ from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
 from learner.step import train_step
 
-LOSS = LossConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
+LOSS = AlgorithmConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
 # Where rounding would move tokens over the clip, so that all of their gradient comes or goes.
-UNCLIPPED = LossConfig(entropy_coef=0.01, clip_low=1.0, clip_high=1000.0)
+UNCLIPPED = AlgorithmConfig(entropy_coef=0.01, clip_low=1.0, clip_high=1000.0)
 MODES: Mapping[str, dict[str, Any]] = {
     "packed": {},
     "fused": {},
@@ -44,7 +44,7 @@ MODES: Mapping[str, dict[str, Any]] = {
 }
 
 
-def loss_of(mode: str) -> LossConfig:
+def loss_of(mode: str) -> AlgorithmConfig:
     """What it is trained with."""
     return UNCLIPPED if mode.startswith("bfloat16") else LOSS
 

@@ -37,7 +37,7 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
@@ -426,7 +426,7 @@ async def test_the_parity_meter_sees_a_stale_encoder_cache(
     async def step() -> float:
         groups = [await actor.group(prompt, n=4, max_tokens=8) for prompt in prompts]
         [packs] = pack_batch(groups, centred(groups), filler=processor.filler)
-        stats = train_step(policy, optimizer, packs, LossConfig(), policy_version=source.version, forward=forward)
+        stats = train_step(policy, optimizer, packs, AlgorithmConfig(), policy_version=source.version, forward=forward)
         assert stats.parity_tokens == stats.num_tokens == sum(len(c.token_ids) for g in groups for c in g.completions)
         return stats.parity_max_abs_diff
 

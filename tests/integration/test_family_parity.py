@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.placeholders import placeholder_ids
 from common.types import Completion
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
@@ -66,7 +66,7 @@ class Family:
     groups: list[Group]
 
     @functools.cache  # noqa: B019 - lives as long as the module
-    def reference(self, *, adapted: bool, loss: LossConfig = LOSS) -> Reference:
+    def reference(self, *, adapted: bool, loss: AlgorithmConfig = LOSS) -> Reference:
         """Plain transformers; `adapted`: with the adapter merged into its weights."""
         model = plain_model(self.directory / "model")
         if adapted:
@@ -109,7 +109,9 @@ class Family:
         for group, advantages in zip(self.groups, centred(self.groups), strict=True):
             yield from zip(repeat(group), group.completions, advantages.tolist(), strict=False)
 
-    def share(self, model: Any, logits: Tensor, completion: Completion, advantage: float, loss: LossConfig) -> Tensor:
+    def share(
+        self, model: Any, logits: Tensor, completion: Completion, advantage: float, loss: AlgorithmConfig
+    ) -> Tensor:
         """A sequence's share of the loss, from all its logits."""
         total = sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
         predicting = logits[-len(completion.token_ids) - 1 : -1]

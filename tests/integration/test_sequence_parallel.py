@@ -76,7 +76,7 @@ def test_the_trainer_takes_the_same_steps(run: Callable[[str], dict[str, Any]], 
     assert expected["reference_kl"] > 1e-4
     assert step["num_tokens"] == expected["num_tokens"] == 2 * 31
     assert (step["num_sequences"], step["parity_tokens"]) == (expected["num_sequences"], expected["parity_tokens"])
-    for key in ("loss", "grad_norm", "entropy", "kl", "reference_kl", "ratio_mean", "parity_max_abs_diff"):
+    for key in ("loss", "grad_norm", "entropy", "mismatch_kl", "reference_kl", "ratio_mean", "parity_max_abs_diff"):
         assert step[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
     if name == "pair":  # four ranks have more packs, and so more fillers
         assert step["num_input_tokens"] == expected["num_input_tokens"]

@@ -171,7 +171,9 @@ def test_dashboard_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[
     asked = {name for target in targets for name in re.findall(r"outrider_\w+", target)}
     actors_own = {name for name in metric_names if name.startswith("outrider_actor_") and not name.endswith("_sum")}
     assert {name for name in asked if name.startswith("outrider_actor_")} == actors_own
-    assert {f"outrider_learner_{key}" for key in ("reward", "accuracy", "loss", "kl", "parity_max_abs_diff")} <= asked
+    assert {
+        f"outrider_learner_{key}" for key in ("reward", "accuracy", "loss", "mismatch_kl", "parity_max_abs_diff")
+    } <= asked
     assert asked <= metric_names
     assert [expression for expression in targets if '{namespace="$namespace"}' not in expression] == []
     [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]

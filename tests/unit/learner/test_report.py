@@ -61,7 +61,16 @@ def test_prometheus_shows_what_is_watched_of_both_lines(tmp_path: Path) -> None:
     metrics = _metrics()
     step, evaluation = _report(tmp_path, metrics)
     line = step | evaluation
-    watched = {"reward", "accuracy", "loss", "grad_norm", "clip_fraction", "kl", "entropy", "parity_max_abs_diff"}
+    watched = {
+        "reward",
+        "accuracy",
+        "loss",
+        "grad_norm",
+        "clip_fraction",
+        "mismatch_kl",
+        "entropy",
+        "parity_max_abs_diff",
+    }
     watched |= {"reward_std", "uniform_fraction", "truncated_fraction"}
     assert _shown(metrics, line) == {key: line[key] for key in watched}
     right = metrics.registry.get_sample_value("outrider_learner_reward_parts", {"name": "right"})
@@ -91,7 +100,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     step, _ = _report(tmp_path / "second", metrics, parity_tokens=0)
     assert step["parity_max_abs_diff"] is None
     rewards = {"reward", "reward_std", "uniform_fraction", "truncated_fraction"}
-    assert _shown(metrics, step).keys() == rewards | {"loss", "grad_norm", "clip_fraction", "kl", "entropy"}
+    assert _shown(metrics, step).keys() == rewards | {"loss", "grad_norm", "clip_fraction", "mismatch_kl", "entropy"}
 
 
 def test_the_rewards_of_a_step_by_hand() -> None:

@@ -22,12 +22,12 @@ def test_metrics_are_one_json_object_per_line_and_a_resumed_run_appends(tmp_path
     path = tmp_path / "metrics.jsonl"
     for step in range(2):
         writer = JsonLines(path)
-        writer.write({"step": step, "reward": np.float32(0.5), "kl": float("nan"), "ages": (np.int64(1), 2)})
+        writer.write({"step": step, "reward": np.float32(0.5), "mismatch_kl": float("nan"), "ages": (np.int64(1), 2)})
         # On disk before the writer is closed.
         assert len(path.read_text().splitlines()) == step + 1
         writer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": step, "reward": 0.5, "kl": None, "ages": [1, 2]} for step in range(2)]
+    assert lines == [{"step": step, "reward": 0.5, "mismatch_kl": None, "ages": [1, 2]} for step in range(2)]
 
 
 def test_a_line_that_a_kill_has_torn_is_gone_once_the_run_goes_on(tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ from common.config import ConfigError
 from learner.config import LearnerConfig
 from learner.trackers import Trackers, check_trackers, numbers
 
-STEP = {"step": 1, "reward": 0.5, "kl": None, "skipped": False, "reward_parts": {"right": 0.25}, "sequences": [0, 1]}
+STEP = {
+    "step": 1,
+    "reward": 0.5,
+    "mismatch_kl": None,
+    "skipped": False,
+    "reward_parts": {"right": 0.25},
+    "sequences": [0, 1],
+}
 NUMBERS = {"step": 1.0, "reward": 0.5, "skipped": 0.0, "reward_parts/right": 0.25}
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.transport import decode_packs
 from learner.distributed import make_mesh
 from learner.model.config import OptimizerConfig
@@ -32,7 +32,7 @@ from learner.step import train_step
 from tests.unit.learner_math.conftest import enlarge
 
 NUM_STEPS = 3
-LOSS = LossConfig(entropy_coef=0.01)
+LOSS = AlgorithmConfig(entropy_coef=0.01)
 
 
 def main(rank: int, world: int, store: Path, model_dir: Path, *cases: Path) -> None:

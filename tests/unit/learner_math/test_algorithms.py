@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.types import FloatArray
 from learner.algorithms.advantages import ESTIMATORS, advantages
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, k3, policy_loss
 from learner.algorithms.shaping import overlong_penalty
 
@@ -87,7 +87,7 @@ def test_rewards_that_cannot_be_compared_are_errors(rewards: list[float]) -> Non
         group_advantages(np.array(rewards, np.float32), "grpo")
 
 
-def naive_ratio(token: dict[str, float], sequence: list[dict[str, float]], config: LossConfig) -> float:
+def naive_ratio(token: dict[str, float], sequence: list[dict[str, float]], config: AlgorithmConfig) -> float:
     def log_ratio(t: dict[str, float]) -> float:
         return t["logprob"] - t["actor"] if config.old_policy == "actor" else 0.0
 
@@ -96,7 +96,7 @@ def naive_ratio(token: dict[str, float], sequence: list[dict[str, float]], confi
     return math.exp(log_ratio(token))
 
 
-def naive_advantage(advantage: float, rest: list[dict[str, float]], config: LossConfig) -> float:
+def naive_advantage(advantage: float, rest: list[dict[str, float]], config: AlgorithmConfig) -> float:
     """Of the first token of the rest of a completion."""
     if config.kl_penalty == "loss":
         return advantage
@@ -104,7 +104,7 @@ def naive_advantage(advantage: float, rest: list[dict[str, float]], config: Loss
     return advantage - config.kl_coef * sum(token[old] - token["reference"] for token in rest)
 
 
-def is_masked(token: dict[str, float], truncated: bool, config: LossConfig) -> bool:
+def is_masked(token: dict[str, float], truncated: bool, config: AlgorithmConfig) -> bool:
     if config.mask_truncated_completions and truncated:
         return True
     if config.importance_mask is None:
@@ -117,7 +117,7 @@ def naive_loss(
     tokens: list[list[dict[str, float]]],
     advantages: list[float],
     truncated: list[bool],
-    config: LossConfig,
+    config: AlgorithmConfig,
     batch_tokens: int,
     batch_sequences: int,
 ) -> float:
@@ -155,27 +155,27 @@ def naive_loss(
 
 
 CONFIGS = [
-    LossConfig(),
-    LossConfig(clip_low=0.1, clip_high=0.4, entropy_coef=0.05),
-    LossConfig(aggregation="seq-mean-token-mean", kl_coef=0.3),
-    LossConfig(aggregation="seq-mean-token-sum-norm", max_completion_tokens=9, advantage="dr_grpo"),
-    LossConfig(old_policy="learner", importance_cap=1.5, entropy_coef=-0.1),
-    LossConfig(old_policy="learner", aggregation="seq-mean-token-mean"),
-    LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.05, clip_high=0.1, kl_coef=0.1),
-    LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5, entropy_coef=0.01),
-    LossConfig(clip_dual=1.5),
-    LossConfig(kl_coef=0.2, kl_penalty="reward"),
-    LossConfig(old_policy="learner", kl_coef=0.2, kl_penalty="reward", clip_dual=2.0),
-    LossConfig(importance_mask=(0.5, 2.0)),
-    LossConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
-    LossConfig(mask_truncated_completions=True, entropy_coef=0.05, kl_coef=0.3, importance_mask=(0.5, 2.0)),
-    LossConfig(mask_truncated_completions=True, aggregation="seq-mean-token-mean"),
+    AlgorithmConfig(),
+    AlgorithmConfig(clip_low=0.1, clip_high=0.4, entropy_coef=0.05),
+    AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.3),
+    AlgorithmConfig(aggregation="seq-mean-token-sum-norm", max_completion_tokens=9, advantage="dr_grpo"),
+    AlgorithmConfig(old_policy="learner", importance_cap=1.5, entropy_coef=-0.1),
+    AlgorithmConfig(old_policy="learner", aggregation="seq-mean-token-mean"),
+    AlgorithmConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.05, clip_high=0.1, kl_coef=0.1),
+    AlgorithmConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5, entropy_coef=0.01),
+    AlgorithmConfig(clip_dual=1.5),
+    AlgorithmConfig(kl_coef=0.2, kl_penalty="reward"),
+    AlgorithmConfig(old_policy="learner", kl_coef=0.2, kl_penalty="reward", clip_dual=2.0),
+    AlgorithmConfig(importance_mask=(0.5, 2.0)),
+    AlgorithmConfig(old_policy="learner", importance_mask=(0.25, 1.5), importance_cap=1.2),
+    AlgorithmConfig(mask_truncated_completions=True, entropy_coef=0.05, kl_coef=0.3, importance_mask=(0.5, 2.0)),
+    AlgorithmConfig(mask_truncated_completions=True, aggregation="seq-mean-token-mean"),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_and_metrics_are_those_of_a_naive_loop(config: LossConfig, seed: int) -> None:
+def test_loss_and_metrics_are_those_of_a_naive_loop(config: AlgorithmConfig, seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 7, 4).tolist()
     names = ("logprob", "actor", "entropy", "reference")
@@ -217,7 +217,7 @@ def test_the_gradient_of_gspo_is_that_of_its_sequence_level_objective() -> None:
     lengths, advantages = [3, 1, 4], torch.tensor([1.0, -0.5, 0.25])
     ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     actor = -torch.rand(8, generator=generator)
-    config = LossConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.3, clip_high=0.02)
+    config = AlgorithmConfig(policy_loss="gspo", aggregation="seq-mean-token-mean", clip_low=0.3, clip_high=0.02)
     gradients = []
     for ours in (True, False):
         logprobs = (actor + 0.1 * torch.randn(8, generator=torch.Generator().manual_seed(1))).requires_grad_()
@@ -236,7 +236,7 @@ def test_the_gradient_of_gspo_is_that_of_its_sequence_level_objective() -> None:
 
 def test_no_token_loses_its_gradient_to_cispo() -> None:
     logprobs = torch.tensor([-0.1, -1.0, -3.0], requires_grad=True)
-    config = LossConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5)
+    config = AlgorithmConfig(policy_loss="cispo", clip_low=1.0, clip_high=0.5)
     actor = torch.tensor([-3.0, -1.0, -1.0])
     zeros, ids = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     policy_loss(logprobs, zeros, actor, torch.tensor([2.0]), ids, BatchTotals(3, 1), config).loss.backward()
@@ -258,7 +258,7 @@ def test_no_token_loses_its_gradient_to_cispo() -> None:
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
-        LossConfig(**settings)
+        AlgorithmConfig(**settings)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -278,7 +278,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_recipes_are_settings_and_stand_in_the_table(name: str) -> None:
-    LossConfig(**RECIPES[name])
+    AlgorithmConfig(**RECIPES[name])
     (line,) = [line for line in Path("docs/algorithms.md").read_text().splitlines() if line.startswith(f"| {name} |")]
     for key, value in RECIPES[name].items():
         assert f"{key}: {value}" in line
@@ -288,7 +288,7 @@ def test_the_gradient_of_old_policy_learner_is_reinforce() -> None:
     """Ratio 1 everywhere, gradient -A * grad(logprob), clipped or not."""
     logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     zeros, ids = torch.zeros(3), torch.tensor([0, 0, 1])
-    config = LossConfig(old_policy="learner", clip_low=0.0, clip_high=0.0)
+    config = AlgorithmConfig(old_policy="learner", clip_low=0.0, clip_high=0.0)
     terms = policy_loss(
         logprobs, zeros, torch.tensor([-9.0, 0.0, -0.5]), torch.tensor([2.0, -1.0]), ids, BatchTotals(3, 2), config
     )
@@ -302,11 +302,11 @@ def test_a_clipped_token_has_no_gradient_and_the_importance_weight_is_a_constant
     actor = torch.tensor([-1.0, -1.0])
     ids, advantages = torch.tensor([0, 1]), torch.tensor([1.0, -1.0])
     logprobs = torch.tensor([0.0, 0.0], requires_grad=True)  # ratio e
-    policy_loss(logprobs, torch.zeros(2), actor, advantages, ids, BatchTotals(2, 2), LossConfig()).loss.backward()
+    policy_loss(logprobs, torch.zeros(2), actor, advantages, ids, BatchTotals(2, 2), AlgorithmConfig()).loss.backward()
     assert logprobs.grad is not None
     np.testing.assert_allclose(logprobs.grad.numpy(), [0.0, math.e / 2], rtol=1e-6)
     logprobs.grad.zero_()
-    config = LossConfig(old_policy="learner", importance_cap=2.0)
+    config = AlgorithmConfig(old_policy="learner", importance_cap=2.0)
     policy_loss(logprobs, torch.zeros(2), actor, advantages, ids, BatchTotals(2, 2), config).loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([-1.0, 1.0]))
 
@@ -328,7 +328,7 @@ def test_values_that_are_not_finite_are_not_hidden() -> None:
         torch.ones(1),
         torch.zeros(2, dtype=torch.int64),
         BatchTotals(2, 1),
-        LossConfig(),
+        AlgorithmConfig(),
     )
     assert math.isnan(terms.loss.item())
 
@@ -344,7 +344,7 @@ def test_values_that_are_not_finite_are_not_hidden() -> None:
 )
 def test_a_setting_without_effect_is_an_error(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=match):
-        LossConfig(**settings)
+        AlgorithmConfig(**settings)
 
 
 def test_kl_needs_a_reference() -> None:
@@ -357,5 +357,5 @@ def test_kl_needs_a_reference() -> None:
             values,
             torch.zeros(1, dtype=torch.int64),
             BatchTotals(1, 1),
-            LossConfig(kl_coef=0.1),
+            AlgorithmConfig(kl_coef=0.1),
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.types import Completion, FinishReason, VersionSpan
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, policy_loss
 from learner.batch.packing import PackedBatch, Row, pack, pack_batch
 from learner.batch.processing import PromptProcessor
@@ -20,7 +20,7 @@ from learner.types import Group, ProcessedPrompt
 from tests.families import build
 from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits, reference_logprobs
 
-LOSS = LossConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean")
+LOSS = AlgorithmConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean")
 
 
 def one_pack(processor: PromptProcessor, groups: list[Group], share_prefix: bool) -> PackedBatch:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from common.types import FinishReason
-from learner.algorithms.config import LossConfig
+from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.config import OptimizerConfig, learning_rate
@@ -23,7 +23,7 @@ from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
 
-LOSS = LossConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean", clip_high=1000.0, clip_low=1.0)
+LOSS = AlgorithmConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean", clip_high=1000.0, clip_low=1.0)
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01)
 
 
@@ -44,7 +44,15 @@ def test_accumulated_micro_batches_are_one_batch(make_policy: Callable[[], Any],
     one, many = make_policy(), make_policy()
     stats_one, stats_many = step(one, whole, 2), step(many, parts, 2)
     assert stats_one.grad_norm == pytest.approx(stats_many.grad_norm, rel=1e-4)
-    for name in ("loss", "entropy", "ratio_mean", "kl", "clip_fraction", "parity_max_abs_diff", "parity_mean_abs_diff"):
+    for name in (
+        "loss",
+        "entropy",
+        "ratio_mean",
+        "mismatch_kl",
+        "clip_fraction",
+        "parity_max_abs_diff",
+        "parity_mean_abs_diff",
+    ):
         assert getattr(stats_one, name) == pytest.approx(getattr(stats_many, name), rel=1e-4, abs=1e-7), name
     assert (
         (stats_one.num_tokens, stats_one.num_sequences) == (stats_many.num_tokens, stats_many.num_sequences) == (31, 11)
@@ -103,7 +111,7 @@ def test_completions_that_were_cut_off_have_no_gradient(
     make_policy: Callable[[], Any], processor: PromptProcessor
 ) -> None:
     groups = mixed_groups(processor)
-    config = LossConfig(entropy_coef=0.01, mask_truncated_completions=True)
+    config = AlgorithmConfig(entropy_coef=0.01, mask_truncated_completions=True)
 
     def trained(*cut_off: int) -> tuple[Any, StepStats]:
         """With the completions of these groups cut off."""
