@@ -45,6 +45,7 @@ class ActorServer:
         store = MediaStore(config.limits.media_store_bytes)
         server_info = _server_info(info, config, actor_id)
         self.metrics = ActorMetrics(self.policy, engine)
+        self.policy.on_pause = self.metrics.pauses.observe
         self._stop_metrics: Callable[[], None] = lambda: None
         self._rollouts = RolloutService(
             engine,
@@ -55,7 +56,7 @@ class ActorServer:
             self.metrics,
             config.limits.max_held_media_bytes,
         )
-        self._weights = WeightService(engine, self.policy, actor_id, info, self.metrics)
+        self._weights = WeightService(engine, self.policy, actor_id, info)
         self._admin = AdminService(engine, self.policy)
 
     async def start(self, address: str) -> int:

@@ -5,7 +5,6 @@ from typing import Any
 import grpc
 
 from actor.engine import Engine, EngineInfo
-from actor.metrics import ActorMetrics
 from actor.weights import PolicyState
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
@@ -20,15 +19,12 @@ Context = Any  # grpc.aio.ServicerContext; nothing of it is used
 class WeightService(weights_pb2_grpc.WeightServiceServicer):
     """See proto/weights/v1/weights.proto."""
 
-    def __init__(
-        self, engine: Engine, policy: PolicyState, actor_id: str, info: EngineInfo, metrics: ActorMetrics
-    ) -> None:
+    def __init__(self, engine: Engine, policy: PolicyState, actor_id: str, info: EngineInfo) -> None:
         self._engine = engine
         self._policy = policy
         self._actor_id = actor_id
         self._num_workers = info.num_workers
         self._max_lora_rank = info.max_lora_rank
-        self._metrics = metrics
 
     def add_to(self, server: grpc.aio.Server) -> str:
         """Register with `server`; the name of the service."""
@@ -76,7 +72,6 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         pause_s = await self._policy.commit(
             request.run_id, request.epoch, request.policy_version, _timeout_s(request.timeout_ms)
         )
-        self._metrics.pauses.observe(pause_s)
         return pb.CommitResponse(policy_version=request.policy_version, pause_s=pause_s)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:

@@ -56,6 +56,7 @@ class PolicyState:
         self.epoch = 0
         self.staged_version = -1
         self.on_change: Callable[[], None] = lambda: None
+        self.on_pause: Callable[[float], None] = lambda _pause_s: None
         self._joined = False
         self._retired_runs: deque[str] = deque(maxlen=_RUNS_REMEMBERED)
         self._lock = asyncio.Lock()
@@ -208,6 +209,7 @@ class PolicyState:
                 # Half of the weights may be new: nobody may be told that this is a policy.
                 self.fail()
                 raise
+            self.on_pause(pause_s)
             self.policy_version = policy_version
             self._fence_run(run_id)  # a new one may have come meanwhile: it must not be served these
             self._committed = (run_id, epoch, policy_version)

@@ -35,6 +35,9 @@ async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:
         chat = pb.ChatPrompt(messages=[message])
         request = pb.GenerateRequest(group_id="g", chat=chat, media=[media], sampling=sampling)
         assert [event async for event in actor.rollouts.Generate(request)]
+    request.media[0].sha256 = bytes(32)
+    with pytest.raises(Exception, match="not stored here"):
+        await actor.rollouts.Generate(request).read()
     call = actor.rollouts.Generate(pb.GenerateRequest(group_id="g", text="x", sampling=pb.SamplingParams(n=10**6)))
     with pytest.raises(Exception, match=r"sampling\.n"):
         await call.read()
@@ -45,13 +48,14 @@ async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:
         "policy_version": 0,
         "running_completions": 0,
         'groups_total{outcome="finished"}': 2,
-        'groups_total{outcome="refused"}': 1,
+        'groups_total{outcome="refused"}': 2,
         'completions_total{finish_reason="length"}': 8,
         "tokens_total": 24,
         "first_token_seconds_count": 8,
         "token_seconds_count": 8,
         'media_total{source="sent"}': 1,
         'media_total{source="stored"}': 1,
+        'media_total{source="missing"}': 1,
         "pause_seconds_count": 0,
     }
     assert {name: samples[f"outrider_actor_{name}"] for name in expected} == expected

@@ -20,7 +20,9 @@ from common.pb.weights.v1 import weights_pb2 as pb
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 from common.wire import epoch_to_proto, manifest_to_proto
 from tests.contract.conftest import FakeActor, StartActor
+from tests.contract.test_metrics import scrape
 from tests.fakes import until
+from tests.launched import free_ports
 
 VALUES = torch.arange(6, dtype=torch.float32)
 
@@ -107,6 +109,31 @@ async def test_stage_and_commit(start_actor: StartActor, num_workers: int) -> No
     request = rollout_pb2.GenerateRequest(group_id="g", text="hi", min_policy_version=8)
     events = [event async for event in actor.rollouts.Generate(request)]
     assert events[1].completions.items[0].version_spans[0].policy_version == 8
+
+
+async def test_a_pause_is_measured_once(start_actor: StartActor) -> None:
+    """Also where the learner asks for the commit again, and where it has not waited for the end."""
+    port = free_ports(1)
+    fake = {"token_s": 0.0, "commit_s": 0.3}
+    actor = await start_actor(standalone=False, metrics_listen=f"127.0.0.1:{port}", fake=fake)
+    learner = Learner(actor)
+    await learner.open(1)
+    await learner.stage(1, _manifest(7))
+    pause_s = (await learner.commit(1, 7)).pause_s
+    assert (await learner.commit(1, 7)).pause_s == 0
+    samples = await asyncio.to_thread(scrape, port)
+    assert samples["outrider_actor_policy_version"] == 7
+    assert samples["outrider_actor_pause_seconds_count"] == 1
+    assert samples["outrider_actor_pause_seconds_sum"] == pytest.approx(pause_s)
+    assert pause_s == pytest.approx(0.3)
+    await learner.stage(1, _manifest(8))
+    impatient = pb.CommitRequest(run_id="run", epoch=1, policy_version=8, timeout_ms=1)
+    assert isinstance(await _error(learner.weights.Commit(impatient)), errors.StageTimeout)
+    await until(lambda: actor.server.policy.policy_version == 8, pause_s=0.01)
+    samples = await asyncio.to_thread(scrape, port)
+    assert samples["outrider_actor_policy_version"] == 8
+    assert samples["outrider_actor_pause_seconds_count"] == 2
+    assert samples["outrider_actor_pause_seconds_sum"] == pytest.approx(0.6)
 
 
 async def test_corrupt_weights_are_never_served(start_actor: StartActor) -> None:
