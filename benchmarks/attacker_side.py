@@ -9,7 +9,8 @@ import sys
 
 from common.client import GrpcClient
 from common.rpc.channel import open_channel
-from tests.hostile.requests import bad_calls, send
+from tests.hostile.calls import send
+from tests.hostile.requests import bad_calls
 
 NUM_CALLS = 1000
 VOCAB_SIZE = 320

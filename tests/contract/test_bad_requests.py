@@ -13,7 +13,8 @@ from common.media import content_hash
 from common.rpc.channel import open_channel
 from common.types import ActorState, MediaItem, RolloutRequest, SamplingParams, ServerLimits, TextPrompt
 from tests.contract.conftest import Launch, png
-from tests.hostile.requests import KINDS, bad_calls, send
+from tests.hostile.calls import send
+from tests.hostile.requests import KINDS, bad_calls
 
 NUM_CALLS = 1000
 AT_ONCE = 8
