@@ -5,7 +5,9 @@ holder's role as a DNS name, `<role>.outrider`:
 
     learner.outrider   every call
     reader.outrider    questions and status: nothing that changes weights or state
-    actor.outrider     a server; calls nothing
+    actor.outrider     a server; calls none of these
+
+Health and reflection answer whoever has a certificate of the CA.
 
 Clients look for `actor.outrider` in a server's certificate, whatever the address: pods are called by address. The files
 are read again when they change, so certificates rotate under running processes.

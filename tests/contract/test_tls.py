@@ -12,8 +12,9 @@ import grpc
 import pytest
 import trustme
 from cryptography import x509
-from google.protobuf.message import Message
+from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
@@ -21,28 +22,35 @@ from actor.server import ActorServer
 from common.client import GrpcClient
 from common.config import ConfigError
 from common.errors import OutriderError, PermissionDenied, Unreachable
-from common.pb.admin.v1 import admin_pb2, admin_pb2_grpc
-from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
+from common.pb.admin.v1 import admin_pb2
+from common.pb.rollout.v1 import rollout_pb2
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.server import reserve_port
 from common.rpc.tls import ACTOR, LEARNER, READER, Certificates, channel_credentials, read_certificates
 from common.types import ActorState, ChatMessage, ChatPrompt, RolloutRequest, SamplingParams, TextPart
 
 REQUEST = RolloutRequest("g", ChatPrompt((ChatMessage("user", (TextPart("hello"),)),)), (), SamplingParams(n=2))
-ROLLOUTS = {
-    "Generate": rollout_pb2.GenerateRequest,
-    "GetServerInfo": rollout_pb2.GetServerInfoRequest,
-    "PutMedia": rollout_pb2.PutMediaRequest,
+OURS = {
+    method.full_name: method
+    for file in (rollout_pb2, weights_pb2, admin_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
 }
-WEIGHTS = {
-    "GetStatus": weights_pb2.GetStatusRequest,
-    "OpenEpoch": weights_pb2.OpenEpochRequest,
-    "Stage": weights_pb2.StageRequest,
-    "Commit": weights_pb2.CommitRequest,
-    "Abort": weights_pb2.AbortRequest,
+# Health and reflection; the Python server does not have grpc.health.v1.Health/List.
+PUBLIC = {
+    method.full_name: method
+    for file in (health_pb2, reflection_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+    if method.name != "List"
 }
-ADMIN = {"Pause": admin_pb2.PauseRequest, "Resume": admin_pb2.ResumeRequest}
-READ = {"Generate", "GetServerInfo", "PutMedia", "GetStatus"}
+READ = {
+    "rollout.v1.RolloutService.Generate",
+    "rollout.v1.RolloutService.GetServerInfo",
+    "rollout.v1.RolloutService.PutMedia",
+    "weights.v1.WeightService.GetStatus",
+}
+BEHIND_THE_DOOR = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
 
 
 class Authority:
@@ -107,29 +115,18 @@ async def test_a_learner_may_do_everything(authority: Authority) -> None:
 
 async def calls(address: str, credentials: grpc.ChannelCredentials) -> dict[str, grpc.StatusCode]:
     """What each method says to an empty request; OK and INVALID_ARGUMENT both come from behind the door."""
-    codes = {}
     options = [("grpc.ssl_target_name_override", ACTOR)]
     async with grpc.aio.secure_channel(address, credentials, options) as channel:
-        stubs = (
-            (rollout_pb2_grpc.RolloutServiceStub(channel), ROLLOUTS),
-            (weights_pb2_grpc.WeightServiceStub(channel), WEIGHTS),
-            (admin_pb2_grpc.AdminServiceStub(channel), ADMIN),
-        )
-        for stub, methods in stubs:
-            for name, request in methods.items():
-                codes[name] = await code_of(getattr(stub, name), request)
-    return codes
+        return {name: await code_of(channel, method) for name, method in (OURS | PUBLIC).items()}
 
 
-async def code_of(method: Any, request: Callable[[], Message]) -> grpc.StatusCode:
+async def code_of(channel: grpc.aio.Channel, method: MethodDescriptor) -> grpc.StatusCode:
+    """OK for a stream means its first answer."""
+    kind = "_".join("stream" if streams else "unary" for streams in (method.client_streaming, method.server_streaming))
+    start: Any = getattr(channel, kind)(f"/{method.containing_service.full_name}/{method.name}")
+    call = start(iter([b""]) if method.client_streaming else b"", timeout=10)
     try:
-        if isinstance(method, grpc.aio.UnaryStreamMultiCallable):
-            async for _ in method(request(), timeout=10):
-                pass
-        elif isinstance(method, grpc.aio.StreamUnaryMultiCallable):
-            await method(iter([request()]), timeout=10)
-        else:
-            await method(request(), timeout=10)
+        await (call.read() if method.server_streaming else call)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK
@@ -137,14 +134,15 @@ async def code_of(method: Any, request: Callable[[], Message]) -> grpc.StatusCod
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [(LEARNER, {*ROLLOUTS, *WEIGHTS, *ADMIN}), (READER, READ), (ACTOR, set()), ("somebody.else", set())],
+    [(LEARNER, {*OURS}), (READER, READ), (ACTOR, set()), ("somebody.else", set())],
 )
 async def test_each_call_is_refused_to_the_wrong_role(authority: Authority, name: str, allowed: set[str]) -> None:
     async with serving(authority.directory(ACTOR)) as (address, _):
         codes = await calls(address, channel_credentials(read_certificates(authority.directory(name, place="caller"))))
     refused = {method for method, code in codes.items() if code is grpc.StatusCode.PERMISSION_DENIED}
-    assert refused == codes.keys() - allowed
-    assert grpc.StatusCode.UNAVAILABLE not in codes.values()
+    assert refused == OURS.keys() - allowed
+    assert {codes[method] for method in PUBLIC} == {grpc.StatusCode.OK}
+    assert set(codes.values()) <= {*BEHIND_THE_DOOR, grpc.StatusCode.PERMISSION_DENIED}
 
 
 def no_certificate(authority: Authority, _tmp_path: Path) -> grpc.ChannelCredentials:
@@ -169,6 +167,7 @@ async def test_each_call_is_refused_without_a_good_certificate(
 ) -> None:
     async with serving(authority.directory(ACTOR)) as (address, _):
         codes = await calls(address, credentials(authority, tmp_path))
+    assert len(codes) == len(OURS) + len(PUBLIC) > 10
     assert set(codes.values()) == {grpc.StatusCode.UNAVAILABLE}
 
 
@@ -194,7 +193,7 @@ async def test_only_a_dns_name_is_a_role(
     async with serving(authority.directory(ACTOR)) as (address, _):
         monkeypatch.setattr(trustme, "_identity_string_to_x509", kind)
         codes = await calls(address, channel_credentials(read_certificates(authority.directory(LEARNER))))
-    assert set(codes.values()) == {grpc.StatusCode.PERMISSION_DENIED}
+    assert {codes[method] for method in OURS} == {grpc.StatusCode.PERMISSION_DENIED}
 
 
 async def test_the_message_says_what_is_needed(authority: Authority) -> None:
