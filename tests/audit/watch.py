@@ -1,4 +1,4 @@
-"""An actor process whose unpicklers are watched, and a learner that uses all that it serves."""
+"""An actor process whose unpicklers are watched."""
 
 import contextlib
 import json
@@ -10,12 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.client import GrpcClient
-from common.types import EpochSpec, RolloutRequest
-from learner.rollouts.members import Member
-from learner.weights.epoch import open_epoch
-from learner.weights.snapshot import Snapshot
-from learner.weights.transport import TorchTransport
 from tests.audit.sitecustomize import LOG_VARIABLE
 from tests.launched import ROOT
 
@@ -59,25 +53,3 @@ def watched_actor(folder: Path, *arguments: str, module: str = "actor") -> Itera
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-async def use_everything(address: str, request: RolloutRequest, update: Snapshot) -> None:
-    """Rollouts with media uploaded and inline, a weight update, rollouts under the new version."""
-    client = GrpcClient(address)
-    try:
-        status = await client.status()
-        await client.server_info()
-        await client.put_media([item.encoded for item in request.media if item.encoded is not None])
-        await client.generate(request, timeout_s=60)
-        transport = TorchTransport("127.0.0.1")
-        world_size = 1 + status.num_workers
-        spec = EpochSpec("run", 1, "127.0.0.1", transport.port, world_size, 0, "gloo", timeout_s=60.0)
-        member = Member(address, client, 1, status.actor_id, status.state, status=status)
-        epoch = await open_epoch(spec, [member], transport)
-        await epoch.send(*update.update(full=True))
-        await epoch.abort()
-        sampled = await client.generate(request, timeout_s=60)
-        versions = {span.policy_version for completion in sampled.completions for span in completion.version_spans}
-        assert versions == {update.version}
-    finally:
-        await client.close()

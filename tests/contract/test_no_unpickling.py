@@ -2,36 +2,50 @@
 
 from pathlib import Path
 
-import pytest
 import torch
+import xxhash
 
-from common.media import content_hash
-from common.types import MediaItem, RolloutRequest, SamplingParams, TextPrompt
-from learner.weights.snapshot import Snapshot, Snapshotter
-from tests.audit.watch import use_everything, watched_actor
+from common.types import Manifest, ManifestBucket, ManifestParameter
+from learner.weights.snapshot import Snapshotter
+from tests.audit.everything import every_request, use_everything
+from tests.audit.watch import WatchedActor, watched_actor
 from tests.contract.conftest import png
 
-IMAGE = MediaItem(content_hash(png()), png())
-REQUEST = RolloutRequest("g", TextPrompt("What is this?"), (IMAGE,), SamplingParams(n=2, max_tokens=4))
+FAKE = ("--engine", "fake", "fake.token_s=0", "fake.first_token_s=0", "fake.max_videos=1", "fake.max_lora_rank=4")
 
 
-@pytest.fixture
-def update() -> Snapshot:
-    taken = Snapshotter(torch.nn.Linear(4, 4), [], is_sender=True, bucket_bytes=2**20).take(1)
-    assert taken is not None
-    return taken
+async def use(actor: WatchedActor) -> int:
+    """All of it; the number of groups."""
+    model = torch.nn.Linear(4, 4)
+    snapshotter = Snapshotter(model, [], is_sender=True, bucket_bytes=2**20)
+    first = snapshotter.take(1)
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    second = snapshotter.take(2)
+    assert first is not None
+    assert second is not None
+    matrices = (
+        ManifestParameter("x.lora_A.weight", "F32", (1, 4), bucket=0, offset=0),
+        ManifestParameter("x.lora_B.weight", "F32", (4, 1), bucket=0, offset=16),
+    )
+    bucket = ManifestBucket(32, xxhash.xxh3_64_intdigest(bytes(32)))
+    adapter = Manifest(3, matrices, (bucket,), updates_vision=False, adapter="policy")
+    requests = every_request((png(0), png(1)))
+    return await use_everything(
+        actor.address, requests, (first, second), (adapter, [torch.zeros(32, dtype=torch.uint8)])
+    )
 
 
-async def test_nothing_is_unpickled_while_serving(tmp_path: Path, update: Snapshot) -> None:
-    with watched_actor(tmp_path, "--engine", "fake") as actor:
-        await use_everything(actor.address, REQUEST, update)
+async def test_nothing_is_unpickled_while_serving(tmp_path: Path) -> None:
+    with watched_actor(tmp_path, *FAKE) as actor:
+        await use(actor)
         assert actor.unpickled() == []
 
 
-async def test_a_handler_that_unpickles_is_seen(tmp_path: Path, update: Snapshot) -> None:
-    with watched_actor(tmp_path, "--engine", "fake", module="tests.audit.sabotaged") as actor:
-        await use_everything(actor.address, REQUEST, update)
+async def test_a_handler_that_unpickles_is_seen(tmp_path: Path) -> None:
+    with watched_actor(tmp_path, *FAKE, module="tests.audit.sabotaged") as actor:
+        num_groups = await use(actor)
         seen = actor.unpickled()
     assert {(entry["pid"], entry["name"]) for entry in seen} == {(actor.pid, "collections.Counter")}
-    assert len(seen) == 2  # one for each rollout
+    assert len(seen) == num_groups
     assert all(any(caller.endswith("sabotaged.py:unpickling") for caller in entry["callers"]) for entry in seen)

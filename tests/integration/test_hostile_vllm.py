@@ -2,35 +2,35 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.client import GrpcClient
-from common.media import content_hash
 from common.rpc.channel import open_channel
-from common.types import (
-    ActorState,
-    ChatMessage,
-    ChatPrompt,
-    MediaItem,
-    MediaPart,
-    RolloutRequest,
-    SamplingParams,
-    TextPart,
-)
+from common.types import ActorState, Constraint, SamplingParams, StructuredOutput
 from examples.digits.model import build_model
-from tests.audit.watch import WatchedActor, use_everything, watched_actor
-from tests.hostile.requests import KINDS, bad_calls, send
+from tests.audit.everything import every_request, use_everything
+from tests.audit.watch import WatchedActor, watched_actor
+from tests.hostile.calls import send
+from tests.hostile.requests import KINDS, bad_calls
 from tests.integration.live_actor import CONFIG, snapshot
+from tests.integration.test_vllm_adapters import Trained
 from tests.unit.learner_math.groups import image_bytes
 
 # Two of each kind of bad call.
 NUM_CALLS = 2 * len(KINDS)
 VOCAB_SIZE = 320
-IMAGE = MediaItem(content_hash(image_bytes(1)), image_bytes(1))
-PROMPT = ChatPrompt((ChatMessage("user", (MediaPart(0), TextPart("what is this?"))),))
-REQUEST = RolloutRequest("g", PROMPT, (IMAGE,), SamplingParams(n=4, max_tokens=8, seed=7))
+REQUESTS = every_request((image_bytes(1), image_bytes(2)))
+REQUEST = replace(REQUESTS[0], sampling=SamplingParams(n=4, max_tokens=8, seed=7))
+STRUCTURES = (
+    StructuredOutput(Constraint.REGEX, "(ab|c){2,4}"),
+    StructuredOutput(Constraint.CHOICE, choices=("red", "green")),
+    StructuredOutput(Constraint.JSON_SCHEMA, '{"type": "boolean"}'),
+)
+STRUCTURED = [replace(REQUEST, sampling=SamplingParams(max_tokens=8, structured_output=each)) for each in STRUCTURES]
 LIMITS = ("limits.max_media_pixels=524288", "limits.max_media_bytes=1048576", "limits.max_message_bytes=4194304")
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def actor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedActor]:
-    values = CONFIG.model_dump(exclude_unset=True)
+    values = CONFIG.model_dump(exclude_unset=True) | {"max_videos": 1, "max_lora_rank": 4}
     arguments = ("--model", str(model_dir), *(f"vllm.{name}={value}" for name, value in values.items()), *LIMITS)
     with watched_actor(tmp_path_factory.mktemp("actor"), *arguments) as watched:
         yield watched
@@ -54,7 +54,11 @@ async def test_nothing_is_unpickled_while_vllm_serves(actor: WatchedActor, model
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(model_dir)
-    await use_everything(actor.address, REQUEST, snapshot(model, 1))
+    first = snapshot(model, 1)
+    with torch.no_grad():
+        next(model.parameters())[0] += 1e-3
+    adapter = Trained(model_dir, seed=1).snapshot(3).update(full=False)
+    await use_everything(actor.address, (*REQUESTS, *STRUCTURED), (first, snapshot(model, 2)), adapter)
     assert actor.unpickled() == []
     loading = {entry["pid"] for entry in actor.unpickled(while_loading=True)}
     assert loading
