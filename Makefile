@@ -110,7 +110,7 @@ test-slow: setup  ## the tests that take many minutes
 	@$(PYTEST) $(PYTEST_WORKERS) -m slow $(ARGS)
 
 fuzz: setup  ## look for bytes that break the parsers of the actor, FUZZ_SECONDS for each of them
-	@for target in generate stage; do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS); done
+	@for target in generate stage upload; do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS); done
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(ARGS)

@@ -10,9 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from tests.hostile.seeds import generate_requests, stage_requests
+from tests.hostile.seeds import generate_requests, stage_requests, upload_streams
 
-SEEDS = {"generate": generate_requests, "planted": generate_requests, "stage": stage_requests}
+SEEDS = {
+    "generate": generate_requests,
+    "planted": generate_requests,
+    "stage": stage_requests,
+    "upload": upload_streams,
+}
 # Bytes of one input; and what one may take: a small input that needs more is a find.
 MAX_BYTES = 2**14
 TIMEOUT_S = 10

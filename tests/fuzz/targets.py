@@ -3,7 +3,9 @@
 A target returns, or raises one of the typed errors that it lets pass; anything else is a find.
 """
 
+import asyncio
 import math
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,15 @@ from PIL import Image
 
 from actor import media_intake
 from actor.decoded_media import DecodedMedia
+from actor.media_store import MediaStore
+from actor.uploads import Uploads
 from actor.validation import check_request
 from common import wire
-from common.errors import InvalidRequest, TooLarge, Unimplemented
+from common.errors import InvalidRequest, QueueFull, TooLarge, Unimplemented
+from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
+from common.rpc import interceptors
 from common.types import ServerLimits
 
 LIMITS = ServerLimits(
@@ -29,6 +35,7 @@ LIMITS = ServerLimits(
 )
 _VOCAB_SIZE = 320
 _REFUSED = (InvalidRequest, TooLarge, Unimplemented, DecodeError)
+_RUNNER = asyncio.Runner()
 
 
 def generate(data: bytes) -> None:
@@ -64,6 +71,27 @@ def stage(data: bytes) -> None:
         return
     if manifest != wire.manifest_from_proto(wire.manifest_to_proto(manifest)):
         raise AssertionError("a manifest that was taken does not come back")
+
+
+def upload(data: bytes) -> None:
+    """A stream of `PutMediaRequest`, each one a file of an `EncodedFrames`: put together, check, store."""
+    store = MediaStore(2**17)
+    uploads = Uploads(store, LIMITS)
+    try:
+        messages = pb.EncodedFrames.FromString(data).files
+        _RUNNER.run(uploads.receive(interceptors._parsing_each(pb.PutMediaRequest.FromString)(_sent(messages))))
+    except (*_REFUSED, QueueFull):
+        pass
+    if uploads._under_way:
+        raise AssertionError("a call that has ended holds room")
+    for sha256, content in store._items.items():
+        if media_hash(content) != sha256:
+            raise AssertionError("stored under another name")
+
+
+async def _sent(messages: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
 
 
 def planted(data: bytes) -> None:

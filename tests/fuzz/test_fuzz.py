@@ -19,7 +19,7 @@ def fuzz(folder: Path, target: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", ["generate", "stage"])
+@pytest.mark.parametrize("target", ["generate", "stage", "upload"])
 def test_nothing_is_found(target: str, tmp_path: Path) -> None:
     code, told = fuzz(tmp_path, target, "--seconds", "2")
     assert code == 0, told[-3000:]

@@ -3,8 +3,10 @@
 import random
 from collections.abc import Iterator
 
+from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.pb.weights.v1 import weights_pb2
+from common.types import Frames
 from tests.hostile import images
 
 
@@ -62,3 +64,15 @@ def stage_requests() -> Iterator[bytes]:
     for manifest in manifests:
         manifest.policy_version = 3
         yield weights_pb2.StageRequest(run_id="r", epoch=1, manifest=manifest, timeout_ms=9).SerializeToString()
+
+
+def upload_streams() -> Iterator[bytes]:
+    """An image in two chunks, a video, both in one call: messages of `PutMedia` as the files of an `EncodedFrames`."""
+    rng = random.Random(0)
+    image, frames = images.picture(rng, size=4), tuple(images.picture(rng, size=4) for _ in range(2))
+    half, put = len(image) // 2, pb.PutMediaRequest
+    in_chunks = [put(sha256=media_hash(image), num_bytes=len(image), chunk=image[:half]), put(chunk=image[half:])]
+    sizes, data = [len(file) for file in frames], b"".join(frames)
+    video = put(sha256=media_hash(Frames(frames)), num_bytes=len(data), frame_num_bytes=sizes, chunk=data)
+    for messages in (in_chunks, [video], [*in_chunks, video]):
+        yield pb.EncodedFrames(files=[message.SerializeToString() for message in messages]).SerializeToString()
