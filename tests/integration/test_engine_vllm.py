@@ -133,6 +133,35 @@ async def test_greedy_tokens_are_those_of_transformers(
         assert completion.token_ids.tolist() == output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+async def test_text_and_images_at_once(actor: LiveActor, source: WeightSource, make_model: MakeModel, hf: Any) -> None:
+    """In the same steps of the engine: each group is what transformers makes of its prompt alone."""
+    model = make_model()
+    await source.publish(model)
+    prompts = [*SAMPLES, sample(6, "words only, too"), sample(7, "more words, and none of them about an image")]
+    most_running = 0
+
+    async def watch() -> None:
+        nonlocal most_running
+        while True:
+            most_running = max(most_running, actor.engine.load().num_running)
+            await asyncio.sleep(0.001)
+
+    watching = asyncio.create_task(watch())
+    greedy, sampled = await asyncio.gather(
+        asyncio.gather(*(actor.group(prompt, temperature=0.0, max_tokens=24) for prompt in prompts)),
+        asyncio.gather(*(actor.group(prompt, n=3, max_tokens=24, ignore_eos=True) for prompt in prompts)),
+    )
+    watching.cancel()
+    assert most_running >= 3 * len(prompts)
+    for prompt, group, sampled_group in zip(prompts, greedy, sampled, strict=True):
+        inputs = _inputs(hf, prompt)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=24, suppress_tokens=list(SUPPRESSED))
+        [completion] = group.completions
+        assert completion.token_ids.tolist() == output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert [use.sha256 for use in sampled_group.prompt.media] == [content_hash(image) for image in prompt.images]
+        assert largest_difference(model, hf, sampled_group) <= PARITY
+
+
 async def test_prompt_info_is_what_the_processor_yields(actor: LiveActor, hf: Any) -> None:
     for prompt in SAMPLES:
         info = (await actor.sample(prompt, max_tokens=1)).prompt
