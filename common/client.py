@@ -320,6 +320,9 @@ def _check_completion(completion: Completion, request: RolloutRequest, received:
         raise MalformedResponse(f"{where}: only {request.sampling.n} were asked for")
     if completion.index in received:
         raise MalformedResponse(f"{where}: came twice, as {completion.trajectory_id}")
+    # Group ids are used once: so no trajectory of one group can be that of another.
+    if not completion.trajectory_id.startswith(f"{request.group_id}/{completion.index}/"):
+        raise MalformedResponse(f"{where}: is named {completion.trajectory_id!r}, not by its group and index")
     if not len(completion.token_ids):
         raise MalformedResponse(f"{where}: has no tokens")
     if not np.isfinite(completion.logprobs).all():

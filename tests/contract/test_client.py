@@ -1,6 +1,7 @@
 """The learner's client against a real server with the fake engine, and against servers that break the contract."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -213,14 +214,11 @@ TWO = [make_completion("g", i, "liar") for i in range(2)]
 
 
 def without_logprob(completion: Completion) -> Completion:
-    return Completion(
-        completion.trajectory_id,
-        completion.index,
-        completion.token_ids,
-        np.array([np.nan] * len(completion.token_ids), np.float32),
-        completion.finish_reason,
-        completion.version_spans,
-    )
+    return dataclasses.replace(completion, logprobs=np.full(len(completion.token_ids), np.nan, np.float32))
+
+
+def named(completion: Completion, trajectory_id: str) -> Completion:
+    return dataclasses.replace(completion, trajectory_id=trajectory_id)
 
 
 async def serve(events: list[Any]) -> tuple[grpc.aio.Server, str]:
@@ -248,6 +246,8 @@ async def serve(events: list[Any]) -> tuple[grpc.aio.Server, str]:
         ([TWO], "2 of 2 completions came before the end"),
         ([PROMPT, PROMPT, TWO], "a prompt message for 'g'"),
         ([PROMPT, TWO, TWO[:1]], "completion 0: came twice, as g/0/liar"),
+        ([PROMPT, [TWO[0], named(TWO[1], "g/0/liar")]], "completion 1: is named 'g/0/liar'"),
+        ([PROMPT, [TWO[0], named(TWO[1], "f/1/liar")]], "completion 1: is named 'f/1/liar'"),
         ([PROMPT, [make_completion("g", 2, "liar")]], "completion 2: only 2 were asked for"),
         ([PROMPT, [make_completion("g", 0, "liar", ())]], "completion 0: has no tokens"),
         ([PROMPT, [without_logprob(TWO[0])]], "completion 0: has a logprob that is not finite"),
