@@ -1,7 +1,11 @@
-"""Real actor processes (fake engine), one of which gets SIGKILL while it generates, and comes back."""
+"""Real actor processes (fake engine), one of which is killed, stopped or cut off while it generates."""
 
 import asyncio
+import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -15,6 +19,10 @@ from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
 from tests.actor_processes import actor, free_address
 from tests.fakes import make_sample, sample_all, until
+from tests.injection.cut_off import NUM_GROUPS as NUM_GROUPS_OF_CUT
+from tests.injection.cut_off import SLOTS
+from tests.injection.machines import is_permitted
+from tests.launched import ROOT
 
 NUM_GROUPS = 60
 N = 4
@@ -76,3 +84,16 @@ async def test_a_stopped_actor_is_noticed_by_keepalive_in_five_seconds() -> None
             await fleet.members()[0].client.status(timeout_s=50)
         assert time.monotonic() - stopped_at < notice_s + MARGIN_S
         await fleet.close()
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(not (is_permitted() or os.environ.get("CI")), reason="network namespaces need root and `ip`")
+def test_a_cut_is_noticed_in_five_seconds() -> None:
+    """By nothing but silence: no packet says that the other end is gone."""
+    command = [sys.executable, "-m", "tests.injection.cut_off"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert [*seen["noticed_s"]] == [seen["victim"]]
+    assert 1 < seen["noticed_s"][seen["victim"]] < 5
+    assert (seen["num_groups"], seen["sent_again"]) == (NUM_GROUPS_OF_CUT, {"UNREACHABLE": SLOTS})

@@ -90,6 +90,10 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
+    def cut(self) -> None:
+        """Pull its cable."""
+        subprocess.run(["ip", "link", "set", self._link, "down"], check=True)
+
     def heal(self) -> None:
         """Undo a stop, a cut or a slow link."""
         self.signal(signal.SIGCONT)
