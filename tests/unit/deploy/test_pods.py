@@ -130,6 +130,19 @@ def test_overrides_on_the_command_line_count() -> None:
     assert policies.actor_config(render("gpu", "spot-actors")).grace_s == 15
 
 
+@pytest.mark.parametrize("variant", [("gpu-multinode",), ("gpu-multinode", "jobset")])
+def test_a_learner_pod_waits_for_the_node_of_the_other_one(variant: tuple[str, ...]) -> None:
+    """torchrun's own ten minutes, ten times, would end the Job before a node is free."""
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    [container] = containers(pod_templates(render(*variant))["outrider-learner"], init=False)
+    variables = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    conf = variables["PET_RDZV_CONF"]
+    command = ["--nnodes", variables["PET_NNODES"], "--rdzv-conf", conf, "script.py"]
+    config, _, _ = config_from_args(get_args_parser().parse_args(command))
+    assert int(config.rdzv_configs["timeout"]) >= 12 * 3600
+
+
 def test_no_weights_over_nccl_to_gpus_of_tensor_parallel_actors() -> None:
     """Their communicators are ordered by nobody (docs/architecture.md)."""
     backends = {}
