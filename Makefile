@@ -21,9 +21,17 @@ CHECKOV_VERSION := 3.3.30
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-# What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,dev TORCH=torch`.
-EXTRAS ?= cpu,dev
-TORCH ?= torch==2.13.0+cpu
+# What `make setup` installs. On a machine with GPUs: `make setup EXTRAS=gpu,dev TORCH=torch`, once: .installed has what is
+# not the default.
+INSTALLED := $(VENV)/.installed
+INSTALLED_WITH := $(shell cat $(INSTALLED) 2>/dev/null)
+DEFAULT_EXTRAS := cpu,dev
+DEFAULT_TORCH := torch==2.13.0+cpu
+installed_or_default = $(or $(patsubst $(1)=%,%,$(filter $(1)=%,$(INSTALLED_WITH))),$(DEFAULT_$(1)))
+EXTRAS ?= $(call installed_or_default,EXTRAS)
+TORCH ?= $(call installed_or_default,TORCH)
+if_other = $(if $(filter-out $(DEFAULT_$(1)),$($(1))),$(1)=$($(1)))
+SETTINGS = $(strip $(call if_other,EXTRAS) $(call if_other,TORCH))
 # pip goes first: it knows the mirrors of this machine, and an additional package index where this is its address.
 OUTRIDER_TORCH_INDEX ?=
 PIP_TORCH = $(BIN)/pip install $(if $(OUTRIDER_TORCH_INDEX),--extra-index-url $(OUTRIDER_TORCH_INDEX)) '$(TORCH)'
@@ -48,15 +56,15 @@ export PYTHONUNBUFFERED := 1
 # No commas in its message: make would split it there.
 die = { printf '\n%s\n' $(1) >&2; exit 1; }
 
-.PHONY: help setup demo test test-slow fuzz test-gpu check bench proto format clean
+.PHONY: help setup as-installed demo test test-slow fuzz test-gpu check bench proto format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.installed  ## build .venv with everything that the other targets need (once, under 5 minutes)
+setup: $(INSTALLED)  ## build .venv with everything that the other targets need (once, under 5 minutes)
 
 # Written last, so that an install that was cut off starts again. Changes of pyproject.toml install what is new.
-$(VENV)/.installed: pyproject.toml
+$(INSTALLED): pyproject.toml | as-installed
 	@[ -n "$(PYTHON)" ] || $(call die,"Python 3.11 or 3.12 is needed and not on PATH: install it or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'.")
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		$(call die,"$(PYTHON) comes without its venv module: on Debian and Ubuntu 'apt-get install python3-venv'.")
@@ -81,8 +89,13 @@ $(VENV)/.installed: pyproject.toml
 	@echo "[5/5] checkov"
 	@case ",$(EXTRAS)," in *,dev,*) $(MAKE) --no-print-directory $(CHECKOV)/bin/checkov;; esac
 	@command -v kubectl >/dev/null || echo "kubectl is not installed: the tests of deploy/ will need it, nothing else does."
-	@touch $@
+	@echo "$(SETTINGS)" >$@
 	@echo "ready: 'source $(BIN)/activate' puts outrider on the PATH"
+
+# Others than before are refused: pip takes one build of torch for the other, and both of vLLM have the same files.
+as-installed:
+	@[ ! -e $(INSTALLED) ] || [ "$(INSTALLED_WITH)" = "$(SETTINGS)" ] || \
+		$(call die,"$(VENV) was set up with $(or $(INSTALLED_WITH),the defaults) and one build does not replace another in place: say 'make clean' first.")
 
 # What pip and uv say, without their noise and without what failed: the log has that.
 PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing collected packages\).*/  \1 .../p' \

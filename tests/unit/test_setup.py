@@ -1,4 +1,4 @@
-"""Where `make setup` looks for PyTorch, with a pip and an uv that write down what they are asked."""
+"""What `make setup` installs, and from where, with a pip and an uv that write down what they are asked."""
 
 import os
 import subprocess
@@ -24,11 +24,16 @@ def setup(venv: Path, *variables: str, succeeds: str = "nothing") -> tuple[list[
     for name in ("pip", "uv"):
         (bin_dir / name).write_text(_TOOL % succeeds)
         (bin_dir / name).chmod(0o755)
-    command = ["make", "setup", f"VENV={venv}", "EXTRAS=gpu", "OUTRIDER_TORCH_INDEX=", *variables]
-    own = {name: value for name, value in os.environ.items() if name not in _OF_THE_CALLER}
-    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    result = make(venv, "EXTRAS=gpu", *variables)
     assert result.returncode != 0
     return (bin_dir / "asked").read_text().splitlines(), result.stderr
+
+
+def make(venv: Path, *variables: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` with that environment."""
+    command = ["make", "setup", f"VENV={venv}", "OUTRIDER_TORCH_INDEX=", *variables]
+    own = {name: value for name, value in os.environ.items() if name not in _OF_THE_CALLER}
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
 
 
 def test_where_pip_finds_no_cpu_build_uv_asks_pytorchs_index(tmp_path: Path) -> None:
@@ -59,3 +64,27 @@ def test_a_torch_that_nobody_has_is_one_line(tmp_path: Path, variables: tuple[st
     assert said.startswith(f"No {expected[0].rpartition(' ')[2]} was found (details: {tmp_path}/setup.log).")
     assert "Set OUTRIDER_TORCH_INDEX" in said
     assert "nothing of the kind here" in (tmp_path / "setup.log").read_text()
+
+
+def test_a_changed_pyproject_installs_what_was_installed_before(tmp_path: Path) -> None:
+    """Not the CPU build over that for GPUs."""
+    installed = tmp_path / ".installed"
+    installed.write_text("EXTRAS=gpu,dev TORCH=torch\n")
+    os.utime(installed, (0, 0))
+    (tmp_path / "bin").mkdir()
+    for name in ("pip", "uv"):
+        (tmp_path / "bin" / name).write_text(_TOOL % "torch")
+        (tmp_path / "bin" / name).chmod(0o755)
+    make(tmp_path)
+    asked = (tmp_path / "bin" / "asked").read_text().splitlines()
+    assert asked[1] == "pip install torch"
+    assert asked[2].endswith("-e .[gpu,dev]")
+
+
+@pytest.mark.parametrize("variables", [("EXTRAS=gpu,dev", "TORCH=torch"), ("EXTRAS=gpu,dev",), ("TORCH=torch",)])
+def test_another_build_over_the_first_one_is_refused_in_a_line(tmp_path: Path, variables: tuple[str, ...]) -> None:
+    (tmp_path / ".installed").write_text("\n")  # the defaults
+    for given, is_refused in (((), False), (("EXTRAS=cpu,dev", "TORCH=torch==2.13.0+cpu"), False), (variables, True)):
+        result = make(tmp_path, *given)
+        assert (result.returncode != 0) is is_refused
+        assert ("say 'make clean' first" in result.stderr) is is_refused
