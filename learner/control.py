@@ -286,6 +286,7 @@ class Control:
                 merge_adapter=self._config.weights.merge_adapter,
                 delta=self._config.weights.delta,
                 notify=self._update_failed,
+                notify_merged=self._notify,
                 on_update=self._metrics.updated,
             )
             self._ready.set_result(None)

@@ -4,7 +4,7 @@ Everybody in an epoch receives the same. Going over from one form to the other t
 adapter is not the one with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.errors import InvalidRequest, OutriderError
 from common.log import get_logger
@@ -17,10 +17,14 @@ _FIELD = "manifest.adapter"
 
 
 class AdapterForms:
-    """What was sent, and what to send. `always_merged`: by a setting."""
+    """What was sent, and what to send.
 
-    def __init__(self, *, always_merged: bool) -> None:
+    `always_merged`: by a setting. `notify`: called with one line where an actor is why it is merged.
+    """
+
+    def __init__(self, *, always_merged: bool, notify: Callable[[str], None] = lambda _line: None) -> None:
         self._always_merged = always_merged
+        self._notify = notify
         self._refusal = ""
         self._last: bool | None = None  # merged? None: members may have either, or nothing
         self._said = ""
@@ -34,6 +38,8 @@ class AdapterForms:
         if what != self._said:
             log.info("LoRA", sent=what)
             self._said = what
+            if reason and not self._always_merged and not snapshot.adapter.merged_because:
+                self._notify(f"each update sends all weights, with the LoRA adapter merged into them: {reason}")
         return bool(reason)
 
     def changes(self, snapshot: Snapshot, *, merged: bool) -> bool:

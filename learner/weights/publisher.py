@@ -59,6 +59,7 @@ class Publisher:
         merge_adapter: bool = False,
         delta: bool = False,
         notify: Callable[[str], None] = lambda _line: None,
+        notify_merged: Callable[[str], None] = lambda _line: None,
         on_update: Callable[[UpdateTimes], None] = lambda _times: None,
         transport: Transport | None = None,
     ) -> None:
@@ -73,6 +74,7 @@ class Publisher:
             merge_adapter: send no LoRA adapter, but the model with it.
             delta: send only what changed where that is faster.
             notify: called with one line for each update that fails.
+            notify_merged: called with one line where an adapter is merged because an actor does not take it.
             on_update: called after each update that is through.
             transport: carries the weights; torch.distributed by default.
         """
@@ -81,7 +83,7 @@ class Publisher:
         self._host = host
         self._backend = backend
         self._timeout_s = timeout_s
-        self._forms = AdapterForms(always_merged=merge_adapter)
+        self._forms = AdapterForms(always_merged=merge_adapter, notify=notify_merged)
         self._deltas = Deltas(enabled=delta)
         self._notify = notify
         self._on_update = on_update

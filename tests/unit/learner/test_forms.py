@@ -42,6 +42,24 @@ def test_merged_for_all_unless_all_take_it(
     assert AdapterForms(always_merged=always_merged).choose(snapshot(adapter), members) is expected
 
 
+def test_the_user_hears_once_that_actors_take_no_adapter() -> None:
+    """Locally they are started so that they do; elsewhere their own file has to say it."""
+    said: list[str] = []
+    adapter = AdapterFacts(8, {})
+    for forms, facts, rank in (
+        (AdapterForms(always_merged=True, notify=said.append), adapter, 0),
+        (AdapterForms(always_merged=False, notify=said.append), AdapterFacts(8, {}, "the tower has one"), 0),
+        (AdapterForms(always_merged=False, notify=said.append), adapter, 8),
+    ):
+        forms.choose(snapshot(facts), [member(rank)])
+    assert said == []
+    forms = AdapterForms(always_merged=False, notify=said.append)
+    for _ in range(2):
+        forms.choose(snapshot(adapter), [member(0)])
+    [line] = said
+    assert line.endswith("merged into them: actor one:1 takes adapters up to rank 0 (vllm.max_lora_rank), not 8")
+
+
 def test_a_change_of_form_is_a_full_update_also_after_a_failure() -> None:
     forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8, {}))
     assert forms.changes(taken, merged=False)  # nobody has anything yet
