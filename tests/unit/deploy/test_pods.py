@@ -173,22 +173,27 @@ def metric_names() -> set[str]:
         for name in {
             "gauge": [family.name],
             "counter": [f"{family.name}_total"],
-            "histogram": [f"{family.name}_bucket", f"{family.name}_sum"],
+            "histogram": [f"{family.name}_bucket", f"{family.name}_sum", f"{family.name}_count"],
         }[family.type]
     }
 
 
-def test_dashboard_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[str]) -> None:
+def test_dashboard_alerts_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[str]) -> None:
     dashboard = json.loads((K8S / "components" / "monitoring" / "dashboard.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     asked = {name for target in targets for name in re.findall(r"outrider_\w+", target)}
-    actors_own = {name for name in metric_names if name.startswith("outrider_actor_") and not name.endswith("_sum")}
+    actors_own = {name for name in metric_names if re.match(r"outrider_actor_(?!.+_(sum|count)$)", name)}
     assert {name for name in asked if name.startswith("outrider_actor_")} == actors_own
-    assert {
-        f"outrider_learner_{key}" for key in ("reward", "accuracy", "loss", "mismatch_kl", "parity_max_abs_diff")
-    } <= asked
+    learners = {"reward", "accuracy", "loss", "mismatch_kl", "parity_max_abs_diff", "update_failures_total", "actors"}
+    assert {f"outrider_learner_{key}" for key in learners} <= asked
     assert asked <= metric_names
     assert [expression for expression in targets if '{namespace="$namespace"}' not in expression] == []
+    [group] = find(render("gpu", "monitoring"), "PrometheusRule")["spec"]["groups"]
+    assert len(group["rules"]) == 5
+    for alert in group["rules"]:
+        names = set(re.findall(r"outrider_\w+", alert["expr"]))
+        assert names, alert["alert"]
+        assert names <= metric_names
     [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     rule = (K8S / "components" / "hpa" / "kustomization.yaml").read_text()
     assert f"name: {{as: {metric['external']['metric']['name']}}}" in rule
