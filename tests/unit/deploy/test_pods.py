@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from actor.config import ActorConfig
 from actor.metrics import ActorMetrics
@@ -23,10 +24,12 @@ from tests.manifests.rendered import (
     config_data,
     containers,
     find,
+    kustomize,
     pod_templates,
     read,
     render,
     render_own,
+    render_text,
 )
 
 # Who reads a variable: a module that says its name.
@@ -179,7 +182,7 @@ def metric_names() -> set[str]:
 
 
 def test_dashboard_alerts_and_autoscalers_ask_for_metrics_that_exist(metric_names: set[str]) -> None:
-    dashboard = json.loads((K8S / "components" / "monitoring" / "dashboard.json").read_text())
+    dashboard = json.loads((K8S / "components" / "monitoring" / "dashboard" / "outrider.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     asked = {name for target in targets for name in re.findall(r"outrider_\w+", target)}
     actors_own = {name for name in metric_names if re.match(r"outrider_actor_(?!.+_(sum|count)$)", name)}
@@ -200,6 +203,15 @@ def test_dashboard_alerts_and_autoscalers_ask_for_metrics_that_exist(metric_name
     assert set(re.findall(r"outrider_learner_batch\w+", rule)) <= metric_names
     [trigger] = find(render("gpu", "keda"), "ScaledObject")["spec"]["triggers"]
     assert set(re.findall(r"outrider_\w+", trigger["metadata"]["query"])) <= metric_names
+
+
+def test_the_dashboard_is_of_no_run() -> None:
+    """Grafana's sidecar keeps dashboards by file name: the end of one run would take that of all others away."""
+    [manifest] = yaml.safe_load_all(kustomize(K8S / "components" / "monitoring" / "dashboard"))
+    assert (manifest["kind"], manifest["metadata"]["namespace"]) == ("ConfigMap", "monitoring")
+    assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(manifest["data"]["outrider.json"])["title"] == "Outrider"
+    assert "grafana_dashboard" not in render_text("gpu", "monitoring")
 
 
 def test_autoscaled_actors_have_no_number_in_the_manifest() -> None:
