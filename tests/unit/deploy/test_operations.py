@@ -37,6 +37,16 @@ def test_what_a_user_writes_renders_and_holds_the_rules(tmp_path: Path, more: Ma
     assert more == {} or rendered != _render(tmp_path, {})
 
 
+def test_ranks_of_the_learner_share_the_cpus_of_their_pod(tmp_path: Path) -> None:
+    """Also of other sizes: torchrun gives several ranks one thread each, and one rank all cores of the node."""
+    [other_sizes] = [more for more in FURTHER_DOWN if "PET_NPROC_PER_NODE" in str(more)]
+    for manifests in (render("gpu"), render("gpu-multinode"), _render(tmp_path, other_sizes)):
+        [container] = containers(pod_templates(manifests)["outrider-learner"], init=False)
+        variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+        threads, ranks = int(variables["OMP_NUM_THREADS"]), int(variables["PET_NPROC_PER_NODE"])
+        assert threads * ranks == int(container["resources"]["limits"]["cpu"])
+
+
 def test_a_second_run_has_a_namespace_of_its_own() -> None:
     rendered = render_own("gpu", "keda", "monitoring", "mtls", "tracing", "priority", namespace="second")
     assert {manifest["metadata"].get("namespace", manifest["kind"]) for manifest in rendered} == {"second", "Namespace"}
