@@ -46,7 +46,7 @@ def start(service: str, exporter: "SpanExporter | None" = None) -> Callable[[], 
 
         exporter = exporter or _exporter()
     except ImportError as error:
-        raise ConfigError(f"tracing: {error.name} is not installed; install outrider[otel]") from None
+        raise ConfigError(f"tracing: {error.name} is not installed; pip install -e '.[otel]'") from None
     name = os.environ.get("OTEL_SERVICE_NAME", service)
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
     provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -36,7 +36,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Whether their packages are there. Raises ConfigError."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"trackers: {name} is not installed; install outrider[{name}]")
+            raise ConfigError(f"trackers: {name} is not installed; pip install -e '.[{name}]'")
 
 
 class Trackers:

@@ -9,7 +9,7 @@ from learner.rewards.answer import answer_of
 try:
     import math_verify
 except ImportError:
-    raise ConfigError("reward: math_equal needs the package math-verify; install outrider[math]") from None
+    raise ConfigError("reward: math_equal needs the package math-verify; pip install -e '.[math]'") from None
 
 # It would warn that its own alarms are off. They fire in main threads only, and not inside a long call in C; here a
 # comparison that hangs ends with its process, after reward.timeout_s.

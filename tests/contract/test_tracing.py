@@ -285,6 +285,6 @@ async def test_nothing_is_traced_by_default(start_actor: StartActor) -> None:
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(
-        ConfigError, match=r"tracing: opentelemetry\.sdk\.trace is not installed; install outrider\[otel\]"
+        ConfigError, match=r"tracing: opentelemetry\.sdk\.trace is not installed; pip install -e '\.\[otel\]'"
     ):
         tracing.start("test")

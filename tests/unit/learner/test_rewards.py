@@ -101,7 +101,7 @@ def test_a_module_that_fails_is_one_line(
 def test_math_equal_without_its_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "learner.rewards.math_equal", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ConfigError, match=r"math_equal needs the package math-verify; install outrider\[math\]"):
+    with pytest.raises(ConfigError, match=r"math_equal needs the package math-verify; pip install -e '\.\[math\]'"):
         load_reward("math_equal")
 
 

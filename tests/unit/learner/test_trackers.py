@@ -119,7 +119,7 @@ def test_one_that_does_not_open_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_package_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     check_trackers(())
-    with pytest.raises(ConfigError, match=r"^trackers: wandb is not installed; install outrider\[wandb\]$"):
+    with pytest.raises(ConfigError, match=r"^trackers: wandb is not installed; pip install -e '\.\[wandb\]'$"):
         check_trackers(["wandb"])
 
 
