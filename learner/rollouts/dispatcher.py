@@ -46,7 +46,7 @@ def describe_drop(reason: str, what: str) -> str:
     """One line for the user about the first group that is dropped for a reason."""
     return (
         f"group dropped, {reason}: {' '.join(what.split())}; more of them are only counted (groups_dropped in "
-        'metrics.jsonl). docs/operations.md says under "Dropped groups" what to do'
+        'metrics.jsonl). docs/metrics.md says under "Dropped groups" what to do'
     )
 
 

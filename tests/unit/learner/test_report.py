@@ -1,4 +1,4 @@
-"""What a run says of itself: the same to metrics.jsonl and to Prometheus, and docs/operations.md has every key."""
+"""What a run says of itself: the same to metrics.jsonl and to Prometheus, and docs/metrics.md has every key."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from learner.step import StepStats
 from learner.summary import JsonLines
 from tests.fakes import make_group
 
-OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
+METRICS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 GROUP = dataclasses.replace(
     make_group(0), rewards=np.array([0.25, 0.75], np.float32), reward_parts={"right": (0, 1), "short": (None, 0.5)}
 )
@@ -136,7 +136,7 @@ def test_the_share_of_dropped_groups_is_that_of_the_step_and_shown_unless_small(
 
 def test_the_table_in_the_docs_has_every_key(tmp_path: Path) -> None:
     lines = _report(tmp_path, _metrics())
-    [section] = re.findall(r"^### metrics.jsonl\n(.+?)^###? ", OPERATIONS.read_text(), re.DOTALL | re.MULTILINE)
+    [section] = re.findall(r"^## metrics.jsonl\n(.+?)^## ", METRICS.read_text(), re.DOTALL | re.MULTILINE)
     tables = [
         {key for row in re.findall(r"^\| ([*`].+?) \|", table, re.MULTILINE) for key in re.findall(r"`(.+?)`", row)}
         for table in section.split("\n\n")
