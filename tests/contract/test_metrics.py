@@ -3,6 +3,7 @@
 import asyncio
 import time
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -27,17 +28,18 @@ async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:
     actor = await start_actor(metrics_listen=f"127.0.0.1:{port}", fake={"token_s": 0.0})
     image = png()
     sampling = pb.SamplingParams(n=4, max_tokens=3, ignore_eos=True)
+
+    def ask(item: pb.MediaItem) -> Any:
+        chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=[pb.ChatPart(media_index=0)])])
+        return actor.rollouts.Generate(pb.GenerateRequest(group_id="g", chat=chat, media=[item], sampling=sampling))
+
     for media in (
         pb.MediaItem(modality=pb.MODALITY_IMAGE, encoded=image),
         pb.MediaItem(modality=pb.MODALITY_IMAGE, sha256=content_hash(image)),
     ):
-        message = pb.ChatMessage(role="user", parts=[pb.ChatPart(media_index=0)])
-        chat = pb.ChatPrompt(messages=[message])
-        request = pb.GenerateRequest(group_id="g", chat=chat, media=[media], sampling=sampling)
-        assert [event async for event in actor.rollouts.Generate(request)]
-    request.media[0].sha256 = bytes(32)
+        assert [event async for event in ask(media)]
     with pytest.raises(Exception, match="not stored here"):
-        await actor.rollouts.Generate(request).read()
+        await ask(pb.MediaItem(modality=pb.MODALITY_IMAGE, sha256=bytes(32))).read()
     call = actor.rollouts.Generate(pb.GenerateRequest(group_id="g", text="x", sampling=pb.SamplingParams(n=10**6)))
     with pytest.raises(Exception, match=r"sampling\.n"):
         await call.read()
