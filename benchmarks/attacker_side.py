@@ -6,25 +6,36 @@
 import asyncio
 import itertools
 import sys
+from collections.abc import Iterator
+
+import grpc
 
 from common.client import GrpcClient
 from common.rpc.channel import open_channel
-from tests.hostile.calls import send
+from tests.hostile.calls import BadCall, send
 from tests.hostile.requests import bad_calls
 
 NUM_CALLS = 1000
+AT_ONCE = 8
 VOCAB_SIZE = 320
 
 
 async def main(address: str) -> None:
-    """One call after the other."""
+    """`AT_ONCE` at any time."""
     client = GrpcClient(address)
     limits = (await client.server_info()).limits
     await client.close()
-    calls = list(itertools.islice(bad_calls(0, limits, VOCAB_SIZE), NUM_CALLS))
+    calls = itertools.cycle(list(itertools.islice(bad_calls(0, limits, VOCAB_SIZE), NUM_CALLS)))
     channel = open_channel(address)
     print(f"attacker ready on {address}", flush=True)
-    for call in itertools.cycle(calls):
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.create_task(_send(channel, calls))
+
+
+async def _send(channel: grpc.aio.Channel, calls: Iterator[BadCall]) -> None:
+    """One call after the other, of an iterator that others use too."""
+    for call in calls:
         error = await send(channel, call)
         if not call.is_answered_by(error):
             raise RuntimeError(f"{call.kind} was answered by {error!r}")

@@ -1,6 +1,7 @@
 """`python -m benchmarks.event_loop_stall`: how long the actor's event loop stands still under full load with images.
 
-Groups of 16 completions with an image of their own, more of them at once than vLLM runs; the figures are two metrics of
+Groups of 16 completions with an image of their own, more of them at once than vLLM runs. Of eight, one has an image of
+a MiB, uploaded in chunks, and one has completions that must match a regular expression. The figures are two metrics of
 the minute in which they ran, each as the bound, 10 ms, over it: `stalled`, how long the loop did not turn, and `busy`,
 how long its thread computed meanwhile. The engine has one core, so that it leaves the others to the loop, as it does
 where a GPU generates; this benchmark's own client, which would be another machine, shares that core with it. Whoever
@@ -24,6 +25,9 @@ BOUND_S = 0.010
 GROUPS_AT_ONCE = 64
 GROUP_SIZE = 16
 MAX_TOKENS = 64
+# What every eighth group of a caller is, and every eighth with another remainder.
+KINDS = 8
+LARGE, STRUCTURED = 3, 7
 LOAD_S = 60.0  # what the metrics look back on
 METRICS = {"stalled": "outrider_actor_longest_stall_seconds", "busy": "outrider_actor_longest_busy_seconds"}
 
@@ -70,17 +74,24 @@ async def _load(address: str, seconds: float, turn: int) -> int:
 
 
 async def _ask(client: Any, end: float, caller: int) -> int:
-    from common.types import SamplingParams
+    from benchmarks.group_bytes import noise_png
+    from common.types import Constraint, SamplingParams, StructuredOutput
     from examples.digits import data
     from learner.rollouts.sampler import build_request
     from learner.types import PromptSample
 
     rows, _ = data.split()
     num_groups = 0
+    letters = StructuredOutput(Constraint.REGEX, f"[a-z]{{{MAX_TOKENS}}}")
     while time.monotonic() < end:
-        image = data.png(int(rows[(17 * caller + num_groups) % len(rows)]))
+        kind = (caller + num_groups) % KINDS
+        if kind == LARGE:
+            image = noise_png(2**16 * caller + num_groups)
+        else:
+            image = data.png(int(rows[(17 * caller + num_groups) % len(rows)]))
         sample = PromptSample(num_groups, data.messages(), (image,), "")
-        sampling = SamplingParams(n=GROUP_SIZE, max_tokens=MAX_TOKENS, ignore_eos=True)
+        structure = letters if kind == STRUCTURED else None
+        sampling = SamplingParams(n=GROUP_SIZE, max_tokens=MAX_TOKENS, ignore_eos=True, structured_output=structure)
         await client.generate(build_request(f"{caller}-{num_groups}", sample, sampling), timeout_s=120)
         num_groups += 1
     return num_groups
