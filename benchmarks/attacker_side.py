@@ -1,6 +1,6 @@
 """The one who sends bad calls in `bad_requests`: the thousand of `tests/hostile`, again and again, until it is ended.
 
-`python -m benchmarks.attacker_side HOST:PORT`; each refusal must be the one that the call deserves.
+`python -m benchmarks.attacker_side HOST:PORT CALLS_AT_ONCE`; each refusal must be the one that the call deserves.
 """
 
 import asyncio
@@ -16,12 +16,11 @@ from tests.hostile.calls import BadCall, send
 from tests.hostile.requests import bad_calls
 
 NUM_CALLS = 1000
-AT_ONCE = 8
 VOCAB_SIZE = 320
 
 
-async def main(address: str) -> None:
-    """`AT_ONCE` at any time."""
+async def main(address: str, at_once: int) -> None:
+    """`at_once` at any time."""
     client = GrpcClient(address)
     limits = (await client.server_info()).limits
     await client.close()
@@ -29,7 +28,7 @@ async def main(address: str) -> None:
     channel = open_channel(address)
     print(f"attacker ready on {address}", flush=True)
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(AT_ONCE):
+        for _ in range(at_once):
             tasks.create_task(_send(channel, calls))
 
 
@@ -42,4 +41,4 @@ async def _send(channel: grpc.aio.Channel, calls: Iterator[BadCall]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))

@@ -1,10 +1,10 @@
 """`python -m benchmarks.bad_requests`: what honest callers notice of bad ones.
 
 Ours is the time in which a caller gets a group with an image, one after the other, while another process sends the
-thousand bad calls of `tests/hostile`, eight at once; the peer is the same actor left in peace. The cases are the median
-and the 99th percentile, each as a rate, 1 / seconds: 0.5 says that a group takes twice as long. The actor has the fake
-engine, whose groups take 5.5 ms, so that what is seen is the server's own time; and what the processes of both callers
-take of the machine, where it has no cores to spare.
+thousand bad calls of `tests/hostile`, one after the other too or `--at-once`; the peer is the same actor left in peace.
+The cases are the median and the 99th percentile, each as a rate, 1 / seconds: 0.5 says that a group takes twice as
+long. The actor has the fake engine, whose groups take 5.5 ms, so that what is seen is the server's own time; and what
+the processes of both callers take of the machine, where it has no cores to spare.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main() -> None:
     harness.end_cleanly()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bad_requests")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--at-once", type=int, default=1, help="bad calls at any time")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as name,
@@ -53,7 +54,7 @@ def main() -> None:
             return runner.run(_rates(address, next(turns)))
 
         def under_attack() -> dict[str, float]:
-            with serving("benchmarks.attacker_side", address, log=Path(name) / "attacker.log"):
+            with serving("benchmarks.attacker_side", address, str(options.at_once), log=Path(name) / "attacker.log"):
                 return runner.run(_rates(address, next(turns)))
 
         harness.say("warming up")
