@@ -186,8 +186,8 @@ class Control:
         self._dispatcher.set_version(version)
         self.publish(snapshot)
 
-    def evaluate(self, version: int) -> Evaluation | None:
-        """Accuracy of `version` on the held-out rows; None without any."""
+    def evaluate(self, version: int, is_stopping: Callable[[], bool]) -> Evaluation | None:
+        """Accuracy of `version` on the held-out rows; None without any, or if it `is_stopping` before they are done."""
         if self._held_out is None:
             return None
         settings = self._config.evaluation
@@ -204,7 +204,8 @@ class Control:
                 settings=settings,
                 group_prefix=f"{self.run_id}.held-out.{version}",
                 version=version,
-            )
+            ),
+            is_stopping,
         )
 
     def measured(self, values: Mapping[str, Any]) -> None:
@@ -232,11 +233,14 @@ class Control:
         if not self._thread.is_alive():
             self._loop.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop. Raises what it raises, or what ended the loop before it was done."""
+    def _call(self, coroutine: Coroutine[Any, Any, T], is_stopping: Callable[[], bool]) -> T | None:
+        """Run a coroutine on the loop; None if it `is_stopping` before. Raises what it raises or ended the loop."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         while not future.done():
             concurrent.futures.wait([future], timeout=_LOOK_S)
+            if is_stopping() and not future.done():
+                future.cancel()
+                return None
             if not self._thread.is_alive() and not future.done():
                 self._raise_failure()
                 raise RuntimeError("the control loop has ended")

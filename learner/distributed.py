@@ -77,6 +77,12 @@ class Ranks:
         dist.recv(mine, src=0)
         return mine
 
+    def any(self, flag: bool) -> bool:
+        """Whether any of the ranks, all of which ask, says so."""
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
+
     def broadcast(self, data: bytes | None) -> bytes:
         """Give every rank the bytes that rank 0 has."""
         packed = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data is not None else None

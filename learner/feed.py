@@ -11,8 +11,8 @@ would push slow ones back until they are too stale; the trainer takes what there
 
 import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,6 +29,9 @@ from learner.config import LearnerConfig
 from learner.control import Control
 from learner.ledger import Ledger
 from learner.types import Group
+
+# How often the trainer looks, while it waits, whether the run should end.
+_LOOK_S = 0.2
 
 T = TypeVar("T")
 
@@ -64,25 +67,36 @@ class BatchFeed:
         num_ranks: int,
         placeholder_ids: tuple[int, ...],
         cost: ModelCost,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`placeholder_ids`: what the model cannot sample. `cost`: of its layers, so that ranks get equal work."""
+        """`placeholder_ids`: what the model cannot sample. `cost`: of its layers, so that ranks get equal work.
+
+        Once it `is_stopping`, nobody waits for a batch any more.
+        """
         self._config = config
         self._control = control
         self._ledger = ledger
         self._num_ranks = num_ranks
         self._placeholder_ids = placeholder_ids
         self._cost = cost
+        self._is_stopping = is_stopping
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._asked = -1  # the version for which the trainer waits, or has waited
         self._in_training: frozenset[int] = frozenset()  # sequence numbers
         self._coming: Future[Batch] | None = None
 
-    def next(self, version: int) -> Batch:
-        """Wait for the batch that is trained at `version`; the one after it is begun. The one before is trained."""
+    def next(self, version: int) -> Batch | None:
+        """Wait for the batch that is trained at `version`; the one after it is begun. The one before is trained.
+
+        None: the run is to stop, and the batch was not there yet.
+        """
         self._asked = version
         if self._coming is None:
             self._coming = self._thread.submit(self._make, version)
         self._control.look_again()
+        while not wait([self._coming], timeout=_LOOK_S).done:
+            if self._is_stopping():
+                return None
         batch = self._coming.result()
         self._in_training = frozenset(group.sequence for group in batch.groups)
         self._coming = None

@@ -4,7 +4,8 @@
 
 It starts `local.num_actors` actors and a torchrun learner, each in a session of its own with its log in the run folder.
 An actor that dies is started again. When the learner ends, so do the actors; when the learner is *killed*, the actors
-stay for some minutes, and the same command finds them and resumes at the last checkpoint. Ctrl-C stops everything.
+stay for some minutes, and the same command finds them and resumes at the last checkpoint. Ctrl-C stops everything, the
+learner after its step and with a checkpoint; a second one does so at once.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from common.lifecycle import end_with_parent
+from learner.stopping import STEP_END_S, TORCHRUN_VARIABLE
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
@@ -35,7 +37,7 @@ Every key of the configuration can be given as key.path=value; learner/config.py
 """
 
 _POLL_S = 0.2
-# From Ctrl-C: what is still there after this is killed.
+# From Ctrl-C: what is still there after this is killed, but for a learner that ends its step.
 _STOP_S = 3.0
 
 
@@ -123,7 +125,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
 
     actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=gpus.actors)
     learner: subprocess.Popen[bytes] | None = None
-    was_killed = False
+    was_killed = is_asked = False
     try:
         actors.start()
         learner = _start_learner(config, run_dir, gpus.learner)
@@ -139,15 +141,19 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         was_killed = words is None
         killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
         return _say(*(words or (1, killed)))
+    except KeyboardInterrupt:
+        is_asked = True
+        raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _on_signals(signal.SIG_IGN)
         deadline = time.monotonic() + _STOP_S
         if learner is not None:
             _signal_group(learner.pid, signal.SIGTERM)
         if not was_killed:
             actors.terminate()
         if learner is not None:
+            if is_asked:
+                _wait_for_step(learner)
             _end_learner(learner, deadline)
         if not was_killed:
             actors.end(deadline)
@@ -200,7 +206,24 @@ def learner_environment(config: "LearnerConfig", gpus: "tuple[str, ...] | None" 
     num_used = config.local.num_actors if config.trainer.max_staleness else 0
     num_threads = max(1, (len(os.sched_getaffinity(0)) - num_used) // config.local.num_ranks)
     visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    return {"OMP_NUM_THREADS": str(num_threads), **os.environ, **visible}
+    return {"OMP_NUM_THREADS": str(num_threads), TORCHRUN_VARIABLE: str(STEP_END_S), **os.environ, **visible}
+
+
+def _wait_for_step(learner: subprocess.Popen[bytes]) -> None:
+    """Until it has ended with a checkpoint of its step; not if that takes too long, or another signal insists."""
+    _on_signals(_interrupt)
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        try:
+            learner.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            _say(0, "the learner ends its step and writes a checkpoint; Ctrl-C again does without")
+            learner.wait(STEP_END_S)
+    _on_signals(signal.SIG_IGN)
+
+
+def _on_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _end_learner(learner: subprocess.Popen[bytes], deadline: float) -> None:

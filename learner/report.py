@@ -118,6 +118,10 @@ class Reporter:
         if self._completions is not None:
             self._completions.step(version, groups)
 
+    def note(self, line: str) -> None:
+        """What the user should know."""
+        self._display.note(line)
+
     def phase(self, text: str) -> None:
         """What goes on now."""
         self._display.phase(text)

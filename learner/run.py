@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from common import log as logging
@@ -24,6 +22,7 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
+from learner.stopping import StopRequest
 from learner.summary import JsonLines, format_summary, write_question, write_summary
 from learner.task import check_actors, check_checkpoint, load_task
 from learner.trackers import Trackers, check_trackers
@@ -39,7 +38,8 @@ def run(config: LearnerConfig) -> int:
     check_checkpoint(config.model.path)
     check_actors(config.rollout)
     check_trackers(config.trackers)
-    signal.signal(signal.SIGTERM, _stop)
+    stop = StopRequest()
+    stop.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun does not take its ranks along when it is killed
     with contextlib.ExitStack() as stack:
@@ -56,13 +56,19 @@ def run(config: LearnerConfig) -> int:
         policy = Policy(config, ranks)
         state = policy.restore(run_dir)
         if rows is not None:
-            return _run_rank_zero(config, ranks, policy, run_dir, state, rows)
-        Trainer(config, ranks, policy, run_dir, None).run()
+            return _run_rank_zero(config, ranks, policy, run_dir, state, rows, stop)
+        Trainer(config, ranks, policy, run_dir, None, stop).run()
         return 0
 
 
 def _run_rank_zero(
-    config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, state: dict[str, Any] | None, rows: Rows
+    config: LearnerConfig,
+    ranks: Ranks,
+    policy: Policy,
+    run_dir: Path,
+    state: dict[str, Any] | None,
+    rows: Rows,
+    stop: StopRequest,
 ) -> int:
     """The loop, and everything around it that talks."""
     train, held_out = rows
@@ -98,7 +104,7 @@ def _run_rank_zero(
         stack.callback(control.close)
         control.start()
         reporter = Reporter(display, metrics, progress, [control.measured, trackers.log], completions)
-        export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter)).run()
+        export = Trainer(config, ranks, policy, run_dir, RankZero(control, ledger, reporter), stop).run()
         summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], sampling_params(config))
     write_summary(run_dir, summary)
@@ -128,9 +134,3 @@ def _end_job(run_dir: Path | None, line: str) -> NoReturn:
     if run_dir is not None:
         run_folder.leave_last_words(run_dir, 1, line)
     os._exit(1)
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends the main thread as Ctrl-C does, so that everything is taken apart in order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt

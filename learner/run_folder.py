@@ -63,7 +63,7 @@ _FIXED = {
     "model.lora_adapter_path",
 }
 # As long as Kubernetes lets a pod take to end.
-_GRACE_S = 60.0
+_GRACE_S = 300.0
 _LOOK_S = 0.5
 # Of the keys in which an unfinished run differs.
 _MAX_TOLD_KEYS = 3

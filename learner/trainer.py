@@ -9,6 +9,9 @@
 | collectives of a step | the other ranks |
 | `evaluate` | the held-out completions |
 
+All but the collectives also end when the run is asked to stop (`learner.stopping`). Before each step the ranks agree
+whether one of them was, and then end together, with a checkpoint of the step before.
+
 It never waits for the wire of a weight update: `publish` hands over a copy and returns. With `max_staleness = 0` the
 next batch cannot start before its actors have the new version, so the same loop is then synchronous.
 """
@@ -26,6 +29,7 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Reporter
 from learner.step import StepStats, merge_stats
+from learner.stopping import StopRequest
 
 # Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
@@ -50,14 +54,22 @@ class Trainer:
     """Runs the loop on one rank."""
 
     def __init__(
-        self, config: LearnerConfig, ranks: Ranks, policy: Policy, run_dir: Path, zero: RankZero | None
+        self,
+        config: LearnerConfig,
+        ranks: Ranks,
+        policy: Policy,
+        run_dir: Path,
+        zero: RankZero | None,
+        stop: StopRequest | None = None,
     ) -> None:
-        """`zero` is None on the other ranks."""
+        """`zero` is None on the other ranks. Without `stop` nobody can ask it to."""
         self._config = config
         self._ranks = ranks
         self._policy = policy
         self._run_dir = run_dir
         self._zero = zero
+        self._stop = stop or StopRequest()
+        self._saved_version = policy.version
         self._feed: BatchFeed | None = None
         if zero is not None:
             self._feed = BatchFeed(
@@ -67,13 +79,18 @@ class Trainer:
                 num_ranks=ranks.num_ranks,
                 placeholder_ids=policy.placeholder_ids,
                 cost=policy.cost,
+                is_stopping=self._is_asked_to_stop,
             )
         self._num_skipped = 0
 
     def run(self) -> Path:
-        """Train to the last step; the directory of the final export."""
+        """Train to the last step; the directory of the final export.
+
+        Raises KeyboardInterrupt, with what was trained in a checkpoint, if the run was asked to stop before.
+        """
         try:
-            self._train()
+            with self._stop.heeded():
+                self._train()
             export = self._policy.export(self._run_dir / "export")
         except BaseException:
             with contextlib.suppress(Exception):  # this error is the one to tell
@@ -100,10 +117,12 @@ class Trainer:
             finally:  # an evaluation that fails ends the run, and must not cost its steps
                 if is_last or _is_due(self._policy.version, settings.checkpoint_every):
                     self._checkpoint()
+        self._stop_if_asked()
 
     def _step(self) -> None:
         started_at = time.monotonic()
         batch = self._feed.next(self._policy.version) if self._feed is not None else None
+        self._stop_if_asked()
         wait_s = max(0.0, batch.taken_at - started_at) if batch is not None else 0.0
         updates = self._policy.step(batch.parts if batch is not None else None)
         stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
@@ -153,7 +172,7 @@ class Trainer:
             return
         reporter = self._zero.reporter
         reporter.phase("evaluating")
-        result = self._zero.control.evaluate(self._policy.version)
+        result = self._zero.control.evaluate(self._policy.version, self._is_asked_to_stop)
         if result is not None:
             reporter.accuracy(self._policy.version, result)
         reporter.phase("training")
@@ -163,6 +182,30 @@ class Trainer:
         if self._zero is not None:
             state = {"ledger": self._zero.ledger.to_dict(), "progress": self._zero.reporter.state()}
         self._policy.save(self._run_dir, state)
+        self._saved_version = self._policy.version
+
+    def _is_asked_to_stop(self) -> bool:
+        return self._stop.is_made
+
+    def _stop_if_asked(self) -> None:
+        """Where all ranks are at the same version: end the run if one of them was asked to."""
+        try:
+            if not self._ranks.any(self._stop.is_made):
+                return
+        except RuntimeError:
+            if not self._stop.is_made:
+                raise
+            raise KeyboardInterrupt from None  # torchrun ends this rank because another one has died
+        version = self._policy.version
+        if version > self._saved_version:
+            self._checkpoint()
+        self._policy.finish()
+        if self._zero is not None:
+            saved = f"the checkpoint of step {version} is written; started again, the run goes on from it"
+            self._zero.reporter.note(f"stopping: {saved if version else 'no step has been trained'}")
+        with contextlib.suppress(RuntimeError):  # one that could not write its part says so
+            self._ranks.any(True)  # once one has ended, torchrun ends the others
+        raise KeyboardInterrupt
 
 
 def _is_due(version: int, every: int) -> bool:

@@ -62,6 +62,11 @@ class Launched:
                         found[process.pid] = " ".join(command)
         return found
 
+    def pid_of_rank(self, rank: int) -> int:
+        """Of the learner."""
+        [pid] = [pid for pid in self.left("learner") if psutil.Process(pid).environ().get("RANK") == str(rank)]
+        return pid
+
     def exit_code(self, timeout_s: float) -> int:
         """Wait for the command itself."""
         try:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from examples.digits.model import build_model
@@ -213,7 +212,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named(launch: Launch, tmp_path: Path
     """Rank 0 waits for actors, and the other rank for rank 0; nothing but the watch would end that before hours."""
     launched = launch(SLOW, "local.num_ranks=2", "trainer.rank_timeout_s=5")
     waiting_run(launched, tmp_path / "runs")
-    os.kill(pid_of_rank(launched, 1), signal.SIGSTOP)
+    os.kill(launched.pid_of_rank(1), signal.SIGSTOP)
     assert launched.exit_code(60) == 1
     assert launched.stderr.splitlines() == [
         "outrider: nothing has been heard for 5 s of rank 1: stopped or cut off; "
@@ -222,9 +221,16 @@ def test_a_stopped_rank_ends_the_run_and_is_named(launch: Launch, tmp_path: Path
     assert not launched.left()
 
 
-def pid_of_rank(launched: Launched, rank: int) -> int:
-    [pid] = [pid for pid in launched.left("learner") if psutil.Process(pid).environ().get("RANK") == str(rank)]
-    return pid
+def test_a_second_signal_waits_for_no_learner(launch: Launch, tmp_path: Path) -> None:
+    """The first one gives it time to end its step; one that is stopped takes no signal."""
+    launched = launch(SLOW)
+    waiting_run(launched, tmp_path / "runs")
+    os.kill(launched.pid_of_rank(0), signal.SIGSTOP)
+    launched.process.send_signal(signal.SIGINT)
+    launched.until(lambda: "the learner ends its step and writes a checkpoint" in launched.stderr, 60, "a word")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.exit_code(30) == 130
+    assert not launched.left()
 
 
 @pytest.mark.alone

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -18,25 +19,62 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import yaml
 
 from actor.config import ActorConfig
+from actor.engine import EngineRequest
 from actor.server import ActorServer
+from common.types import Completion, PromptInfo
 from examples.digits.model import build_model
+from learner.checkpoint import latest_checkpoint
 from tests.digits_engine import DigitsEngine, DigitsPrompt
-from tests.launched import read_metrics
+from tests.launched import launching, read_metrics
 
 BATCH = 2
 # Of a learner without a kill, on a busy machine.
 START_S, STEP_S = 100.0, 2.0
+# To end a step with a checkpoint.
+STOP_S = 20.0
+
+
+class Pace:
+    """How many groups an actor may sample; None: any number."""
+
+    def __init__(self, num_groups: int | None = None) -> None:
+        self._num_groups = num_groups
+        self._released = asyncio.Event()
+
+    async def keep(self) -> None:
+        """Wait for the turn of one group."""
+        if self._num_groups is not None:
+            self._num_groups -= 1
+            if self._num_groups < 0:
+                await self._released.wait()
+
+    def release(self) -> None:
+        """From now on any number."""
+        self._num_groups = None
+        self._released.set()
+
+
+class PacedEngine(DigitsEngine):
+    pace: Pace
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[PromptInfo | list[Completion]]:
+        """See `Engine.generate`."""
+        await self.pace.keep()
+        async for part in super().generate(request):
+            yield part
 
 
 @asynccontextmanager
-async def serving(model_dir: Path) -> AsyncIterator[str]:
+async def serving(model_dir: Path, pace: "Pace | None" = None) -> AsyncIterator[str]:
     """An actor in this process; its address."""
     config = ActorConfig.model_validate(
         {"engine": "fake", "fake": {"token_s": 0.0, "first_token_s": 0.0, "vocab_size": 256, "mean_tokens": 3}}
     )
-    engine = DigitsEngine(config.fake, "actor", DigitsPrompt.of(model_dir))
+    engine = PacedEngine(config.fake, "actor", DigitsPrompt.of(model_dir))
+    engine.pace = pace or Pace()
     server = ActorServer(engine, await engine.start(), config, "actor")
     try:
         yield f"127.0.0.1:{await server.start('127.0.0.1:0')}"
@@ -74,7 +112,10 @@ def learn(settings: dict[str, Any], output: Path) -> None:
     from learner.run import run
 
     torch.set_num_threads(1)
-    sys.exit(run(LearnerConfig.model_validate(settings)))
+    try:
+        sys.exit(run(LearnerConfig.model_validate(settings)))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Learner:
@@ -106,6 +147,15 @@ class Learner:
         for task in done:
             task.result()
         return self._process.exitcode is not None
+
+    async def stopped(self) -> str:
+        """Ask it to stop; what it says, once it has ended."""
+        self._process.terminate()
+        async with asyncio.timeout(STOP_S):
+            while self._process.exitcode is None:  # noqa: ASYNC110 - a process has no event
+                await asyncio.sleep(0.02)
+        assert self._process.exitcode == 130, self._output.read_text()[-3000:]
+        return self._output.read_text()
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +231,58 @@ def compare(num_steps: int, model_dir: Path, undisturbed: Path, killed: Path) ->
 
 async def test_some_kills_change_nothing(tmp_path: Path) -> None:
     await check(tmp_path, num_steps=24, kills=4, seed=1)
+
+
+async def test_a_stop_while_no_batch_comes_costs_no_step(tmp_path: Path) -> None:
+    """There is no checkpoint but that of the stop, and of the last step."""
+    num_steps, held_at = 4, 2
+    runs_dir, pace = tmp_path / "runs", Pace(num_groups=held_at * BATCH + 1)
+    model_dir = build_model(tmp_path / "model", seed=0)
+    async with serving(model_dir, pace) as address:
+        configuration = settings(model_dir, runs_dir, address, num_steps)
+        configuration["trainer"]["checkpoint_every"] = 0
+        with Learner(configuration, runs_dir / "output") as learner:
+            await steps_done(runs_dir, held_at)
+            check_stopped_at(held_at, runs_dir, await learner.stopped())
+        pace.release()
+        await run_to_the_end(configuration, 0, seed=0)
+    lines = read_metrics(only_run(runs_dir))
+    assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
+    assert sorted(sequence for line in lines for sequence in line["sequences"]) == list(range(num_steps * BATCH))
+
+
+async def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
+    """A node of torchrun's may be told alone: the signal goes to the rank that talks to nobody."""
+    model_dir = build_model(tmp_path / "model", seed=0)
+    runs_dir, file = tmp_path / "runs", tmp_path / "run.yaml"
+    async with serving(model_dir) as address:
+        configuration = settings(model_dir, runs_dir, address, num_steps=1000)
+        configuration["trainer"]["checkpoint_every"] = 0
+        file.write_text(yaml.safe_dump(configuration))
+        arguments = ("--standalone", "--nproc-per-node", "2", "-m", "learner", "--config", str(file))
+        with launching(tmp_path / "output") as launch:
+            launched = launch(*arguments, module="torch.distributed.run")
+            await steps_done(runs_dir, 2)
+            os.kill(launched.pid_of_rank(1), signal.SIGTERM)
+            await asyncio.to_thread(launched.exit_code, STOP_S)
+            check_stopped_at(last_step(runs_dir), runs_dir, launched.stdout)
+            assert launched.stderr.count("learner: stopped") == 2
+
+
+async def steps_done(runs_dir: Path, step: int) -> None:
+    async with asyncio.timeout(START_S):
+        while last_step(runs_dir) < step:  # noqa: ASYNC110 - it happens in another process
+            await asyncio.sleep(0.02)
+
+
+def last_step(runs_dir: Path) -> int:
+    return max((line["step"] for run_dir in runs_dir.glob("run-*/") for line in read_metrics(run_dir)), default=0)
+
+
+def check_stopped_at(step: int, runs_dir: Path, said: str) -> None:
+    assert f"stopping: the checkpoint of step {step} is written; started again, the run goes on from it" in said
+    assert latest_checkpoint(only_run(runs_dir)) == only_run(runs_dir) / "checkpoints" / f"step-{step:06}"
+    assert last_step(runs_dir) == step
 
 
 @pytest.mark.slow

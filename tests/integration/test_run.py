@@ -88,6 +88,7 @@ def test_kills_of_an_actor_and_of_the_learner_cost_no_group(launch: Launch, tmp_
     assert actor_pids(run_dir) == after
     assert all(is_alive(pid) for pid in after.values())
     check_stops(second, first)
+    assert (run_dir / "checkpoints" / f"step-{last_step_resumed(run_dir):06}").exists()
 
     sequences = trained(run_dir)
     assert len(sequences) == len(set(sequences)) == BATCH * last_step(run_dir)

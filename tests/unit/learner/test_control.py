@@ -1,5 +1,6 @@
 """Rank 0's loop thread, from outside."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable
@@ -54,6 +55,23 @@ def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
     assert line.startswith("group dropped, STEP_SKIPPED: loss or gradient of step 2 was not finite; ")
     reason = {"reason": "STEP_SKIPPED"}
     assert control._metrics.registry.get_sample_value("outrider_learner_dropped_groups_total", reason) == 2
+    control.close()
+
+
+def test_a_stop_waits_for_no_evaluation() -> None:
+    control = make_control()
+    control._fleet._connect = lambda _: FakeActor("127.0.0.1:1").connect()
+    control.start()
+    cancelled = threading.Event()
+
+    async def long() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            cancelled.set()
+
+    assert control._call(long(), lambda: True) is None
+    assert cancelled.wait(10)
     control.close()
 
 

@@ -225,7 +225,7 @@ def test_a_learner_waits_for_the_one_before_it_to_end(
         monkeypatch.setattr("time.sleep", sleep)
         with run_folder.held(_config(tmp_path), "learner") as second:
             assert (second == first) == (not is_finished)
-    assert capsys.readouterr().out == f"another learner is at work in {first}; waiting up to 60 s for its end\n"
+    assert capsys.readouterr().out == f"another learner is at work in {first}; waiting up to 300 s for its end\n"
 
 
 def test_a_learner_waits_for_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Rollouts:
         self.ledger.mark_trained([group.sequence for group in groups])
 
 
-def make_feed(rollouts: Any, **trainer: object) -> BatchFeed:
+def make_feed(rollouts: Any, is_stopping: Callable[[], bool] = lambda: False, **trainer: object) -> BatchFeed:
     config = LearnerConfig.model_validate(
         {
             "model": {"path": "unused"},
@@ -68,7 +68,15 @@ def make_feed(rollouts: Any, **trainer: object) -> BatchFeed:
             "trainer": {"total_steps": TOTAL_STEPS, "batch_prompts": 4, **trainer},
         }
     )
-    return BatchFeed(config, rollouts, rollouts.ledger, num_ranks=1, placeholder_ids=PLACEHOLDERS, cost=ModelCost())
+    return BatchFeed(
+        config,
+        rollouts,
+        rollouts.ledger,
+        num_ranks=1,
+        placeholder_ids=PLACEHOLDERS,
+        cost=ModelCost(),
+        is_stopping=is_stopping,
+    )
 
 
 @pytest.fixture
@@ -77,6 +85,12 @@ def groups(processor: PromptProcessor) -> list[Group]:
         dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, suppressed_token_ids=PLACEHOLDERS))
         for group in mixed_groups(processor)
     ]
+
+
+def batch_of(feed: BatchFeed, version: int) -> Batch:
+    batch = feed.next(version)
+    assert batch is not None
+    return batch
 
 
 def sequences(batch: Batch) -> list[int]:
@@ -88,11 +102,11 @@ async def test_the_next_batch_is_taken_before_it_is_asked_for(processor: PromptP
     rollouts.sample()
     rollouts.sample()
     feed = make_feed(rollouts)
-    first = feed.next(0)
+    first = batch_of(feed, 0)
     assert sequences(first) == [0, 1, 2, 3]
     await until(lambda: rollouts.taken == [0, 1], pause_s=0.001)
     rollouts.finish(first.groups)
-    assert sequences(feed.next(1)) == [4, 5, 6, 7]
+    assert sequences(batch_of(feed, 1)) == [4, 5, 6, 7]
 
 
 def test_a_slow_group_is_not_pushed_back_while_there_is_time(processor: PromptProcessor, groups: list[Group]) -> None:
@@ -100,19 +114,19 @@ def test_a_slow_group_is_not_pushed_back_while_there_is_time(processor: PromptPr
     rollouts = Rollouts(processor, groups)
     rollouts.sample()
     feed = make_feed(rollouts)
-    first = feed.next(0)
+    first = batch_of(feed, 0)
     rollouts.sample(slow=(1,))
     rollouts.sample(slow=(1, 2, 3))  # four are there, of which one was begun after the slow one
     assert rollouts.refused.wait(30)
     assert rollouts.taken == [0]
     rollouts.finish(first.groups)
-    assert sequences(feed.next(1)) == [4, 6, 7, 8]
+    assert sequences(batch_of(feed, 1)) == [4, 6, 7, 8]
 
 
 def test_mini_batches_are_packed_one_by_one(processor: PromptProcessor, groups: list[Group]) -> None:
     rollouts = Rollouts(processor, groups)
     rollouts.sample()
-    batch = make_feed(rollouts, mini_batch_prompts=2).next(0)
+    batch = batch_of(make_feed(rollouts, mini_batch_prompts=2), 0)
     assert [[group.sequence for group in mini_batch] for mini_batch in batch.mini_batches] == [[0, 1], [2, 3]]
     values: list[FloatArray] = centred(groups)
     for i, (part,) in enumerate(batch.parts):
@@ -147,3 +161,9 @@ def test_what_breaks_the_rollouts_is_raised_when_its_batch_is_asked_for(
     feed.next(0)
     with pytest.raises(RuntimeError, match="all actors are gone"):
         feed.next(1)
+
+
+def test_nobody_waits_for_a_batch_once_the_run_stops(processor: PromptProcessor, groups: list[Group]) -> None:
+    rollouts = Rollouts(processor, groups)
+    rollouts.sample(slow=(1,))
+    assert make_feed(rollouts, is_stopping=lambda: True).next(0) is None

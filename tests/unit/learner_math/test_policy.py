@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import dataclasses
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -30,6 +32,7 @@ from learner.model.parts import vision_parts
 from learner.policy import Policy
 from learner.report import Progress, Reporter
 from learner.step import merge_stats
+from learner.stopping import StopRequest
 from learner.summary import Summary
 from learner.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
@@ -271,6 +274,41 @@ def test_actors_that_compute_another_model_end_the_run(
         with join_ranks("cpu") as ranks, outcome:
             zero = RankZero(control, Ledger(0, 4), MagicMock(**{"state.return_value": {}}))
             Trainer(config, ranks, Policy(config, ranks), tmp_path, zero).run()
+
+
+def test_a_stop_ends_an_evaluation_and_costs_no_step(
+    tmp_path: Path, model_dir: Path, processor: PromptProcessor
+) -> None:
+    """That of the first policy, and that of the last, which the resumed run makes up for."""
+    config, control = one_step(model_dir, processor)
+
+    def train(stops_at: int | None) -> Reporter:
+        """From the checkpoint, if there is one."""
+        policy = Policy(config, ranks)
+        state = policy.restore(tmp_path) or {"progress": {}}
+        reporter = Reporter(MagicMock(), MagicMock(), Progress(**state["progress"]))
+        stop = StopRequest()
+
+        def evaluate(version: int, is_stopping: Callable[[], bool]) -> Evaluation | None:
+            if version == stops_at:
+                stop._signalled(signal.SIGTERM, None)
+            return None if is_stopping() else Evaluation(version / 2, 8, 4.0)
+
+        control.evaluate = evaluate
+        ends = pytest.raises(KeyboardInterrupt) if stops_at is not None else contextlib.nullcontext()
+        with ends:
+            Trainer(config, ranks, policy, tmp_path, RankZero(control, Ledger(0, 4), reporter), stop).run()
+        return reporter
+
+    with join_ranks("cpu") as ranks:
+        train(stops_at=0)
+        assert latest_checkpoint(tmp_path) is None
+        assert train(stops_at=1).evaluated_version == 0
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+        assert not (tmp_path / "export").exists()
+        assert train(stops_at=None).evaluated_version == 1
+    assert control.finish_step.call_count == 1
+    assert (tmp_path / "export").exists()
 
 
 def test_an_evaluation_that_fails_costs_no_checkpoint(

@@ -1,0 +1,57 @@
+"""How a run is asked to stop: the first SIGTERM or Ctrl-C asks for the end of the step, the next one insists."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+# What ranks get for it, before they are killed.
+STEP_END_S = 270
+# Where torchrun has that from, if it is new enough; others give 30 s.
+TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# torchrun passes on what a scheduler may have sent to every process: two signals within this time are one.
+_SAME_S = 1.0
+
+
+class StopRequest:
+    """What a rank's signals have asked for. Main thread only, but for `is_made`."""
+
+    def __init__(self) -> None:
+        self._made_at: float | None = None
+        self._is_heeded = False
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the run should end after this step."""
+        return self._made_at is not None
+
+    def install(self) -> None:
+        """Take over both signals. Outside of `heeded` they raise KeyboardInterrupt."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """While the block runs the first signal only makes the request: the block looks for it, and ends by itself.
+
+        Raises KeyboardInterrupt after a block that has ended well without having seen it.
+        """
+        self._is_heeded = True
+        try:
+            yield
+        finally:
+            self._is_heeded = False
+            if self.is_made:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.is_made:
+            raise KeyboardInterrupt
+
+    def _signalled(self, _number: int, _frame: FrameType | None) -> None:
+        """A rank is ended as by Ctrl-C, so that everything is taken apart in order."""
+        now = time.monotonic()
+        if self._is_heeded and self._made_at is None:
+            self._made_at = now
+        elif self._made_at is None or now - self._made_at > _SAME_S:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise KeyboardInterrupt

@@ -1,0 +1,66 @@
+"""What the signals of a rank do, by raising them."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from learner.stopping import StopRequest
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    request = StopRequest()
+    request.install()
+    yield request
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_the_loop_a_signal_ends_the_run_at_once(stop: StopRequest, number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert not stop.is_made
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_the_loop_the_first_signal_asks_and_the_second_insists(
+    stop: StopRequest, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([100.0, 100.9, 101.1])  # the second one is the first, passed on
+    monkeypatch.setattr("learner.stopping.time.monotonic", lambda: next(times))
+    seen = []
+
+    def loop() -> None:
+        for _ in range(3):
+            signal.raise_signal(number)
+            seen.append(stop.is_made)
+
+    with pytest.raises(KeyboardInterrupt), stop.heeded():
+        loop()
+    assert seen == [True, True]
+
+
+def test_a_request_that_the_loop_has_not_seen_ends_the_run_after_it(stop: StopRequest) -> None:
+    seen = []
+
+    def loop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        seen.append(stop.is_made)
+
+    with pytest.raises(KeyboardInterrupt), stop.heeded():
+        loop()
+    assert seen == [True]
+
+
+def test_what_ends_the_loop_is_told(stop: StopRequest) -> None:
+    def loop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), stop.heeded():
+        loop()
