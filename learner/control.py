@@ -151,19 +151,22 @@ class Control:
         """Wait for the groups of one step, see `GroupBuffer.take`. Raises what broke the rollouts."""
         trainer = self._config.trainer
         try:
-            return self._buffer.take(
+            groups = self._buffer.take(
                 trainer.batch_prompts, version=version, max_staleness=trainer.max_staleness, accept=accept
             )
         except BufferClosed:
             self._raise_failure()
             raise
+        self._metrics.waiting.end(version)
+        return groups
 
-    def look_again(self) -> None:
-        """`take_batch` asks `accept` again."""
+    def wait_for(self, version: int) -> None:
+        """The trainer has nothing to do until `take_batch` of this version returns, which asks `accept` again."""
+        self._metrics.waiting.begin(version)
         self._buffer.look_again()
 
     def finish_step(
-        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group], wait_s: float
+        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group]
     ) -> None:
         """These groups gave `version`: no resumed run trains them again, and generation may go on.
 
@@ -172,9 +175,8 @@ class Control:
             version: that the step led to.
             snapshot: of that version.
             skipped: those whose gradient was not finite. Nothing was learned from them; they are counted as dropped.
-            wait_s: how long the trainer had to wait for them.
         """
-        self._metrics.trained(groups, version, wait_s)
+        self._metrics.trained(groups, version)
         dropped = {group.sequence for group in skipped}
         for sequence in dropped:
             self._ledger.mark_dropped(sequence, SKIPPED)

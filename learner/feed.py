@@ -93,7 +93,7 @@ class BatchFeed:
         self._asked = version
         if self._coming is None:
             self._coming = self._thread.submit(self._make, version)
-        self._control.look_again()
+        self._control.wait_for(version)
         while not wait([self._coming], timeout=_LOOK_S).done:
             if self._is_stopping():
                 return None

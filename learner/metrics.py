@@ -2,7 +2,10 @@
 
 | metric | type | what |
 |---|---|---|
-| `outrider_learner_batch_wait_seconds` | histogram | how long the trainer starved for a batch |
+| `outrider_learner_waiting_seconds_total` | counter | of the trainer without groups; a wait under way counts |
+| `outrider_learner_step_seconds` | gauge | `step_s` of the last step in `metrics.jsonl` |
+| `outrider_learner_step_tokens` | gauge | its `num_tokens` |
+| `outrider_learner_completions_per_second` | gauge | its `completions_per_s` |
 | `outrider_learner_group_staleness` | histogram | versions that a trained group was behind |
 | `outrider_learner_policy_version` | gauge | optimizer steps taken |
 | `outrider_learner_actors` | gauge by `state` | actors in each state, `unreachable` too |
@@ -16,9 +19,11 @@
 | `outrider_learner_update_failures_total` | counter | weight updates that failed |
 
 Beside these, gauges of the last values in `metrics.jsonl` under their names there, as `outrider_learner_reward`: the
-keys of `_MEASURED`, and `reward_parts` by `name`. One that was not measured is not shown.
+other keys of `_MEASURED`, and `reward_parts` by `name`. One that was not measured is not shown.
 """
 
+import threading
+import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,8 +52,16 @@ _MEASURED = {
     "mismatch_kl": "Estimate of KL(actor || learner) over the last step's tokens.",
     "entropy": "Mean entropy of the last step's tokens, in nats.",
     "parity_max_abs_diff": "Largest logprob difference of actor and learner where the current policy sampled.",
+    "step_s": "Seconds from the end of the step before the last one to its own.",
+    "completions_per_s": "Completions of the last step, divided by its seconds.",
+    "num_tokens": "Tokens of the completions of the last step.",
 }
-
+# The others have the names of their keys.
+_NAMES = {
+    "step_s": "step_seconds",
+    "completions_per_s": "completions_per_second",
+    "num_tokens": "step_tokens",
+}
 
 _PARTS = "reward_parts"
 
@@ -66,7 +79,6 @@ class LearnerMetrics:
     ) -> None:
         """`version`: with which this process begins."""
         self.registry = CollectorRegistry()
-        self._wait_s = self._histogram("batch_wait_seconds", "How long the trainer starved for a batch.", _SECONDS)
         self._staleness = self._histogram("group_staleness", "Versions that a trained group was behind.", _VERSIONS)
         self._stage_s = self._histogram("update_stage_seconds", "Until all actors had staged an update.", _SECONDS)
         self._pause_s = self._histogram("update_pause_seconds", "Longest pause of generation of an update.", _SECONDS)
@@ -75,12 +87,12 @@ class LearnerMetrics:
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)
         self._measured: dict[str, Any] = {}
-        self.registry.register(_Asked(members, stats, num_buffered, self._measured))
+        self.waiting = Waiting()
+        self.registry.register(_Asked(members, stats, num_buffered, self._measured, self.waiting))
 
-    def trained(self, groups: Sequence[Group], version: int, wait_s: float) -> None:
-        """The step that led to `version` is done; the trainer had waited for its groups."""
+    def trained(self, groups: Sequence[Group], version: int) -> None:
+        """The step that led to `version` is done."""
         self._version.set(version)
-        self._wait_s.observe(wait_s)
         for group in groups:
             self._staleness.observe(version - 1 - group.oldest_version)
 
@@ -105,6 +117,35 @@ class LearnerMetrics:
         return Histogram(f"{_PREFIX}{name}", text, buckets=buckets, registry=self.registry)
 
 
+class Waiting:
+    """Seconds that the trainer has waited for groups. Thread-safe; what it says never falls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._past_s = 0.0
+        self._since: float | None = None
+        self._version = -1  # the last one whose groups have come
+
+    def begin(self, version: int) -> None:
+        """The trainer has nothing to do until the groups of this version come, if they have not."""
+        with self._lock:
+            if version > self._version:
+                self._since = time.monotonic()
+
+    def end(self, version: int) -> None:
+        """The groups of this version have come, whether the trainer waits for them or not yet."""
+        with self._lock:
+            self._past_s, self._since, self._version = self._total_s(), None, version
+
+    def total_s(self) -> float:
+        """Until now."""
+        with self._lock:
+            return self._total_s()
+
+    def _total_s(self) -> float:
+        return self._past_s + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+
 class _Asked(Collector):
     """What others count already."""
 
@@ -114,7 +155,9 @@ class _Asked(Collector):
         stats: Callable[[], DispatchStats],
         num_buffered: Callable[[], int],
         measured: Mapping[str, Any],
+        waiting: Waiting,
     ) -> None:
+        self._waiting = waiting
         self._members = members
         self._stats = stats
         self._num_buffered = num_buffered
@@ -128,12 +171,14 @@ class _Asked(Collector):
             actors.add_metric([state], number)
         yield actors
         for key, text in _MEASURED.items():
-            yield GaugeMetricFamily(f"{_PREFIX}{key}", text, self._measured.get(key))
+            yield GaugeMetricFamily(f"{_PREFIX}{_NAMES.get(key, key)}", text, self._measured.get(key))
         parts = GaugeMetricFamily(f"{_PREFIX}{_PARTS}", "Mean of a reward function in the last step.", labels=["name"])
         for name, value in self._measured.get(_PARTS, {}).items():
             if value is not None:
                 parts.add_metric([name], value)
         yield parts
+        waited_s = self._waiting.total_s()
+        yield CounterMetricFamily(f"{_PREFIX}waiting_seconds", "Of the trainer without groups, until now.", waited_s)
         stats = self._stats()
         yield GaugeMetricFamily(f"{_PREFIX}running_groups", "Groups being sampled.", stats.running)
         yield GaugeMetricFamily(f"{_PREFIX}buffered_groups", "Groups that wait for the trainer.", self._num_buffered())

@@ -135,7 +135,7 @@ class Trainer:
                 if all(update.skipped for update in of_mini_batch)
                 for group in mini_batch
             ]
-            control.finish_step(batch.groups, self._policy.version, snapshot, skipped=skipped, wait_s=wait_s)
+            control.finish_step(batch.groups, self._policy.version, snapshot, skipped=skipped)
             self._zero.reporter.step(self._policy.version, batch.groups, stats, control.stats(), wait_s=wait_s)
         self._stop_if_wrong(stats)
 

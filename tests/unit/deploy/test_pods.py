@@ -200,7 +200,8 @@ def test_dashboard_alerts_and_autoscalers_ask_for_metrics_that_exist(metric_name
     [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     rule = (K8S / "components" / "hpa" / "kustomization.yaml").read_text()
     assert f"name: {{as: {metric['external']['metric']['name']}}}" in rule
-    assert set(re.findall(r"outrider_learner_batch\w+", rule)) <= metric_names
+    [asked_by_adapter] = set(re.findall(r"outrider_learner_\w+_total", rule))
+    assert asked_by_adapter in metric_names
     [trigger] = find(render("gpu", "keda"), "ScaledObject")["spec"]["triggers"]
     assert set(re.findall(r"outrider_\w+", trigger["metadata"]["query"])) <= metric_names
 

@@ -2,6 +2,8 @@
 
 import urllib.request
 
+import pytest
+
 from common.metrics import serve_metrics
 from common.types import ActorState
 from learner.metrics import LearnerMetrics
@@ -25,7 +27,7 @@ def make_metrics() -> LearnerMetrics:
 
 def test_values() -> None:
     metrics = make_metrics()
-    metrics.trained([make_group(0, version=4), make_group(1, version=6)], 7, wait_s=1.5)
+    metrics.trained([make_group(0, version=4), make_group(1, version=6)], 7)
     metrics.updated(UpdateTimes(stage_s=2.0, pause_s=0.25))
     metrics.update_failed()
     metrics.fleet_event(FleetEvent("left", "a", "a#1", None, "reset"))
@@ -34,7 +36,6 @@ def test_values() -> None:
         return metrics.registry.get_sample_value(f"outrider_learner_{name}", labels)
 
     assert value("policy_version") == 7
-    assert value("batch_wait_seconds_sum") == 1.5
     assert (value("group_staleness_sum"), value("group_staleness_count")) == (2, 2)
     assert (value("update_stage_seconds_sum"), value("update_pause_seconds_sum")) == (2.0, 0.25)
     assert value("update_failures_total") == 1
@@ -43,6 +44,31 @@ def test_values() -> None:
     assert (value("running_groups"), value("buffered_groups")) == (3, 5)
     assert value("dropped_groups_total", reason="STALE") == 4
     assert value("retries_total", reason="HUNG") == 2
+
+
+def test_the_share_of_time_that_the_trainer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own; a wait under way counts, and groups that come before the trainer asks are none."""
+    now = 100.0
+    monkeypatch.setattr("learner.metrics.time.monotonic", lambda: now)
+    metrics = make_metrics()
+
+    def waited_s() -> float | None:
+        return metrics.registry.get_sample_value("outrider_learner_waiting_seconds_total")
+
+    assert waited_s() == 0
+    metrics.waiting.begin(3)
+    now = 700.0
+    assert waited_s() == 600
+    metrics.waiting.end(3)
+    metrics.waiting.end(4)
+    metrics.waiting.begin(4)
+    now = 900.0
+    assert waited_s() == 600
+    metrics.waiting.begin(5)
+    now = 901.5
+    metrics.waiting.end(5)
+    now = 1000.0
+    assert waited_s() == 601.5
 
 
 def test_over_http() -> None:

@@ -73,6 +73,9 @@ def test_prometheus_shows_what_is_watched_of_both_lines(tmp_path: Path) -> None:
     }
     watched |= {"reward_std", "uniform_fraction", "truncated_fraction"}
     assert _shown(metrics, line) == {key: line[key] for key in watched}
+    names = {"step_s": "step_seconds", "completions_per_s": "completions_per_second", "num_tokens": "step_tokens"}
+    for key, name in names.items():
+        assert metrics.registry.get_sample_value(f"outrider_learner_{name}") == line[key]
     right = metrics.registry.get_sample_value("outrider_learner_reward_parts", {"name": "right"})
     assert right == line["reward_parts"]["right"] == 0.5
     assert (line["reward"], line["accuracy"], line["loss"], line["grad_norm"]) == (0.5, 0.625, 1.0, 2.0)

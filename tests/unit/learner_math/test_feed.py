@@ -53,7 +53,7 @@ class Rollouts:
         self.taken.append(version)
         return groups
 
-    def look_again(self) -> None:
+    def wait_for(self, _version: int) -> None:
         self._buffer.look_again()
 
     def finish(self, groups: Sequence[Group]) -> None:
