@@ -159,5 +159,5 @@ def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(control._dispatcher._processor, "process", broken_row)
     control.start()
     with pytest.raises(ConfigError, match=r"row 7: images\[0\] is too large"):
-        control.evaluate(5)
+        control.evaluate(5, lambda: False)
     control.close()
