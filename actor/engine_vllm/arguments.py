@@ -38,7 +38,7 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
     os.environ[ACTOR_VARIABLE] = str(os.getpid())
     register()
     own = _own_arguments(model, config, is_cpu=current_platform.is_cpu())
-    check_extra(config.extra, own)
+    check_extra(config.extra, own, takes_updates=takes_updates)
     with refused_settings(config.extra):
         arguments = AsyncEngineArgs(**own, **config.extra)
         model_config = arguments.create_model_config()

@@ -14,10 +14,13 @@ from common.config import ConfigError
 
 # vLLM's reasons can name all that it knows instead.
 _MAX_CHARACTERS = 300
+_STORES = ("kv_transfer_config", "kv_offloading_size", "ec_transfer_config")
 
 
-def check_extra(extra: Collection[str], own: Collection[str]) -> None:
-    """Raises ConfigError for a key of `vllm.extra` that is not vLLM's, or that the actor sets (`own`)."""
+def check_extra(extra: Collection[str], own: Collection[str], *, takes_updates: bool) -> None:
+    """Raises ConfigError for a key of `vllm.extra` that is not vLLM's, or that the actor sets (`own`), or that does not
+    go with updates.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - set(own)
@@ -30,6 +33,11 @@ def check_extra(extra: Collection[str], own: Collection[str]) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "give a field of AsyncEngineArgs"
             raise ConfigError(f"vllm.extra.{key}: vLLM has no such argument; {hint}")
+        if takes_updates and key in _STORES:
+            raise ConfigError(
+                f"vllm.extra.{key}: what is stored there would outlive an update of the weights; leave it out, or "
+                "serve one checkpoint with --standalone"
+            )
 
 
 @contextlib.contextmanager

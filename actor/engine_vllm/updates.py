@@ -71,7 +71,8 @@ class VllmUpdates:
             await engine.update_weights(WeightTransferUpdateRequest({"policy_version": policy_version}))
             await engine.finish_weight_update(weight_version=str(policy_version))
             # Keys and values of requests in flight were computed by the old weights: they are computed again.
-            await engine.reset_prefix_cache(reset_running_requests=True)
+            if not await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+                raise RuntimeError("caches of the engine still hold keys and values of the old weights")
             if manifest.updates_vision:
                 await engine.reset_encoder_cache()
             self._adapters.commit(manifest)

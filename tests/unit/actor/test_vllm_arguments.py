@@ -74,6 +74,9 @@ def test_more_arguments_are_passed_on(model: Path) -> None:
             "vllm.extra.kv_cache_dtyp: vLLM has no such argument; did you mean kv_cache_dtype?",
         ),
         ("extra.x=1", "vllm.extra.x: vLLM has no such argument; give a field of AsyncEngineArgs"),
+        ("extra.kv_offloading_size=8", "vllm.extra.kv_offloading_size: what is stored there would outlive an update"),
+        ("extra.kv_transfer_config={}", "vllm.extra.kv_transfer_config: what is stored there would outlive an update"),
+        ("extra.ec_transfer_config={}", "vllm.extra.ec_transfer_config: what is stored there would outlive an update"),
         ("extra.quantization=foo", "vllm.extra.quantization: Unknown quantization method: foo"),
         ("extra.mm_encoder_tp_mode=foo", "vllm.extra.mm_encoder_tp_mode: Input should be 'weights'"),
         ("max_model_len=10000000", "vllm.max_model_len: User-specified max_model_len (10000000) is greater than"),
@@ -86,6 +89,11 @@ def test_what_vllm_refuses_is_one_line_with_the_key(model: Path, override: str, 
         _config(model, f"vllm.{override}")
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
+
+
+def test_an_actor_without_updates_may_keep_its_cache_elsewhere(model: Path) -> None:
+    made = engine_config(model, VllmConfig(extra={"kv_offloading_size": 0.5}), takes_updates=False)
+    assert made.cache_config.kv_offloading_size == 0.5
 
 
 def test_a_model_that_vllm_does_not_know_is_one_line(model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Errors of the workers of a vLLM engine, without vLLM."""
+"""Updates of a vLLM engine, with engines that are made up."""
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -44,3 +45,20 @@ async def test_what_a_worker_reports(report: dict[str, Any], expected: OutriderE
     with pytest.raises(type(expected)) as raised:
         await updates.stage(Manifest(1, (), (), updates_vision=False), 1.0)
     assert (type(raised.value), str(raised.value)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+async def test_no_keys_of_the_old_weights_are_left_in_any_cache(is_reset: bool) -> None:
+    """Not in one outside the engine either; and if one keeps them, no policy is served."""
+    engine: Any = AsyncMock()
+    engine.collective_rpc.return_value = [{"done": True, "error": None, "field": None, "result": ()}]
+    engine.reset_prefix_cache.return_value = is_reset
+    updates = VllmUpdates(lambda: engine, Adapters("model", 0, 0))
+    await updates.stage(Manifest(1, (), (), updates_vision=False), 1.0)
+    if is_reset:
+        await updates.commit(1)
+    else:
+        with pytest.raises(RuntimeError, match="still hold keys and values of the old weights"):
+            await updates.commit(1)
+    engine.reset_prefix_cache.assert_awaited_once_with(reset_running_requests=True, reset_connector=True)
+    assert engine.resume_generation.await_count == is_reset
