@@ -42,6 +42,11 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
     with refused_settings(config.extra):
         arguments = AsyncEngineArgs(**own, **config.extra)
         model_config = arguments.create_model_config()
+        if takes_updates and model_config.model_arch_config.quantization_config is not None:
+            raise ConfigError(
+                "model: the checkpoint is quantized, and updates would come without its scales; start from the "
+                "unquantized checkpoint with vllm.extra.quantization"
+            )
         if current_platform.is_cpu():
             _check_cpu(model_config, config)
         elif takes_updates:

@@ -72,14 +72,30 @@ class ReloadedModel:
         self._tensors.clear()
 
     def swap(self) -> None:
-        """Load them. vLLM has packed its parameters; this gives each layer its loadable form back, layer by layer."""
+        """Load them. vLLM has packed its parameters; this gives each layer its loadable form back, layer by layer.
+
+        Raises ValueError for a layer of which a tensor has not come: vLLM would leave in it what the memory held.
+        """
         on_cpu = CpuReload()
         on_cpu.begin(self._model)
         initialize_layerwise_reload(self._model)
         with torch.no_grad():
             self._model.load_weights(iter(self._tensors))
+        for layer in self._model.modules():
+            _check_reloaded(layer)
         finalize_layerwise_reload(self._model, self._config.model_config)
         on_cpu.end(self._model)
+
+
+def _check_reloaded(layer: nn.Module) -> None:
+    info = get_layerwise_info(layer)
+    came = {name for name, _ in info.loaded_weights}
+    if not came or is_deferred_attention_layer(layer):  # vLLM goes back to what was live, or to defaults
+        return
+    kept = came | info.kernel_non_persistent_buffers
+    missing = [name for name, tensor in get_layer_tensors(layer).items() if tensor.is_meta and name not in kept]
+    if missing:
+        raise ValueError(f"{type(layer).__name__}: nothing has come for {', '.join(sorted(missing))}")
 
 
 class ShadowModel:

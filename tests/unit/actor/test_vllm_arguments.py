@@ -96,6 +96,15 @@ def test_an_actor_without_updates_may_keep_its_cache_elsewhere(model: Path) -> N
     assert made.cache_config.kv_offloading_size == 0.5
 
 
+def test_updates_do_not_go_into_a_quantized_checkpoint(model: Path, tmp_path: Path) -> None:
+    quantized = shutil.copytree(model, tmp_path / "quantized")
+    config = json.loads((model / "config.json").read_text())
+    scales = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": scales}))
+    with pytest.raises(ConfigError, match=r"^model: the checkpoint is quantized, .* with vllm\.extra\.quantization$"):
+        _config(quantized)
+
+
 def test_a_model_that_vllm_does_not_know_is_one_line(model: Path, tmp_path: Path) -> None:
     unknown = shutil.copytree(model, tmp_path / "unknown")
     config = json.loads((model / "config.json").read_text())

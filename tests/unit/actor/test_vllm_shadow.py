@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from actor.engine_vllm.shadow import ShadowModel
+from actor.engine_vllm.shadow import ReloadedModel, ShadowModel
 
 
 class Model(nn.Module):
@@ -76,6 +77,29 @@ def test_an_update_that_is_discarded_gives_its_memory_back() -> None:
         del half
         shadow.discard()
         assert [tensor() for tensor in tensors] == [None] * 2
+
+
+def test_a_reloaded_layer_does_not_go_live_with_tensors_that_nothing_came_for() -> None:
+    """vLLM would leave in them what the memory held."""
+    model = Model()
+    model.plain.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    record_metadata_for_reloading(model)
+    reloaded = ReloadedModel(model, VllmConfig())
+    reloaded.add([("plain.weight", torch.rand(2, 3)), ("doubled.weight", torch.rand(4))])
+    reloaded.finish()
+    with pytest.raises(ValueError, match="Linear: nothing has come for scale"):
+        reloaded.swap()
+
+
+def test_a_reloaded_layer_keeps_a_part_that_vllm_leaves_in_place() -> None:
+    model = Model()
+    record_metadata_for_reloading(model)
+    bias, weight = model.plain.bias.detach().clone(), torch.rand(2, 3)
+    reloaded = ReloadedModel(model, VllmConfig())
+    reloaded.add([("plain.weight", weight)])
+    reloaded.swap()
+    torch.testing.assert_close((model.plain.weight, model.plain.bias), (weight, bias), rtol=0, atol=0)
+    torch.testing.assert_close(model.doubled.weight, torch.zeros(4), rtol=0, atol=0)
 
 
 @contextmanager
