@@ -61,8 +61,8 @@ class PolicyState:
         self._retired_runs: deque[str] = deque(maxlen=_RUNS_REMEMBERED)
         self._lock = asyncio.Lock()
         self._running: asyncio.Task[Any] | None = None  # what may be interrupted
+        # The last one asked for, also when it is done; None once something else has been staged.
         self._commit: tuple[tuple[str, int, int], asyncio.Task[float]] | None = None
-        self._committed = ("", 0, -1)
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -154,6 +154,7 @@ class PolicyState:
                     "manifest.policy_version", f"is {version}; {self.policy_version} is served already"
                 )
             self.staged_version = -1
+            self._commit = None
             checksums = await self._interruptible(self._engine.stage(manifest, timeout_s), timeout_s)
             expected = tuple(bucket.xxh3 for bucket in manifest.buckets)
             if checksums != expected:
@@ -166,16 +167,15 @@ class PolicyState:
     async def commit(self, run_id: str, epoch: int, policy_version: int, timeout_s: float) -> float:
         """Make the staged version live; seconds that generation stood still.
 
-        Idempotent: a second call for the same version waits for the first, or answers 0 after it. Raises StaleEpoch,
-        NotStaged, StageTimeout (the commit itself goes on), Draining or EngineDead.
+        Idempotent: a second call for what was staged once waits for the first, and answers as it did. Raises
+        StaleEpoch, NotStaged, StageTimeout (the commit itself goes on), Draining or EngineDead.
         """
         self._fence(run_id, epoch)
-        if self._committed == (run_id, epoch, policy_version):
-            return 0.0
-        if self._commit is None or self._commit[0] != (run_id, epoch, policy_version):
-            task = asyncio.create_task(self._do_commit(run_id, epoch, policy_version))
-            task.add_done_callback(self._commit_done)
-            self._commit = ((run_id, epoch, policy_version), task)
+        key = (run_id, epoch, policy_version)
+        if self._commit is None or self._commit[0] != key or _has_failed(self._commit[1]):
+            task = asyncio.create_task(self._do_commit(*key))
+            task.add_done_callback(_look_at)
+            self._commit = (key, task)
         try:
             return await asyncio.wait_for(asyncio.shield(self._commit[1]), timeout_s)
         except TimeoutError:
@@ -203,8 +203,6 @@ class PolicyState:
             self.staged_version = -1
             try:
                 pause_s = await self._engine.commit(policy_version)
-            except NotStaged:
-                raise
             except Exception:
                 # Half of the weights may be new: nobody may be told that this is a policy.
                 self.fail()
@@ -212,16 +210,10 @@ class PolicyState:
             self.on_pause(pause_s)
             self.policy_version = policy_version
             self._fence_run(run_id)  # a new one may have come meanwhile: it must not be served these
-            self._committed = (run_id, epoch, policy_version)
             log.info("serving", policy_version=policy_version, pause_s=round(pause_s, 4))
             if self.state is ActorState.PENDING_WEIGHTS:
                 self._become(ActorState.SERVING)
             return pause_s
-
-    def _commit_done(self, task: asyncio.Task[float]) -> None:
-        if self._commit is not None and self._commit[1] is task:
-            self._commit = None
-        _look_at(task)
 
     async def _interruptible(self, operation: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Run one operation of the engine; whatever ends it early also ends the epoch here."""
@@ -276,3 +268,7 @@ def _look_at(task: "asyncio.Task[Any]") -> None:
     """Its error counts as seen, also when every caller has left."""
     if not task.cancelled():
         task.exception()
+
+
+def _has_failed(task: "asyncio.Task[Any]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

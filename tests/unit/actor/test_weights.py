@@ -251,9 +251,25 @@ async def test_a_commit_outlives_its_caller_and_can_be_asked_for_again(
     engine.hold["commit"].set()
     assert await second == 0.5
     await abort
-    assert await policy.commit("a", 1, 1, 5) == 0.0
+    assert await policy.commit("a", 1, 1, 5) == 0.5
     assert (policy.state, policy.policy_version) == (ActorState.SERVING, 1)
     assert engine.calls.count("commit 1") == 1
+
+
+async def test_a_version_that_is_staged_again_goes_live_again(engine: ScriptedEngine, policy: PolicyState) -> None:
+    await _serve(policy, 1)
+    await policy.stage("a", 1, manifest(1), 5)
+    assert await policy.commit("a", 1, 1, 5) == 0.5
+    assert engine.calls.count("commit 1") == 2
+    assert policy.staged_version == -1
+
+
+async def test_a_commit_that_failed_can_be_asked_for_again(policy: PolicyState) -> None:
+    await policy.open_epoch(spec())
+    with pytest.raises(NotStaged):
+        await policy.commit("a", 1, 1, 5)
+    await policy.stage("a", 1, manifest(1), 5)
+    assert await policy.commit("a", 1, 1, 5) == 0.5
 
 
 async def test_a_commit_that_a_new_run_overtakes_serves_nobody(engine: ScriptedEngine, policy: PolicyState) -> None:
