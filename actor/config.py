@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from common.config import Config, ConfigError
+from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES
 from common.types import ServerLimits
 
 # Limits that no single request can keep to, and so are no part of `ServerLimits`.
@@ -20,7 +21,7 @@ class LimitsConfig(Config):
     max_media_bytes: int = Field(32 * 2**20, ge=1)
     # Of an image, or of all frames of a video together.
     max_media_pixels: int = Field(16 * 2**20, ge=1)
-    max_message_bytes: int = Field(64 * 2**20, ge=2**20, lt=2**31)
+    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**20, lt=2**31)
     max_queued_completions: int = Field(4096, ge=1)
     # Media kept in memory as they came, so that requests can name them by sha256; and as many bytes of what their files
     # decode to, so that each is decoded once.

@@ -23,6 +23,7 @@ from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.channel import open_channel
+from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES
 from common.rpc.tls import Certificates, read_certificates, stamp_of
 from common.types import (
     ActorStatus,
@@ -119,11 +120,20 @@ class GrpcClient:
             to a new connection; what runs on the old one may finish.
         inline_max_bytes: media of one request beyond this are uploaded in chunks first, so that no single message
             blocks the event loops of both ends.
+        max_message_bytes: of one message, either way. What the actor allows beyond this does not arrive.
     """
 
-    def __init__(self, address: str, *, tls: Path | None = None, inline_max_bytes: int = 2**20) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Path | None = None,
+        inline_max_bytes: int = 2**20,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
         self.address = address
         self._inline_max_bytes = inline_max_bytes
+        self._max_message_bytes = max_message_bytes
         self._tls = tls
         self._certificates: Certificates | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -290,7 +300,9 @@ class GrpcClient:
     def _open(self) -> None:
         if self._tls is not None:
             self._certificates = read_certificates(self._tls)
-        self._channel = open_channel(self.address, certificates=self._certificates)
+        self._channel = open_channel(
+            self.address, max_message_bytes=self._max_message_bytes, certificates=self._certificates
+        )
         self._rollouts = rollout_pb2_grpc.RolloutServiceStub(self._channel)
         self._weights = weights_pb2_grpc.WeightServiceStub(self._channel)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
+from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES
 from common.types import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS
 from learner.algorithms.config import AlgorithmConfig
 from learner.data import DataConfig
@@ -101,6 +102,8 @@ class RolloutConfig(Config):
     actors: tuple[str, ...] = ()
     # Directory with tls.crt, tls.key and ca.crt: mutual TLS with the actors (common/rpc/tls.py). None: plaintext.
     tls: Path | None = None
+    # Of one message to or from an actor: at least the largest limits.max_message_bytes of the actors.
+    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**20, lt=2**31)
     # Completions of one prompt. Advantages compare them with each other, so there are at least two.
     n: int = Field(8, ge=2)
     # As far as actors sample.

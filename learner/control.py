@@ -85,7 +85,9 @@ class Control:
         self._fleet = Fleet(
             config.rollout.actors,
             run_id=self.run_id,
-            connect=functools.partial(GrpcClient, tls=config.rollout.tls),
+            connect=functools.partial(
+                GrpcClient, tls=config.rollout.tls, max_message_bytes=config.rollout.max_message_bytes
+            ),
             slots_per_actor=config.rollout.slots_per_actor,
             hung_s=config.rollout.hung_s or config.rollout.group_timeout_s / 3,
         )

@@ -17,6 +17,7 @@ from common.errors import (
     MalformedResponse,
     MediaMissing,
     StaleEpoch,
+    TooLarge,
     Unreachable,
     WeightsPending,
 )
@@ -90,6 +91,15 @@ async def test_a_group_comes_whole_and_in_order(start_actor: StartActor, connect
     assert tuple(use.sha256 for use in sampled.prompt.media) == tuple(map(content_hash, IMAGES))
     assert [completion.index for completion in sampled.completions] == list(range(20))
     assert len({completion.trajectory_id for completion in sampled.completions}) == 20
+
+
+async def test_messages_may_be_as_large_as_is_said(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    address = (await start_actor()).address
+    upload = bytes(2**20)  # one chunk
+    with pytest.raises(TooLarge, match="larger than max"):
+        await connect(address, max_message_bytes=2**20).put_media([upload])
+    with pytest.raises(InvalidRequest):  # it came, and is no image
+        await connect(address, max_message_bytes=2**21).put_media([upload])
 
 
 async def test_an_image_crosses_once_per_actor(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
