@@ -116,8 +116,8 @@ class GrpcClient:
 
     Args:
         address: "host:port".
-        tls: the directory of certificates, see `common.rpc.tls`; None: plaintext. When they change, `status` goes over
-            to a new connection; what runs on the old one may finish.
+        tls: the directory of certificates, see `common.rpc.tls`; None: plaintext. When they change, `status`,
+            `stream` and `upload` go over to a new connection; what runs on the old one may finish.
         inline_max_bytes: media of one request beyond this are uploaded in chunks first, so that no single message
             blocks the event loops of both ends.
         max_message_bytes: of one message, either way. What the actor allows beyond this does not arrive.
@@ -168,6 +168,7 @@ class GrpcClient:
         self, request: RolloutRequest, *, timeout_s: float
     ) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The events of one group as they come, of a request sent as it is. Closing the iterator cancels the call."""
+        self._renew()
         call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
         try:
             with _errors():
@@ -185,6 +186,7 @@ class GrpcClient:
 
         In two calls: while the server takes in a chunk of one, a chunk of the other is on its way.
         """
+        self._renew()
         parts = [dict(itertools.islice(items.items(), start, None, 2)) for start in range(min(2, len(items)))]
         calls = [asyncio.ensure_future(self._put(part, timeout_s)) for part in parts]
         try:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.server import reserve_port
 from common.rpc.tls import ACTOR, LEARNER, READER, Certificates, channel_credentials, read_certificates
 from common.types import ActorState, ChatMessage, ChatPrompt, RolloutRequest, SamplingParams, TextPart
+from tests.contract.conftest import png
 
 REQUEST = RolloutRequest("g", ChatPrompt((ChatMessage("user", (TextPart("hello"),)),)), (), SamplingParams(n=2))
 OURS = {
@@ -208,7 +209,18 @@ async def test_the_message_says_what_is_needed(authority: Authority) -> None:
             await client.abort("run", 1)
 
 
-async def test_certificates_change_under_a_running_server_and_its_client(authority: Authority, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.status(),
+        lambda client: client.generate(REQUEST, timeout_s=10),
+        lambda client: client.put_media([png()]),
+    ],
+    ids=["status", "generate", "put_media"],
+)
+async def test_certificates_change_under_a_running_server_and_its_client(
+    authority: Authority, tmp_path: Path, call: Callable[[GrpcClient], Awaitable[object]]
+) -> None:
     server_dir, client_dir = authority.directory(ACTOR), authority.directory(LEARNER)
     async with serving(server_dir, fake={"token_s": 0.05}) as (address, _), client_of(address, client_dir) as client:
         await client.status()
@@ -218,7 +230,7 @@ async def test_certificates_change_under_a_running_server_and_its_client(authori
         other = Authority(tmp_path / "good")  # another CA: everything is new
         other.directory(ACTOR)
         other.directory(LEARNER)
-        await client.status()
+        await call(client)
         assert client._channel is not before
         assert len((await under_way).completions) == 2
         assert set((await calls(address, old)).values()) == {grpc.StatusCode.UNAVAILABLE}
