@@ -84,7 +84,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                     async with aclosing(self._events(_engine_request(rollout, media))) as events:
                         async for event in events:
                             self._policy.refuse_unless_of(rollout.run_id)  # a new one may have come meanwhile
-                            yield self._response(event)
+                            yield await self._response(event)
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -110,9 +110,13 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         if first_token_s:
             _trace(started_ns, min(first_token_s))
 
-    def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
+    async def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
-        message = response_to_proto(event)
+        # Completions are split; what is said of a prompt can take seconds.
+        is_long = isinstance(event, PromptInfo) and (
+            event.prompt_top_logprobs or any(use.processed for use in event.media)
+        )
+        message = await asyncio.to_thread(response_to_proto, event) if is_long else response_to_proto(event)
         limit = self._info.limits.max_message_bytes
         if message.ByteSize() > limit:
             raise TooLarge("returns", f"a response of {message.ByteSize()} bytes; the limit is {limit}")

@@ -1,13 +1,16 @@
 """What a request can ask for beside tokens, over a real socket, with the fake engine."""
 
 import math
+import threading
 from typing import Any
 
 import pytest
 
+from actor import service_rollout
 from common.client import GrpcClient
 from common.errors import TooLarge, Unimplemented
-from common.types import Constraint, RolloutRequest, SamplingParams, StructuredOutput, TextPrompt
+from common.types import Constraint, PromptInfo, RolloutRequest, SamplingParams, StructuredOutput, TextPrompt
+from common.wire import response_to_proto
 from tests.contract.conftest import FakeActor, StartActor
 
 FAST = {"token_s": 0.0}
@@ -75,6 +78,24 @@ async def test_logprobs_of_a_long_prompt(start_actor: StartActor) -> None:
         await _ask(actor, "x" * 130_000, prompt_top_logprobs=64)
     assert refused.value.field == "sampling.prompt_top_logprobs"
     assert len((await _ask(actor, "x" * 130_000, prompt_logprobs=True)).prompt.prompt_logprobs) == 130_000
+
+
+async def test_logprobs_of_a_prompt_do_not_hold_up_the_calls_of_others(
+    start_actor: StartActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Millions of them take seconds to put into their message."""
+    threads: list[threading.Thread] = []
+
+    def noted(event: Any) -> Any:
+        if isinstance(event, PromptInfo):
+            threads.append(threading.current_thread())
+        return response_to_proto(event)
+
+    monkeypatch.setattr(service_rollout, "response_to_proto", noted)
+    actor = await start_actor(fake=FAST)
+    for sampling in ({}, {"prompt_logprobs": True}, {"prompt_top_logprobs": 2}):
+        await _ask(actor, **sampling)
+    assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
 
 
 async def test_limits_tell_what_may_be_asked_for(start_actor: StartActor) -> None:
