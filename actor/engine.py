@@ -4,8 +4,9 @@ An engine knows nothing of gRPC, of the learner or of actor states. It turns one
 events, and takes weights in the three moves of the protocol: stage, commit, abort.
 """
 
+import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,11 @@ class EngineRequest:
     return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    call_id: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def trajectory_id(self, index: int, actor_id: str) -> str:
+        """The name of a completion; another one when the same group is asked for again."""
+        return f"{self.group_id}/{index}/{self.call_id}/{actor_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from actor.engine import EngineMedia
+from actor.engine import EngineMedia, EngineRequest
 from common.tensors import NamedTensor, tensor_of
 from common.types import BeamScore, Completion, FloatArray, IntArray, PromptInfo, SamplingParams, TopLogprobs
 
@@ -35,8 +35,11 @@ def with_prompt_logprobs(info: PromptInfo, sampling: SamplingParams, vocab_size:
     )
 
 
-def best_beams(beams: list[Completion], sampling: SamplingParams, num_prompt_tokens: int) -> list[Completion]:
+def best_beams(
+    beams: list[Completion], request: EngineRequest, num_prompt_tokens: int, actor_id: str
+) -> list[Completion]:
     """Made-up completions as if a beam search had found them: the best `n`, best first."""
+    sampling = request.sampling
     penalty = 1.0 if sampling.length_penalty is None else sampling.length_penalty
     scored = []
     for beam in beams:
@@ -45,7 +48,7 @@ def best_beams(beams: list[Completion], sampling: SamplingParams, num_prompt_tok
         scored.append(replace(beam, beam=BeamScore(total, score)))
     scored.sort(key=lambda beam: beam.beam.score if beam.beam else 0.0, reverse=True)
     return [
-        replace(beam, index=index, trajectory_id=_renamed(beam.trajectory_id, index))
+        replace(beam, index=index, trajectory_id=request.trajectory_id(index, actor_id))
         for index, beam in enumerate(scored[: sampling.n])
     ]
 
@@ -55,8 +58,3 @@ def processed(item: EngineMedia) -> tuple[NamedTensor, ...]:
     if isinstance(item.content, tuple):
         return item.content
     return (NamedTensor("pixels", tensor_of(np.asarray(item.content))),)
-
-
-def _renamed(trajectory_id: str, index: int) -> str:
-    group, _, actor = trajectory_id.rsplit("/", 2)
-    return f"{group}/{index}/{actor}"

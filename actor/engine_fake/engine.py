@@ -92,7 +92,7 @@ class FakeEngine:
             if request.sampling.num_beams:
                 await asyncio.gather(*tasks)
                 await self.check()
-                yield best_beams(_drain(finished), request.sampling, len(info.expanded_ids))
+                yield best_beams(_drain(finished), request, len(info.expanded_ids), self._actor_id)
                 return
             num_left = len(tasks)
             while num_left:
@@ -130,7 +130,7 @@ class FakeEngine:
             self._num_running -= 1
             self._slots.release()
         completion = Completion(
-            trajectory_id=f"{request.group_id}/{index}/{self._actor_id}",
+            trajectory_id=request.trajectory_id(index, self._actor_id),
             index=index,
             token_ids=token_ids,
             logprobs=logprobs,

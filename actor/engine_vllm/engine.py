@@ -238,7 +238,7 @@ class VllmEngine:
                     samples[part.index].add(part)
                     if part.finish_reason is not None:
                         sample = samples.pop(part.index)
-                        name = self._trajectory_id(request, part.index)
+                        name = request.trajectory_id(part.index, self._actor_id)
                         finished.append(sample.completion(part, request, name, finished_s=now_s))
                 if finished:
                     yield finished
@@ -256,7 +256,11 @@ class VllmEngine:
             accepted_at=accepted_at,
         )
         yield [
-            replace(beam, trajectory_id=self._trajectory_id(request, beam.index), text=await self._text(request, beam))
+            replace(
+                beam,
+                trajectory_id=request.trajectory_id(beam.index, self._actor_id),
+                text=await self._text(request, beam),
+            )
             for beam in beams
         ]
 
@@ -334,9 +338,6 @@ class VllmEngine:
         token_ids = beam.token_ids.tolist()
         token_ids = token_ids[:-1] if beam.finish_reason is FinishReason.STOP else token_ids
         return await self._prompts.text(token_ids, skip_special_tokens=request.sampling.skip_special_tokens)
-
-    def _trajectory_id(self, request: EngineRequest, index: int) -> str:
-        return f"{request.group_id}/{index}/{self._actor_id}"
 
     # ------------------------------------------------------------------------------------------------ weights
 

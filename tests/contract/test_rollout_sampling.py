@@ -98,6 +98,15 @@ async def test_logprobs_of_a_prompt_do_not_hold_up_the_calls_of_others(
     assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
 
 
+async def test_a_group_that_is_asked_for_again_has_names_of_its_own(start_actor: StartActor) -> None:
+    actor = await start_actor(fake=FAST)
+    for sampling in ({"n": 2}, {"n": 2, "num_beams": 3, "seed": None}):
+        groups = [await _ask(actor, **sampling) for _ in range(2)]
+        names = [completion.trajectory_id for group in groups for completion in group.completions]
+        assert len(set(names)) == 4
+        assert [name.split("/")[:2] for name in names] == [["g", "0"], ["g", "1"]] * 2
+
+
 async def test_limits_tell_what_may_be_asked_for(start_actor: StartActor) -> None:
     actor = await start_actor(fake=FAST | {"max_logprobs": 7})
     client = GrpcClient(actor.address)

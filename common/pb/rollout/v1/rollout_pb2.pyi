@@ -961,7 +961,7 @@ class Completion(_message.Message):
     STOP_STRING_FIELD_NUMBER: _builtins.int
     BEAM_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
-    """Unique for ever: `<group_id>/<index>/<actor_id>`. A caller takes no other name, and so none twice."""
+    """Unique for ever: `<group_id>/<index>/`, a name of the call, and the actor id. A caller takes no other name, and so none twice."""
     index: _builtins.int
     """0 to n - 1."""
     finish_reason: Global___FinishReason.ValueType
