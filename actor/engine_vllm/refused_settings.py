@@ -14,7 +14,12 @@ from common.config import ConfigError
 
 # vLLM's reasons can name all that it knows instead.
 _MAX_CHARACTERS = 300
-_STORES = ("kv_transfer_config", "kv_offloading_size", "ec_transfer_config")
+_STORED = "what is stored there would outlive an update of the weights"
+_DRAFTED = "updates do not reach the weights that draft"
+_NOT_WITH_UPDATES = {
+    **dict.fromkeys(("kv_transfer_config", "kv_offloading_size", "ec_transfer_config"), _STORED),
+    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _DRAFTED),
+}
 
 
 def check_extra(extra: Collection[str], own: Collection[str], *, takes_updates: bool) -> None:
@@ -33,11 +38,8 @@ def check_extra(extra: Collection[str], own: Collection[str], *, takes_updates: 
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "give a field of AsyncEngineArgs"
             raise ConfigError(f"vllm.extra.{key}: vLLM has no such argument; {hint}")
-        if takes_updates and key in _STORES:
-            raise ConfigError(
-                f"vllm.extra.{key}: what is stored there would outlive an update of the weights; leave it out, or "
-                "serve one checkpoint with --standalone"
-            )
+        if takes_updates and (why := _NOT_WITH_UPDATES.get(key)):
+            raise ConfigError(f"vllm.extra.{key}: {why}; leave it out, or serve one checkpoint with --standalone")
 
 
 @contextlib.contextmanager

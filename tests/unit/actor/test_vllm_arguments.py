@@ -77,6 +77,8 @@ def test_more_arguments_are_passed_on(model: Path) -> None:
         ("extra.kv_offloading_size=8", "vllm.extra.kv_offloading_size: what is stored there would outlive an update"),
         ("extra.kv_transfer_config={}", "vllm.extra.kv_transfer_config: what is stored there would outlive an update"),
         ("extra.ec_transfer_config={}", "vllm.extra.ec_transfer_config: what is stored there would outlive an update"),
+        ("extra.speculative_config={}", "vllm.extra.speculative_config: updates do not reach the weights that draft"),
+        ("extra.spec_model=x", "vllm.extra.spec_model: updates do not reach the weights that draft"),
         ("extra.quantization=foo", "vllm.extra.quantization: Unknown quantization method: foo"),
         ("extra.mm_encoder_tp_mode=foo", "vllm.extra.mm_encoder_tp_mode: Input should be 'weights'"),
         ("max_model_len=10000000", "vllm.max_model_len: User-specified max_model_len (10000000) is greater than"),
