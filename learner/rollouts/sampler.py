@@ -39,6 +39,8 @@ _HOPELESS = (InvalidRequest, TooLarge, Unimplemented)
 _NOT_NOW = (Draining, Paused, QueueFull, WeightsPending)
 
 
+# A busy learner may see that an actor is gone before it has read what that one sent last.
+_LAST_WORDS_S = 1.0
 # A group that no update lets finish goes on across the next one.
 _MAX_RESTARTS = 3
 
@@ -157,6 +159,8 @@ class Sampler:
         try:
             ends = {call, interrupted, updated} if may_restart else {call, interrupted}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if member.left.is_set():
+                await asyncio.wait({call}, timeout=_LAST_WORDS_S)
             if call.done():
                 sampled = call.result()
                 if may_restart and _num_versions(sampled) > 1:  # it was the first to say so

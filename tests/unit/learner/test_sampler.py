@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PixelBounds
-from tests.fakes import FakeActor, make_sample, process, sample_all, until
+from tests.fakes import FakeActor, FakeClient, make_sample, process, sample_all, until
 
 SAMPLE = make_sample(3, (b"image",))
 REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))
@@ -158,6 +159,31 @@ async def test_an_actor_that_is_gone_is_not_waited_for() -> None:
         assert (await task).prompt.actor_id == "other#1"
         assert sample.retries == {"UNREACHABLE": 1}
         assert hung.num_running == 0
+
+
+async def test_what_an_actor_has_sent_before_it_ended_is_taken() -> None:
+    """A drained actor ends when it has answered: its learner may see that it is gone before it has read the answers."""
+    arrives = asyncio.Event()
+
+    class OnItsWay(FakeClient):
+        async def generate(self, *arguments: Any, **options: Any) -> SampledGroup:
+            sampled = await super().generate(*arguments, **options)
+            self.actor.kill()
+            await arrives.wait()
+            return sampled
+
+    class Drained(FakeActor):
+        def connect(self) -> FakeClient:
+            return OnItsWay(self)
+
+    async with sampler(Drained("a"), FakeActor("b")) as s:
+        drained = s.fleet.members()[0]
+        work = asyncio.ensure_future(s.sample(REQUEST, min_version=any_version, expected=process(SAMPLE)))
+        await drained.left.wait()
+        await asyncio.sleep(0.05)
+        arrives.set()
+        assert (await work).prompt.actor_id == drained.actor_id
+        assert not s.retries
 
 
 async def test_a_group_on_an_actor_that_another_run_takes_over_is_sampled_again() -> None:
