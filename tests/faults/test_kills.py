@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.kills.actors import Actor, ActorEnded
-from tests.kills.run import BATCH, PEACE
+from tests.kills.run import Load
+from tests.kills.runs import PEACE
 from tests.launched import launching
 
-LINE = re.compile(r"(\d+) kills in \d+ s: (\d+) groups trained once each, dropped (\{.*?\}); sent again (\{.*?\}); .*")
+LINE = re.compile(
+    r"(\d+) of \d+ kills in \d+ s: (\d+) groups trained once each, dropped (\{.*?\}); sent again (\{.*?\}); .*"
+)
 NUM_KILLS = 100
 
 
@@ -26,7 +29,7 @@ def test_each_group_is_trained_once_or_dropped_while_actors_are_killed(tmp_path:
         last = LINE.fullmatch(command.stdout.splitlines()[-1])
     assert last is not None, command.said()
     killed, trained, dropped, again = map(ast.literal_eval, last.groups())
-    assert (killed, trained) == (NUM_KILLS, (NUM_KILLS + PEACE) * BATCH)
+    assert (killed, trained) == (NUM_KILLS, (NUM_KILLS + PEACE) * Load().batch)
     assert dropped.keys() <= {"REWARD_RAISED", "ATTEMPTS_EXHAUSTED"}
     assert again["UNREACHABLE"] >= NUM_KILLS
 

@@ -3,7 +3,11 @@
 Six actors with the fake engine, the learner's own loop; in each step, at a random moment, one of the actors gets
 SIGKILL, and is started again a little later. Every trained completion is held against what an engine here makes of its
 prompt, and every place of the data order must have been trained once or dropped for a counted reason:
-tests/kills/books.py.
+tests/kills/books.py. In place of the kills:
+
+--rolling  each actor in turn is asked to end (SIGTERM), and comes back
+--stop     one of three actors is stopped for good (SIGSTOP): what the others do then, against the two alone
+--scale    1 actor, then 64, 3 and 32, found by name
 """
 
 import argparse
@@ -25,8 +29,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--actors", type=int, default=6)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kills", type=int, default=100)
+    for name in ("rolling", "stop", "scale"):
+        what.add_argument(f"--{name}", dest="what", action="store_const", const=name)
+    parser.add_argument("--actors", type=int, default=6, help="that are killed, or restarted")
     parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when")
     parser.add_argument("--keep", type=Path, help="leave the logs in this directory, which must be empty")
     options = parser.parse_args()
@@ -34,13 +41,22 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     preload()
 
+    from tests.kills import runs
     from tests.kills.books import Broken
-    from tests.kills.run import run
 
     folder = options.keep or Path(tempfile.mkdtemp(prefix="kills-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        print(_line(run(options.kills, options.actors, options.seed, folder)))
+        match options.what:
+            case "rolling":
+                outcome = runs.rolling(folder, options.actors)
+            case "stop":
+                outcome = runs.stopping(folder)
+            case "scale":
+                outcome = runs.scaling(folder)
+            case _:
+                outcome = runs.kills(folder, options.actors, options.kills, options.seed)
+        print(_line(outcome))
     except (ActorEnded, Broken) as error:
         print(f"does not hold: {error}")
         return 1
@@ -52,9 +68,9 @@ def main() -> int:
 
 def _line(outcome: "Outcome") -> str:
     return (
-        f"{outcome.num_kills} kills in {outcome.seconds:.0f} s: {outcome.num_trained} groups trained once each, "
+        f"{outcome.told} in {outcome.seconds:.0f} s: {outcome.num_trained} groups trained once each, "
         f"dropped {outcome.dropped}; sent again {outcome.retries}; "
-        f"longest time between two steps {outcome.longest_gap_s:.1f} s"
+        f"longest time between two steps {max(outcome.steps_s):.1f} s"
     )
 
 

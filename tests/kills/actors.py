@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import forkserver
@@ -22,12 +23,14 @@ _PRELOADED = ("actor.process", "actor.engine_fake.engine", "actor.transfer", __n
 _END_S = 30.0
 # An actor ends by itself if whoever should end it was killed.
 _IDLE_EXIT_S = 60
+# In the log of an actor.
+_SERVING = '"event": "serving"'
 # multiprocessing's books are not for several threads.
 _lock = threading.Lock()
 
 
 class ActorEnded(Exception):  # noqa: N818 - says what happened
-    """An actor ended that nobody had killed."""
+    """An actor ended that nobody had killed, or not as it was asked to."""
 
 
 class Actor:
@@ -61,8 +64,46 @@ class Actor:
             exitcode = process.exitcode
             process.close()
         if exitcode != -signal.SIGKILL:
-            said = self._log.read_text(errors="replace").splitlines()[-1:]
-            raise ActorEnded(f"{self._name} at {self.address} ended by itself with {exitcode}: {''.join(said)}")
+            raise ActorEnded(self._ended(exitcode))
+
+    def stop(self) -> None:
+        """SIGSTOP to the process."""
+        self._signal(signal.SIGSTOP)
+
+    def ask_to_end(self) -> None:
+        """SIGTERM to the process."""
+        self._signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until the process that was asked to has ended. Raises ActorEnded if it did not end well."""
+        while (exitcode := self._exitcode()) is None:
+            time.sleep(0.02)
+        if exitcode:
+            raise ActorEnded(self._ended(exitcode))
+        with _lock:
+            assert self._process is not None
+            self._process.close()
+            self._process = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether the process has come to serve a version."""
+        return self._log.exists() and _SERVING in self._log.read_text()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with _lock:
+            assert self._process is not None
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+    def _exitcode(self) -> int | None:
+        with _lock:
+            assert self._process is not None
+            return self._process.exitcode
+
+    def _ended(self, exitcode: int | None) -> str:
+        said = self._log.read_text(errors="replace").splitlines()[-1:]
+        return f"{self._name} at {self.address} ended by itself with {exitcode}: {''.join(said)}"
 
     @property
     def _log(self) -> Path:
@@ -77,12 +118,11 @@ def preload() -> None:
 
 @contextmanager
 def actors_at(addresses: Sequence[str], folder: Path, settings: Sequence[str]) -> Iterator[list[Actor]]:
-    """An actor at each address; those that are up at the end of the block are killed."""
+    """An actor for each address, not started yet; those that are up at the end of the block are killed."""
     actors = [Actor(address, f"actor-{i}", folder, settings) for i, address in enumerate(addresses)]
     with ExitStack() as stack:
         for actor in actors:
             stack.callback(actor.kill)
-            actor.start()
         yield actors
 
 
@@ -94,7 +134,7 @@ def served_versions(folder: Path) -> Mapping[str, set[int]]:
         for line in path.read_text().splitlines():
             if line.startswith("actor ") and " ready on " in line:
                 actor_id = line.split()[1]
-            elif '"event": "serving"' in line:
+            elif _SERVING in line:
                 versions.add(json.loads(line)["policy_version"])
         if actor_id:
             served[actor_id] = versions

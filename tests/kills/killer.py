@@ -5,7 +5,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
+from typing import Self
 
+from learner.types import Group
 from tests.kills.actors import Actor
 
 # How long an actor is away: not at all, for less than a poll of the fleet, for longer.
@@ -28,7 +30,9 @@ class Killer:
         self._under_way: dict[Actor, Future[None]] = {}
         self._threads = ThreadPoolExecutor(len(actors), thread_name_prefix="kill")
 
-    def __enter__(self) -> "Killer":
+    def __enter__(self) -> Self:
+        for actor in self._actors:
+            actor.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -36,8 +40,8 @@ class Killer:
         if error is None:
             self._look_at({*self._under_way.values()})
 
-    def step(self) -> None:
-        """A step begins. Raises ActorEnded if one was to be killed that had ended already."""
+    def step(self, _groups: Sequence[Group]) -> None:
+        """The next step begins. Raises ActorEnded if one was to be killed that had ended already."""
         self._look_at({future for future in self._under_way.values() if future.done()})
         if self.num_begun == self._num_kills:
             return
@@ -47,6 +51,10 @@ class Killer:
         times = self._rng.random() * self._within_s, self._rng.choice(_AWAY_S)
         self._under_way[victim] = self._threads.submit(_kill, victim, *times)
         self.num_begun += 1
+
+    def told(self) -> str:
+        """See `Trouble.told`."""
+        return f"{self.num_begun} of {self._num_kills} kills"
 
     def _look_at(self, done: set[Future[None]]) -> None:
         self._under_way = {actor: future for actor, future in self._under_way.items() if future not in done}
