@@ -202,20 +202,18 @@ class VllmEngine:
 
         That happens to requests that meet one that brought the same media and failed before the worker saw it.
         """
-        is_answered = False
-        try:
-            async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
-                async for event in events:
-                    is_answered = True
-                    yield event
-            return
-        except NothingSampled:
-            if is_answered or not request.media:
-                raise
-        _, engine_input = await self._prompts.understand(request, with_tensors=True)
-        async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
-            async for event in events:
-                yield event
+        for is_last in (not request.media, True):
+            is_answered = False
+            try:
+                async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+                    async for event in events:
+                        is_answered = True
+                        yield event
+                return
+            except NothingSampled:
+                if is_answered or is_last:
+                    raise
+            _, engine_input = await self._prompts.understand(request, with_tensors=True)
 
     async def _sample(
         self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float

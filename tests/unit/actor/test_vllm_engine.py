@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from actor.config import VllmConfig
-from actor.engine import EngineRequest
+from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm import engine as module
 from actor.engine_vllm.engine import VllmEngine
-from actor.engine_vllm.outputs import top_logprobs
+from actor.engine_vllm.outputs import NothingSampled, top_logprobs
 from common.errors import InvalidRequest, TooLarge
 from common.types import Manifest, ManifestParameter, PromptInfo, SamplingParams, TextPrompt, TopLogprobs
 
@@ -105,3 +106,46 @@ async def test_a_request_ends_with_the_adapter_that_it_names() -> None:
     with pytest.raises(InvalidRequest, match="model: 'critic' is not here"):
         await outputs("critic")
     assert await outputs("model") == ["before", "after"]
+
+
+IMAGE = EngineMedia(bytes(32), Image.new("RGB", (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("media", "tries", "came"),
+    [
+        ((IMAGE,), ["", "ab"], "ab"),  # a worker lacked the image
+        ((IMAGE,), ["", ""], "!"),
+        ((IMAGE,), ["a!", "ab"], "a!"),  # what has been sent cannot be taken back
+        ((), ["", "ab"], "!"),
+    ],
+)
+async def test_a_request_is_sampled_once_more_where_a_worker_lacked_its_media(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, media: tuple[EngineMedia, ...], tries: list[str], came: str
+) -> None:
+    """A letter is an event, "!" or no event at all is NothingSampled."""
+    inputs: list[str] = []
+
+    async def sample(_request: Any, engine_input: Any, _accepted_at: float) -> AsyncIterator[str]:
+        events = tries[len(inputs)]
+        inputs.append(engine_input)
+        for event in events.rstrip("!"):
+            yield event
+        if not events or events.endswith("!"):
+            raise NothingSampled("nothing")
+
+    async def understand(_request: Any, *, with_tensors: bool) -> tuple[None, str]:
+        assert with_tensors
+        return None, "whole"
+
+    monkeypatch.setattr(engine, "_sample", sample)
+    monkeypatch.setattr(engine, "_prompts", SimpleNamespace(understand=understand), raising=False)
+    request, engine_input = EngineRequest("g", TextPrompt("x"), media, SamplingParams()), cast("Any", "short")
+    seen = ""
+    try:
+        async for event in engine._sample_twice(request, engine_input, 0.0):
+            seen += cast("Any", event)
+    except NothingSampled:
+        seen += "!"
+    assert seen == came
+    assert inputs == (["short", "whole"] if media and not tries[0] else ["short"])
