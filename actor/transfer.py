@@ -20,7 +20,7 @@ from common.dtypes import tensor_in
 from common.threads import run_in_thread
 from common.types import EpochSpec, Manifest, ManifestParameter
 
-_NUM_BUFFERS = 2
+NUM_BUFFERS = 2
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
@@ -114,10 +114,10 @@ class WeightReceiver:
             results: list[Future[int]] = []
             try:
                 for i, bucket in enumerate(manifest.buckets):
-                    if i >= _NUM_BUFFERS:
-                        results[i - _NUM_BUFFERS].result()  # its buffer is free
+                    if i >= NUM_BUFFERS:
+                        results[i - NUM_BUFFERS].result()  # its buffer is free
                     with group.stream():
-                        buffer = memory.take(i % _NUM_BUFFERS, bucket.wire_bytes, group.device)
+                        buffer = memory.take(i % NUM_BUFFERS, bucket.wire_bytes, group.device)
                         group.broadcast(buffer)
                     results.append(self._worker.submit(work, buffer, i))
                 checksums = tuple(result.result() for result in results)

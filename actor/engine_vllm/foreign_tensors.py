@@ -20,7 +20,7 @@ from common.tensors import NamedTensor
 from common.types import Modality
 
 _PIXELS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
-_GRID = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
+GRIDS = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
 _SECONDS = "second_per_grid_ts"
 # Rows of the table of rotary positions in vLLM's vision towers.
 _MAX_SIDE = 8192
@@ -45,7 +45,7 @@ def foreign_item(processor: Any, tensors: Sequence[NamedTensor], modality: Modal
     from transformers.feature_extraction_utils import BatchFeature
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
-    pixels, grid = _PIXELS[modality], _GRID[modality]
+    pixels, grid = _PIXELS[modality], GRIDS[modality]
     model = processor._apply_hf_processor_main(processor.info.parse_mm_data({modality.value: [stand_in(modality)]}), {})
     fields = processor._get_mm_fields_config(model, {})
     expected = {name: model[name] for name in fields if name in model}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actor.engine import EngineMedia
-from actor.engine_vllm.foreign_tensors import foreign_item, stand_in
+from actor.engine_vllm.foreign_tensors import GRIDS, foreign_item, stand_in
 from actor.engine_vllm.videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # More items than vLLM's own cache of processed media holds.
 _MAX_GRIDS = 2**20
-_GRIDS = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
 
 
 class VllmMedia:
@@ -125,7 +124,7 @@ class VllmMedia:
         uses = []
         for given in media:
             digest, place, item = next(left[given.modality])
-            name = _GRIDS[given.modality]
+            name = GRIDS[given.modality]
             if item is not None:  # None: the worker has it in its cache
                 self._grids[digest] = tuple(item[name].data.flatten().tolist()) if name in item else ()
                 if len(self._grids) > _MAX_GRIDS:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from actor.transfer import NUM_BUFFERS
 from common.config import ConfigError
 
-_NUM_BUFFERS = 2
 # A buffer holds a bucket (`weights.bucket_mib` of the learner, by default), or one tensor that is larger, as float32.
 _BUCKET_BYTES = 64 * 2**20
 _WIRE_BYTES = 4
@@ -34,7 +34,7 @@ def utilization_beside_updates(
     """
     sizes = list(_num_elements(model))
     weights = sum(sizes) * element_bytes / num_gpus
-    room = has_second_set * weights + _NUM_BUFFERS * max(_BUCKET_BYTES, _WIRE_BYTES * max(sizes))
+    room = has_second_set * weights + NUM_BUFFERS * max(_BUCKET_BYTES, _WIRE_BYTES * max(sizes))
     left = wanted - room / total_bytes
     if left * total_bytes <= weights:
         raise ConfigError(

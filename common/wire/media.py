@@ -11,8 +11,8 @@ from common.wire.tensors import (
     tensor_to_proto,
 )
 
-_MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
-_MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
+MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
+MODALITY_BACK = {number: modality for modality, number in MODALITY.items()}
 # More than any server takes.
 _MAX_FRAMES = 4096
 # What only the other modality can be.
@@ -21,7 +21,7 @@ _NOT_OF = {Modality.IMAGE: "frames", Modality.VIDEO: "encoded"}
 
 def media_to_proto(item: MediaItem) -> pb.MediaItem:
     """`MediaItem` as a message."""
-    message = pb.MediaItem(modality=_MODALITY[item.modality], sha256=item.sha256)
+    message = pb.MediaItem(modality=MODALITY[item.modality], sha256=item.sha256)
     if item.encoded is not None:
         message.encoded = item.encoded
     elif item.frames is not None:
@@ -41,7 +41,7 @@ def media_to_proto(item: MediaItem) -> pb.MediaItem:
 
 def media_from_proto(message: pb.MediaItem, field: str) -> MediaItem:
     """Raises InvalidRequest, naming the field."""
-    modality = _MODALITY_BACK.get(message.modality)
+    modality = MODALITY_BACK.get(message.modality)
     if modality is None:
         raise InvalidRequest(f"{field}.modality", "must be MODALITY_IMAGE or MODALITY_VIDEO")
     if len(message.sha256) not in (0, 32):

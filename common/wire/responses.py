@@ -13,12 +13,12 @@ from common.types import (
     FinishReason,
     IntArray,
     MediaUse,
-    Modality,
     PlaceholderRange,
     PromptInfo,
     TopLogprobs,
     VersionSpan,
 )
+from common.wire.media import MODALITY, MODALITY_BACK
 from common.wire.tensors import (
     named_tensors_from_proto,
     named_tensors_to_proto,
@@ -26,8 +26,6 @@ from common.wire.tensors import (
     tensor_to_proto,
 )
 
-_MODALITY = {Modality.IMAGE: pb.MODALITY_IMAGE, Modality.VIDEO: pb.MODALITY_VIDEO}
-_MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
 _FINISH = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 _FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
 
@@ -174,7 +172,7 @@ def _spans(messages: Iterable[pb.VersionSpan], num_tokens: int) -> tuple[Version
 def _media_use_to_proto(use: MediaUse) -> pb.MediaUse:
     return pb.MediaUse(
         sha256=use.sha256,
-        modality=_MODALITY[use.modality],
+        modality=MODALITY[use.modality],
         placeholder=pb.PlaceholderRange(offset=use.placeholder.offset, length=use.placeholder.length),
         num_tokens=use.num_tokens,
         grid_thw=use.grid_thw,
@@ -186,7 +184,7 @@ def _media_use_from_proto(message: pb.MediaUse, field: str, num_ids: int) -> Med
     run = PlaceholderRange(message.placeholder.offset, message.placeholder.length)
     if run.offset + run.length > num_ids or message.num_tokens > run.length:
         raise MalformedResponse(f"{field}.placeholder: lies outside the {num_ids} expanded ids")
-    if len(message.sha256) != 32 or message.modality not in _MODALITY_BACK:
+    if len(message.sha256) != 32 or message.modality not in MODALITY_BACK:
         raise MalformedResponse(f"{field}: sha256 or modality is missing")
     try:
         processed = named_tensors_from_proto(message.processed, f"{field}.processed")
@@ -197,7 +195,7 @@ def _media_use_from_proto(message: pb.MediaUse, field: str, num_ids: int) -> Med
         placeholder=run,
         num_tokens=message.num_tokens,
         grid_thw=tuple(message.grid_thw),
-        modality=_MODALITY_BACK[message.modality],
+        modality=MODALITY_BACK[message.modality],
         processed=processed,
     )
 

@@ -5,12 +5,13 @@ from dataclasses import asdict
 
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
+from common.tensors import ITEM_SIZES
 from common.types import LORA_A, LORA_B, EpochSpec, Manifest, ManifestBucket, ManifestParameter
 
 _BACKEND = {"gloo": pb.BACKEND_GLOO, "nccl": pb.BACKEND_NCCL}
 _BACKEND_BACK = {number: backend for backend, number in _BACKEND.items()}
 # Bytes of one element, by safetensors dtype.
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_DTYPE_BYTES = ITEM_SIZES | {"I8": 1}
 ALIGNMENT = 16
 _MAX_NAME_CHARS = 128
 _WORD_BYTES = (1, 2, 4, 8)
@@ -150,15 +151,15 @@ def _end(parameter: pb.Parameter, field: str, buckets: tuple[ManifestBucket, ...
     """Where the parameter ends in its bucket."""
     if not parameter.name:
         raise InvalidRequest(f"{field}.name", "is empty")
-    if parameter.dtype not in DTYPE_BYTES:
-        raise InvalidRequest(f"{field}.dtype", f"{parameter.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+    if parameter.dtype not in _DTYPE_BYTES:
+        raise InvalidRequest(f"{field}.dtype", f"{parameter.dtype!r} is none of {', '.join(_DTYPE_BYTES)}")
     if any(size < 0 for size in parameter.shape):
         raise InvalidRequest(f"{field}.shape", "has a negative size")
     if parameter.bucket >= len(buckets):
         raise InvalidRequest(f"{field}.bucket", f"{parameter.bucket} of {len(buckets)} buckets")
     if parameter.offset % ALIGNMENT:
         raise InvalidRequest(f"{field}.offset", f"must be a multiple of {ALIGNMENT}")
-    end = parameter.offset + math.prod(parameter.shape) * DTYPE_BYTES[parameter.dtype]
+    end = parameter.offset + math.prod(parameter.shape) * _DTYPE_BYTES[parameter.dtype]
     if end > buckets[parameter.bucket].num_bytes:
         raise InvalidRequest(f"{field}.offset", f"ends at byte {end}, after the end of bucket {parameter.bucket}")
     return end
