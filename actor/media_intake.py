@@ -15,7 +15,7 @@ from actor.engine import EngineMedia, VideoArray
 from actor.media_store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
 from common import tracing
-from common.errors import RETRY_AFTER_S, InvalidRequest, MediaMissing, QueueFull, TooLarge
+from common.errors import InvalidRequest, MediaMissing, QueueFull, TooLarge
 from common.media import check_frames, check_image, decode_frames, decode_image, media_hash
 from common.tensors import NamedTensor, Tensor
 from common.types import Frames, MediaContent, MediaItem, Modality, ServerLimits
@@ -50,7 +50,7 @@ class MediaIntake:
         if num_bytes > self._max_held_bytes:
             raise TooLarge("media", f"{num_bytes} bytes with what they decode to; the limit is {self._max_held_bytes}")
         if self._held_bytes + num_bytes > self._max_held_bytes:
-            raise QueueFull(RETRY_AFTER_S, f"media of {self._held_bytes} bytes are held for the requests under way")
+            raise QueueFull(f"media of {self._held_bytes} bytes are held for the requests under way")
         self._held_bytes += num_bytes
         try:
             with tracing.span("actor.decode_media", num_items=len(media)):

@@ -18,7 +18,6 @@ from actor.validation import check_request
 from actor.weights import PolicyState
 from common import tracing
 from common.errors import (
-    RETRY_AFTER_S,
     Draining,
     EngineDead,
     InvalidRequest,
@@ -145,7 +144,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         if n > limit:
             raise InvalidRequest("sampling.n", f"is {n}; this actor queues {limit} completions at most")
         if self._num_completions + n > limit:
-            raise QueueFull(RETRY_AFTER_S, f"{self._num_completions} completions run or wait; the limit is {limit}")
+            raise QueueFull(f"{self._num_completions} completions run or wait; the limit is {limit}")
         self._num_completions += n
         self.idle.clear()
         try:

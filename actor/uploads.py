@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from actor.media_store import MediaStore
-from common.errors import RETRY_AFTER_S, DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
+from common.errors import DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Frames, ServerLimits
@@ -121,7 +121,7 @@ class Uploads:
         """By what has come, not by what was announced: who sends nothing keeps nobody out."""
         num_held = sum(upload.num_received for upload in self._under_way)
         if num_held + num_bytes > self._store.max_bytes:
-            raise QueueFull(RETRY_AFTER_S, f"{len(self._under_way)} uploads of {num_held} bytes are under way")
+            raise QueueFull(f"{len(self._under_way)} uploads of {num_held} bytes are under way")
 
 
 async def _in_time(requests: AsyncIterator[pb.PutMediaRequest]) -> AsyncIterator[tuple[pb.PutMediaRequest, bytes]]:

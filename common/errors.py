@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 DOMAIN = "outrider"
 DETAILS_KEY = "grpc-status-details-bin"
 # What a server that is full says to everybody.
-RETRY_AFTER_S = 0.5
+_RETRY_AFTER_S = 0.5
 
 # Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB.
 _MAX_MESSAGE_CHARS = 1024
@@ -160,7 +160,9 @@ class QueueFull(OutriderError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
 
-    def __init__(self, retry_after_s: float, message: str = "the queue of this actor is full") -> None:
+    def __init__(
+        self, message: str = "the queue of this actor is full", *, retry_after_s: float = _RETRY_AFTER_S
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -171,7 +173,8 @@ class QueueFull(OutriderError):
 
     @classmethod
     def restore(cls, message: str, status: status_pb2.Status) -> "OutriderError":  # noqa: D102
-        return cls(_find(status, error_details_pb2.RetryInfo()).retry_delay.ToNanoseconds() / 1e9, message)
+        delay = _find(status, error_details_pb2.RetryInfo()).retry_delay
+        return cls(message, retry_after_s=delay.ToNanoseconds() / 1e9)
 
 
 class TooManyStreams(QueueFull):

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from common.errors import RETRY_AFTER_S, TooManyStreams
+from common.errors import TooManyStreams
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Peer = tuple[str, frozenset[str]]
@@ -39,7 +39,7 @@ class StreamLimit:
     def stream(self, peer: Peer) -> Iterator[None]:
         """One stream, for as long as the block runs. Raises TooManyStreams."""
         if self._open[peer] >= self._max_per_peer:
-            raise TooManyStreams(RETRY_AFTER_S, f"{self._max_per_peer} streams of this caller are open, the most")
+            raise TooManyStreams(f"{self._max_per_peer} streams of this caller are open, the most")
         self._open[peer] += 1
         try:
             yield

@@ -269,7 +269,7 @@ class SimActor:
                 raise WeightsPending("not yet")
         self.policy.refuse_unless_of(request.run_id)
         if self.busy:
-            raise QueueFull(self.rng.random())
+            raise QueueFull(retry_after_s=self.rng.random())
         actor_id = self.actor_id
         self._num_running += 1
         try:

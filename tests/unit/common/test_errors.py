@@ -16,8 +16,8 @@ EVERY_ERROR = [
     errors.Draining("draining"),
     errors.Paused("paused"),
     errors.EngineDead("dead"),
-    errors.QueueFull(0.25, "full"),
-    errors.TooManyStreams(0.5, "256 calls of one caller"),
+    errors.QueueFull("full", retry_after_s=0.25),
+    errors.TooManyStreams("256 calls of one caller"),
     errors.StageTimeout("late"),
     errors.StageBlocked("late"),
     errors.StageCorrupt("bucket 1"),
@@ -90,7 +90,7 @@ def test_details_are_the_standard_ones() -> None:
     to_status(errors.MediaMissing((b"\x01" * 32,))).details[1].Unpack(failure)
     assert [(v.type, v.subject) for v in failure.violations] == [("MEDIA", "01" * 32)]
     retry = error_details_pb2.RetryInfo()
-    to_status(errors.QueueFull(1.5)).details[1].Unpack(retry)
+    to_status(errors.QueueFull(retry_after_s=1.5)).details[1].Unpack(retry)
     assert (retry.retry_delay.seconds, retry.retry_delay.nanos) == (1, 500_000_000)
 
 

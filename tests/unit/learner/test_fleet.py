@@ -218,7 +218,7 @@ async def test_a_full_queue_is_asked_again_after_its_own_time() -> None:
     actor = FakeActor("one")
     async with running(actor) as (fleet, _):
         member = fleet.members()[0]
-        fleet.report_failure(member, QueueFull(0.01))
+        fleet.report_failure(member, QueueFull(retry_after_s=0.01))
         assert (member.busy, member.held) == (True, False)
         async with fleet.slot(any_version) as again:
             assert again is member

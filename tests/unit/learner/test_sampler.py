@@ -86,7 +86,7 @@ async def test_a_group_comes_back_whole() -> None:
         assert [completion.index for completion in got.completions] == [0, 1]
 
 
-@pytest.mark.parametrize("error", [EngineDead("x"), QueueFull(0.001), DeadlineExceeded("late")])
+@pytest.mark.parametrize("error", [EngineDead("x"), QueueFull(retry_after_s=0.001), DeadlineExceeded("late")])
 async def test_a_failing_actor_is_replaced_by_another(error: OutriderError) -> None:
     bad, good = FakeActor("bad", failure=error), FakeActor("good", state=ActorState.LOADING)
     async with sampler(bad, good) as sample:
@@ -131,7 +131,7 @@ async def test_a_group_that_failed_on_an_actor_goes_to_another_one() -> None:
 
 
 async def test_busy_is_no_failure() -> None:
-    actor = FakeActor("one", failure=QueueFull(0.0))
+    actor = FakeActor("one", failure=QueueFull(retry_after_s=0.0))
     async with sampler(actor, max_attempts=1) as sample:
         task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
         await until(lambda: len(actor.requests) >= 3)
