@@ -5,7 +5,7 @@ so all that can be known is checked here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,17 @@ def stand_in(modality: Modality) -> Any:
     return vllm_item(EngineMedia(bytes(32), _STAND_INS[modality], modality=modality, frames_per_second=1.0))
 
 
-def foreign_item(processor: Any, tensors: Sequence[NamedTensor], modality: Modality, field: str) -> Any:
-    """vLLM's `MultiModalKwargsItems` of one image or video.
+def yielded(processor: Any, modality: Modality) -> dict[str, Any]:
+    """What the model's own processor makes of any image or video, by name: tensors, or what they can be made of."""
+    model = processor._apply_hf_processor_main(processor.info.parse_mm_data({modality.value: [stand_in(modality)]}), {})
+    fields = processor._get_mm_fields_config(model, {})
+    return {name: model[name] for name in fields if name in model}
+
+
+def foreign_item(
+    processor: Any, expected: Mapping[str, Any], tensors: Sequence[NamedTensor], modality: Modality, field: str
+) -> Any:
+    """vLLM's `MultiModalKwargsItems` of one image or video; `expected` is what its own processor has `yielded`.
 
     Models whose processor yields patches and their grid (`pixel_values`, `image_grid_thw`: the Qwen-VL families, of
     whose videos Qwen3-VL's come with texts and so are not among them) are served. Raises Unimplemented for others, and
@@ -46,9 +55,6 @@ def foreign_item(processor: Any, tensors: Sequence[NamedTensor], modality: Modal
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
     pixels, grid = _PIXELS[modality], GRIDS[modality]
-    model = processor._apply_hf_processor_main(processor.info.parse_mm_data({modality.value: [stand_in(modality)]}), {})
-    fields = processor._get_mm_fields_config(model, {})
-    expected = {name: model[name] for name in fields if name in model}
     if set(expected) - {_SECONDS} != {pixels, grid}:
         raise Unimplemented(
             field, f"this model's processor yields {sorted(expected)}; only patches with a grid are taken"

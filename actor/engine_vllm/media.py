@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actor.engine import EngineMedia
-from actor.engine_vllm.foreign_tensors import GRIDS, foreign_item, stand_in
+from actor.engine_vllm.foreign_tensors import GRIDS, foreign_item, stand_in, yielded
 from actor.engine_vllm.videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
@@ -37,6 +37,7 @@ class VllmMedia:
     def __init__(self, renderer: Any, max_context_tokens: int) -> None:
         self._renderer = renderer
         self._grids: dict[str, tuple[int, ...]] = {}
+        self._yielded: dict[Modality, dict[str, Any]] = {}
         processor = renderer.get_mm_processor() if renderer.mm_processor is not None else None
         self._pace = Pace(processor, max_context_tokens)
         self.takes_videos = processor is not None and "video" in processor.info.get_supported_mm_limits()
@@ -190,7 +191,10 @@ class VllmMedia:
         )
         if isinstance(item.content, tuple):
             data = processor.info.parse_mm_data({modality: [stand_in(item.modality)]})
-            items = foreign_item(processor, item.content, item.modality, f"{field}.processed.tensors")
+            if item.modality not in self._yielded:
+                self._yielded[item.modality] = yielded(processor, item.modality)
+            expected = self._yielded[item.modality]
+            items = foreign_item(processor, expected, item.content, item.modality, f"{field}.processed.tensors")
             updates = processor._get_mm_prompt_updates(data, {}, items)
             return items[modality][0], item.name, updates[modality][0]
         inputs = ProcessorInputs(
