@@ -242,7 +242,7 @@ class Control:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         while not future.done():
             concurrent.futures.wait([future], timeout=_LOOK_S)
-            if is_stopping() and not future.done():
+            if is_stopping():  # what fails now has failed because of it
                 future.cancel()
                 return None
             if not self._thread.is_alive() and not future.done():

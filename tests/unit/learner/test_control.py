@@ -12,6 +12,7 @@ import pytest
 from common.config import ConfigError
 from learner.config import LearnerConfig
 from learner.control import Control, own_address
+from learner.evaluate import TooManyFailed
 from learner.ledger import Ledger
 from learner.rollouts.slots import Slots
 from learner.types import ProcessedPrompt, PromptSample
@@ -70,8 +71,14 @@ def test_a_stop_waits_for_no_evaluation() -> None:
         finally:
             cancelled.set()
 
+    async def failing() -> None:
+        raise TooManyFailed("its actors were ended first")
+
     assert control._call(long(), lambda: True) is None
     assert cancelled.wait(10)
+    assert control._call(failing(), lambda: True) is None
+    with pytest.raises(TooManyFailed):
+        control._call(failing(), lambda: False)
     control.close()
 
 
