@@ -7,6 +7,7 @@ Standard output and error are the log. Prints nothing; the exit code is the comm
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Spec:
     command: list[str]
     env: dict[str, str]
     pid_file: str
+    shares_processes: bool  # with the pod's own process, which is then process 1
 
 
 def main() -> None:
@@ -46,6 +48,9 @@ def main() -> None:
     for kind in ("net", "uts", "ipc"):
         kernel.enter(spec.sandbox_pid, kind)
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+    if spec.shares_processes and os.fork() == 0:
+        kernel.die_with_parent()
+        signal.pause()
     pid = os.fork()
     if pid == 0:
         kernel.die_with_parent()

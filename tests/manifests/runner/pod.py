@@ -269,6 +269,7 @@ class Pod:
             command=[*container["command"], *container.get("args", ())],
             env={**image.environment(), **self.env, **self._env(container)},
             pid_file=str(pid_file),
+            shares_processes=self.spec.get("shareProcessNamespace", False),
         )
 
     def _host_names(self) -> str:

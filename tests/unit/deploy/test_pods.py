@@ -146,6 +146,14 @@ def test_a_learner_pod_waits_for_the_node_of_the_other_one(variant: tuple[str, .
     assert int(config.rdzv_configs["timeout"]) >= 12 * 3600
 
 
+def test_a_learner_pod_that_waits_for_the_other_ones_ends_when_it_is_deleted() -> None:
+    """Process 1 ignores signals that it does not handle, and torchrun handles none until it starts its ranks."""
+    shared = {
+        pod_templates(render(*variant))["outrider-learner"]["spec"].get("shareProcessNamespace") for variant in VARIANTS
+    }
+    assert shared == {True}
+
+
 def test_no_weights_over_nccl_to_gpus_of_tensor_parallel_actors() -> None:
     """Their communicators are ordered by nobody (docs/architecture.md)."""
     backends = {}
