@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from common.log import get_logger
+from learner.stopping import AgreedStop
 
 log = get_logger(__name__)
 
@@ -48,7 +49,7 @@ class Silence:
 
 @contextlib.contextmanager
 def watching(num_ranks: int, rank: int, timeout_s: float, on_silence: Callable[[str], None]) -> Iterator[None]:
-    """Watch the other ranks while the block runs; a block that ends well says goodbye to them.
+    """Watch the other ranks while the block runs; a block that ends well, or as agreed, says goodbye to them.
 
     The store is that of MASTER_ADDR and MASTER_PORT, through a connection of its own. `on_silence` is called on another
     thread, with a line that names the ranks that nothing came from for `timeout_s`.
@@ -60,6 +61,9 @@ def watching(num_ranks: int, rank: int, timeout_s: float, on_silence: Callable[[
     try:
         yield
         watch.leaves_well = True
+    except AgreedStop:
+        watch.leaves_well = True
+        raise
     finally:
         watch.stop()
 

@@ -14,6 +14,10 @@ TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _SAME_S = 1.0
 
 
+class AgreedStop(KeyboardInterrupt):
+    """All ranks end here, because one of them was asked to."""
+
+
 class StopRequest:
     """What a rank's signals have asked for. Main thread only, but for `is_made`."""
 
@@ -35,14 +39,19 @@ class StopRequest:
     def heeded(self) -> Iterator[None]:
         """While the block runs the first signal only makes the request: the block looks for it, and ends by itself.
 
-        Raises KeyboardInterrupt after a block that has ended well without having seen it.
+        Raises KeyboardInterrupt after a block that has ended well without having seen it. After a stop, also one that
+        another rank was asked for, SIGTERM is ignored: torchrun sends it once the first rank has ended.
         """
         self._is_heeded = True
+        is_agreed = False
         try:
             yield
+        except AgreedStop:
+            is_agreed = True
+            raise
         finally:
             self._is_heeded = False
-            if self.is_made:
+            if self.is_made or is_agreed:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.is_made:
             raise KeyboardInterrupt

@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.log import get_logger
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.distributed import Ranks
@@ -29,7 +30,9 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.report import Reporter
 from learner.step import StepStats, merge_stats
-from learner.stopping import StopRequest
+from learner.stopping import AgreedStop, StopRequest
+
+log = get_logger(__name__)
 
 # Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
@@ -90,7 +93,7 @@ class Trainer:
         """
         try:
             with self._stop.heeded():
-                self._train()
+                self._train_until_stopped()
             export = self._policy.export(self._run_dir / "export")
         except BaseException:
             with contextlib.suppress(Exception):  # this error is the one to tell
@@ -98,6 +101,19 @@ class Trainer:
             raise
         self._policy.finish()
         return export
+
+    def _train_until_stopped(self) -> None:
+        try:
+            self._train()
+        except AgreedStop:
+            self._leave()
+            raise
+        except RuntimeError as error:
+            if not self._stop.is_made or self._ranks.num_ranks == 1 or isinstance(error, ParityError):
+                raise
+            # Another rank was not in the loop yet, or has failed: it has ended, and no collective can.
+            log.warning("asked to stop, and the step could not end", error=str(error))
+            raise KeyboardInterrupt from None
 
     def _train(self) -> None:
         settings = self._config.trainer
@@ -188,14 +204,12 @@ class Trainer:
         return self._stop.is_made
 
     def _stop_if_asked(self) -> None:
-        """Where all ranks are at the same version: end the run if one of them was asked to."""
-        try:
-            if not self._ranks.any(self._stop.is_made):
-                return
-        except RuntimeError:
-            if not self._stop.is_made:
-                raise
-            raise KeyboardInterrupt from None  # torchrun ends this rank because another one has died
+        """Where all ranks are at the same version: they agree whether one of them was."""
+        if self._ranks.any(self._stop.is_made):
+            raise AgreedStop
+
+    def _leave(self) -> None:
+        """On all ranks, with a checkpoint of the last step."""
         version = self._policy.version
         if version > self._saved_version:
             self._checkpoint()
@@ -205,7 +219,6 @@ class Trainer:
             self._zero.reporter.note(f"stopping: {saved if version else 'no step has been trained'}")
         with contextlib.suppress(RuntimeError):  # one that could not write its part says so
             self._ranks.any(True)  # once one has ended, torchrun ends the others
-        raise KeyboardInterrupt
 
 
 def _is_due(version: int, every: int) -> bool:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from learner import rank_watch
 from learner.rank_watch import Silence, at_fault, watching
+from learner.stopping import AgreedStop
 
 # With beats so short apart, that many go into the time that a rank may be silent.
 BEAT_S, NUM_LOOKS = 0.01, 100
@@ -125,16 +126,25 @@ def test_ranks_that_beat_are_not_accused_nor_one_that_has_left(
         assert not accused.lines
 
 
+def test_a_rank_that_ends_as_agreed_has_left(store: list[dist.TCPStore]) -> None:
+    """The others may take their time to clean up."""
+    store[0].set("rank-watch/0", "7")
+    with pytest.raises(AgreedStop), watching(2, 1, TIMEOUT_S, Accusations()):
+        raise AgreedStop
+    assert store[0].get("rank-watch/1") == b"goodbye"
+
+
 def pass_looks(looked: threading.Semaphore, count: int) -> None:
     for _ in range(count):
         assert looked.acquire(timeout=30)
 
 
-def test_a_rank_that_fails_says_no_goodbye(store: list[dist.TCPStore]) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_rank_that_fails_says_no_goodbye(store: list[dist.TCPStore], error: type[BaseException]) -> None:
     accused = Accusations()
     with watching(2, 0, TIMEOUT_S, accused):
-        with pytest.raises(ZeroDivisionError), watching(2, 1, TIMEOUT_S, accused):
-            raise ZeroDivisionError
+        with pytest.raises(error), watching(2, 1, TIMEOUT_S, accused):
+            raise error
         assert "of rank 1: stopped or cut off" in accused.wait()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from learner.stopping import StopRequest
+from learner.stopping import AgreedStop, StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -64,3 +64,12 @@ def test_what_ends_the_loop_is_told(stop: StopRequest) -> None:
 
     with pytest.raises(ZeroDivisionError), stop.heeded():
         loop()
+
+
+def test_a_rank_that_was_not_asked_ends_in_order_with_one_that_was(stop: StopRequest) -> None:
+    """That one ends first, and torchrun sends SIGTERM to the others."""
+    with pytest.raises(AgreedStop), stop.heeded():
+        raise AgreedStop
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # a user who insists

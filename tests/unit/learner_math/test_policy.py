@@ -311,6 +311,36 @@ def test_a_stop_ends_an_evaluation_and_costs_no_step(
     assert (tmp_path / "export").exists()
 
 
+@pytest.mark.parametrize(
+    ("is_asked", "num_ranks", "error", "told"),
+    [
+        (True, 2, RuntimeError("Connection closed by peer"), KeyboardInterrupt),
+        (False, 2, RuntimeError("Connection closed by peer"), RuntimeError),
+        (True, 1, RuntimeError("out of memory"), RuntimeError),
+        (True, 2, ParityError("another model"), ParityError),
+    ],
+)
+def test_a_stop_that_another_rank_could_not_wait_for_is_no_crash(
+    tmp_path: Path, is_asked: bool, num_ranks: int, error: RuntimeError, told: type[BaseException]
+) -> None:
+    """One that had not begun to train has died of the signal."""
+    stop, policy = StopRequest(), MagicMock(version=0)
+
+    def snapshot() -> None:
+        if is_asked:
+            stop._signalled(signal.SIGTERM, None)
+        raise error
+
+    policy.snapshot.side_effect = snapshot
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(told):
+            Trainer(MagicMock(), MagicMock(num_ranks=num_ranks), policy, tmp_path, None, stop).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    policy.finish.assert_called_once_with()
+
+
 def test_an_evaluation_that_fails_costs_no_checkpoint(
     tmp_path: Path, model_dir: Path, processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
