@@ -1,4 +1,4 @@
-"""`python -m learner`: one rank of a training run. Start several with torchrun.
+"""`python -m learner`: one rank of a training run. Start several with `python -m learner.torchrun`.
 
 Parse and validate first, then load torch.
 """
@@ -11,7 +11,8 @@ from typing import NoReturn
 
 EPILOG = """\
 examples:
-  torchrun --standalone --nproc-per-node 2 -m learner --config run.yaml rollout.actors='["127.0.0.1:50051"]'
+  python -m learner.torchrun --standalone --nproc-per-node 2 -m learner --config run.yaml \\
+      rollout.actors='["127.0.0.1:50051"]'
   python -m learner --config run.yaml optimizer.lr=1e-5 trainer.total_steps=100
   python -m learner fleet 127.0.0.1:50051                    what the actors say of themselves
   python -m learner export RUN/checkpoints/step-000200 OUT   a checkpoint as a model, for transformers and vLLM
