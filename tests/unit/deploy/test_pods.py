@@ -205,6 +205,8 @@ def test_dashboard_alerts_and_autoscalers_ask_for_metrics_that_exist(metric_name
         names = set(re.findall(r"outrider_\w+", alert["expr"]))
         assert names, alert["alert"]
         assert names <= metric_names
+        grouped = re.findall(r"by \(namespace\) \([a-z]*\(?outrider_", alert["expr"])
+        assert len(grouped) == alert["expr"].count("outrider_"), f"{alert['alert']} forgets a learner that is replaced"
     [metric] = find(render("gpu", "hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     rule = (K8S / "components" / "hpa" / "kustomization.yaml").read_text()
     assert f"name: {{as: {metric['external']['metric']['name']}}}" in rule
