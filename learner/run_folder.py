@@ -62,6 +62,8 @@ _FIXED = {
     *("model.path", "model.lora_rank", "model.lora_alpha", "model.target_modules", "model.exclude_modules"),
     "model.lora_adapter_path",
 }
+# Of these only the last part of the path: a run may go on where the same claim or disk is mounted elsewhere.
+_PATHS = {"data.train", "model.path", "model.lora_adapter_path"}
 # As long as Kubernetes lets a pod take to end.
 _GRACE_S = 300.0
 _LOOK_S = 0.5
@@ -188,7 +190,7 @@ def _unfinished(config: LearnerConfig, patience_s: float) -> Path | None:
         if is_free and not odd:
             return run_dir
         if is_free and _has_checkpoints(run_dir):
-            continues = "" if _FIXED.intersection(odd) else f"; run_dir={run_dir} continues it"
+            continues = "" if _fixed(odd, _identity(begun), wanted) else f"; run_dir={run_dir} continues it"
             hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}{continues}"
         elif not odd:
             hint = hint or f"{run_dir} is unfinished, and another learner is at work in it"
@@ -204,9 +206,10 @@ def _check_goes_on(run_dir: Path, config: LearnerConfig, role: Role) -> None:
     if begun is None:
         return
     then = _identity(begun)
-    odd = _differences(then, _identity(config.model_dump(mode="json")))
-    if fixed := [path for path in odd if path in _FIXED]:
-        before = [f"{path}={functools.reduce(operator.getitem, path.split('.'), then)}" for path in fixed]
+    now = _identity(config.model_dump(mode="json"))
+    odd = _differences(then, now)
+    if fixed := _fixed(odd, then, now):
+        before = [f"{path}={_value(then, path)}" for path in fixed]
         raise ConfigError(
             f"{fixed[0]}: the checkpoints in {run_dir} are of {_enumerate(before)}; give that again, or another run_dir"
         )
@@ -266,6 +269,20 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         elif left != right or (key in one) != (key in other):
             paths.append(key)
     return paths
+
+
+def _fixed(odd: Sequence[str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Those of the differences with which no checkpoint goes on."""
+    moved = {path for path in _PATHS.intersection(odd) if _name(_value(then, path)) == _name(_value(now, path))}
+    return [path for path in odd if path in _FIXED - moved]
+
+
+def _value(values: dict[str, Any], path: str) -> Any:
+    return functools.reduce(operator.getitem, path.split("."), values)
+
+
+def _name(path: str | None) -> str | None:
+    return path and Path(path).name
 
 
 def _enumerate(paths: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ def test_a_run_that_cannot_be_continued_is_not_said_to(tmp_path: Path, capsys: p
         ({"model": {"path": "other", "lora_rank": 8}}, "model.path=model"),
         ({"model": {"path": "model", "lora_rank": 8, "lora_alpha": 64}}, "model.lora_alpha=16"),
         ({"model": {"path": "model"}}, "model.lora_rank=8"),
+        ({"data": {"train": "other.jsonl"}}, "data.train=rows.jsonl"),
         ({"data": {"train": "rows.jsonl", "held_out_fraction": 0.5}}, "data.held_out_fraction=0.0"),
     ],
 )
@@ -104,6 +105,22 @@ def test_a_checkpoint_goes_on_with_what_it_is_of(
     ):
         pass
     assert _chosen(config) == here  # it is still the configuration of the run
+
+
+def test_what_a_checkpoint_is_of_may_be_mounted_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def config(models: str, data: str, **more: object) -> LearnerConfig:
+        model = {"path": f"{models}vlm", "lora_adapter_path": f"{models}adapter"}
+        return _config(tmp_path, model=model, data={"train": f"{data}rows.jsonl"}, **more)
+
+    first = _chosen(config("/home/me/", "data/"))
+    _checkpoint(first)
+    second = _chosen(config("/models/", "/data/"))
+    assert second != first
+    odd = "model.path, model.lora_adapter_path, data.train"
+    hint = f"{first} is unfinished and has another {odd}; run_dir={first} continues it"
+    assert capsys.readouterr().out == f"a new run: {hint}\n"
+    assert _chosen(config("/models/", "/data/", run_dir=first)) == first
+    assert capsys.readouterr().out == f"{first} goes on with another {odd}\n"
 
 
 def test_a_learner_may_go_on_with_the_model_that_a_launcher_prepared(tmp_path: Path) -> None:
