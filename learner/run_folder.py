@@ -3,7 +3,8 @@
     runs/<name>-<time>/  config.yaml  logs/  metrics.jsonl  completions.jsonl  checkpoints/  export/  summary.json
 
 A run is finished when it has a summary. The same configuration started again continues the newest run that is not,
-unless another process is at work in it; a learner gives such a process some time to end.
+unless another process is at work in it; a learner gives such a process some time to end. A launcher leaves that to its
+learner, as the one of a launcher that was killed ends its step.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
         raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
     # Two launchers are two runs on purpose; a second learner may be what replaces the first.
     patience_s = _GRACE_S if role == "learner" else 0.0
-    unfinished = _unfinished(config, patience_s) if config.resume and config.run_dir is None else None
+    unfinished = _unfinished(config, role, patience_s) if config.resume and config.run_dir is None else None
     run_dir = config.run_dir or unfinished or _new(config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     _gets_free(run_dir, patience_s, role)
@@ -175,28 +176,35 @@ def _new(config: LearnerConfig) -> Path:
     raise ConfigError(f"{base} and a hundred more exist")
 
 
-def _unfinished(config: LearnerConfig, patience_s: float) -> Path | None:
-    """The newest folder that was begun with this configuration, has no summary, and nobody works in."""
+def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | None:
+    """The newest folder that was begun with this configuration, has no summary, and nobody works in.
+
+    One without checkpoints is taken only if none has some. For a launcher, nobody is no other launcher.
+    """
     wanted = _identity(config.model_dump(mode="json"))
+    rivals: tuple[Role, ...] = ("launcher",) if role == "launcher" else get_args(Role)
     hint = ""
+    empty: Path | None = None
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
         begun = _read(run_dir / "config.yaml")
         if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue
         odd = _differences(_identity(begun), wanted)
-        is_free = _gets_free(run_dir, 0.0 if odd else patience_s)
+        is_free = _gets_free(run_dir, 0.0 if odd or empty else patience_s, *rivals)
         if _is_finished(run_dir):  # by now
             continue
         if is_free and not odd:
-            return run_dir
-        if is_free and _has_checkpoints(run_dir):
+            if _has_checkpoints(run_dir):
+                return run_dir
+            empty = empty or run_dir
+        elif is_free and _has_checkpoints(run_dir):
             continues = "" if _fixed(odd, _identity(begun), wanted) else f"; run_dir={run_dir} continues it"
             hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}{continues}"
         elif not odd:
-            hint = hint or f"{run_dir} is unfinished, and another learner is at work in it"
-    if hint:
+            hint = hint or f"{run_dir} is unfinished, and another {role} is at work in it"
+    if hint and empty is None:
         print(f"a new run: {hint}", flush=True)
-    return None
+    return empty
 
 
 def _check_goes_on(run_dir: Path, config: LearnerConfig, role: Role) -> None:

@@ -216,13 +216,36 @@ def test_a_run_that_somebody_works_in_is_left_alone(
 ) -> None:
     monkeypatch.setattr(run_folder, "_GRACE_S", 0.01)
     with run_folder.held(_config(tmp_path), role) as first:
-        assert _chosen(_config(tmp_path)) != first
+        with run_folder.held(_config(tmp_path), role) as another:
+            assert another != first
         with (
             pytest.raises(NotYet, match=f"another {role} is at work"),
             run_folder.held(_config(tmp_path, run_dir=first), role),
         ):
             pass
     with run_folder.held(_config(tmp_path, run_dir=first), role) as again:
+        assert again == first
+
+
+def test_a_launcher_continues_a_run_whose_learner_still_ends_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after SIGKILL of the launcher before it: its own learner waits."""
+    first = _chosen(_config(tmp_path))
+    _checkpoint(first)
+    with run_folder.held(_config(tmp_path, run_dir=first), "learner"):
+        assert _chosen(_config(tmp_path)) == first
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("role", ["launcher", "learner"])
+def test_a_run_with_checkpoints_is_continued_before_a_newer_one_without(tmp_path: Path, role: run_folder.Role) -> None:
+    with run_folder.held(_config(tmp_path), "launcher") as first:
+        newer = _chosen(_config(tmp_path))
+        assert newer != first
+    assert _chosen(_config(tmp_path)) == newer
+    _checkpoint(first)
+    with run_folder.held(_config(tmp_path), role) as again:
         assert again == first
 
 
@@ -258,9 +281,10 @@ def test_a_learner_that_does_not_end_is_told_of(
 ) -> None:
     hint = "a new run: {} is unfinished, and another learner is at work in it\n"
     with run_folder.held(_config(tmp_path), "learner") as first:
-        second = _chosen(_config(tmp_path))  # a launcher waits for nobody
-        assert capsys.readouterr().out == hint.format(first)
         monkeypatch.setattr(run_folder, "_GRACE_S", 0.01)
+        with run_folder.held(_config(tmp_path), "learner") as second:
+            assert second != first
+        assert capsys.readouterr().out.endswith(hint.format(first))
         with run_folder.held(_config(tmp_path), "learner") as again:
             assert again == second
         with run_folder.held(_config(tmp_path), "learner"), run_folder.held(_config(tmp_path), "learner") as third:
