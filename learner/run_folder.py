@@ -36,6 +36,7 @@ _PLACE_IN = {
     "rollout": {
         "actors",
         "tls",
+        "max_message_bytes",
         "group_timeout_s",
         "hung_s",
         "slots_per_actor",
@@ -94,7 +95,10 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
             clear_last_words(run_dir)
             if _has_checkpoints(run_dir):
                 _check_goes_on(run_dir, config, role)
-            write_whole(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            # Of a launcher's folder `config.yaml` is the launcher's.
+            theirs = run_dir / "learner.yaml"
+            path = theirs if role == "learner" and theirs.exists() else run_dir / "config.yaml"
+            write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
 
 

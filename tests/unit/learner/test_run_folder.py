@@ -44,6 +44,7 @@ def test_an_unfinished_run_of_the_same_configuration_is_continued(tmp_path: Path
     patient = {"total_steps": 3, "batch_prompts": 2, "rank_timeout_s": 300.0, "max_tokens_per_micro_batch": 64}
     assert _chosen(_config(tmp_path, trainer=patient)) == first
     assert yaml.safe_load((first / "config.yaml").read_text())["trainer"]["rank_timeout_s"] == 300.0
+    assert _chosen(_config(tmp_path, rollout={"max_message_bytes": 2**28})) == first
     # Nor what else would end it.
     data, evaluation = {"train": "rows.jsonl", "max_media_pixels": 2**26}, {"max_failed_share": 0.5}
     assert _chosen(_config(tmp_path, data=data, evaluation=evaluation)) == first
@@ -130,6 +131,8 @@ def test_a_learner_may_go_on_with_the_model_that_a_launcher_prepared(tmp_path: P
     _checkpoint(first)
     with run_folder.held(prepared, "learner") as again:
         assert again == first
+    assert _chosen(_config(tmp_path)) == first  # the launcher's configuration has the model before
+    assert _chosen(_config(tmp_path, run_dir=first)) == first
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": True}, {"enable_thinking": False, "budget": 2}])
