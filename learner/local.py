@@ -133,11 +133,11 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         while learner.poll() is None and words is None:
             actors.restart_dead()
             time.sleep(_POLL_S)
-            words = run_folder.read_last_words(run_dir)
+            words = run_folder.read_last_words(run_dir, learner.pid)
         if learner.returncode == 0:
             return 0
         if learner.returncode is not None:
-            words = run_folder.read_last_words(run_dir) if learner.returncode > 0 else None
+            words = run_folder.read_last_words(run_dir, learner.pid) if learner.returncode > 0 else None
         was_killed = words is None
         killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
         return _say(*(words or (1, killed)))
@@ -154,6 +154,8 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         if learner is not None:
             if is_asked:
                 _wait_for_step(learner)
+                if (words := run_folder.read_last_words(run_dir, learner.pid)) is not None:
+                    _say(*words)
             _end_learner(learner, deadline)
         if not was_killed:
             actors.end(deadline)

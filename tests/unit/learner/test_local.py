@@ -1,0 +1,62 @@
+"""What the single-machine launcher says of its learner's end."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from learner import local
+from learner.config import LearnerConfig
+from learner.local_actors import LocalActors
+from learner.local_gpus import GpuShares
+
+_FAILING_RANK = """
+import sys, pathlib
+from learner import run_folder
+run_folder.leave_last_words(pathlib.Path(sys.argv[1]), 1, "OSError: [Errno 28] No space left on device")
+"""
+
+
+def test_a_checkpoint_of_the_stop_that_cannot_be_written_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_: object) -> "subprocess.Popen[bytes]":
+        """In the place of torchrun: a rank of it fails when it is asked to stop."""
+        rank = [sys.executable, "-c", _FAILING_RANK, str(tmp_path)]
+        code = f"import signal, subprocess; signal.signal(signal.SIGTERM, lambda *_: exit(subprocess.call({rank})));"
+        learner = subprocess.Popen(
+            [sys.executable, "-c", f"{code} print(flush=True); signal.pause()"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert learner.stdout is not None
+        learner.stdout.readline()
+        learner.stdout.close()
+        return learner
+
+    def ctrl_c(_actors: LocalActors) -> None:
+        raise KeyboardInterrupt
+
+    config = LearnerConfig.model_validate(
+        {
+            "name": "task",
+            "model": {"path": "model"},
+            "data": {"train": "rows.jsonl"},
+            "trainer": {"total_steps": 3, "batch_prompts": 2},
+            "rollout": {"actors": ["127.0.0.1:1"]},
+            "local": {"num_actors": 0},
+        }
+    )
+    monkeypatch.setattr(local, "_start_learner", start)
+    monkeypatch.setattr(local, "_STOP_S", 60.0)
+    monkeypatch.setattr(LocalActors, "restart_dead", ctrl_c)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            local._run_in(tmp_path, config, GpuShares())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "outrider: OSError: [Errno 28] No space left on device\n"
