@@ -198,7 +198,8 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
         begun = _read(run_dir / "config.yaml")
         if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue
-        odd = _differences(_identity(begun), wanted)
+        then = _identity(begun)
+        odd = _differences(then, wanted)
         is_free = _gets_free(run_dir, 0.0 if odd or empty else patience_s, *rivals)
         if _is_finished(run_dir):  # by now
             continue
@@ -207,7 +208,7 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
                 return run_dir
             empty = empty or run_dir
         elif is_free and _has_checkpoints(run_dir):
-            continues = "" if _fixed(odd, _identity(begun), wanted) else f"; run_dir={run_dir} continues it"
+            continues = "" if _fixed(odd, then, wanted) else f"; run_dir={run_dir} continues it"
             hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}{continues}"
         elif not odd:
             hint = hint or f"{run_dir} is unfinished, and another {role} is at work in it"

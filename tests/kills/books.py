@@ -75,9 +75,8 @@ class Books:
     def _check(self, where: str, trained_by: int, actor_id: str, completion: Completion, truth: Completion) -> None:
         name = completion.trajectory_id
         _require(name not in self._trajectories, f"{where}: {name} is trained a second time")
-        _require(
-            f"/{truth.index}/" in name and name.endswith(f"/{actor_id}"), f"{where}: {name} is not of actor {actor_id}"
-        )
+        _, index, _, actor = name.rsplit("/", 3)
+        _require((index, actor) == (str(truth.index), actor_id), f"{where}: {name} is not of actor {actor_id}")
         is_real = (
             np.array_equal(completion.token_ids, truth.token_ids)
             and np.array_equal(completion.logprobs, truth.logprobs)
