@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     from examples.digits.model import build_model
-    from tests.launched import free_ports
+    from tests.helpers.launched import free_ports
 
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         folder = Path(name)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import generation
-from tests.launched import free_ports
+from tests.helpers.launched import free_ports
 
 _START_S = 300.0
 _LAUNCHERS = {

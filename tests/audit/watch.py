@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.audit.sitecustomize import LOG_VARIABLE
-from tests.launched import ROOT
+from tests.helpers.launched import ROOT
 
 _HERE = Path(__file__).resolve().parent
 

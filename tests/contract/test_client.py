@@ -39,7 +39,7 @@ from common.types import (
 from learner.rollouts.sampler import build_request
 from learner.types import PromptSample
 from tests.contract.conftest import StartActor, png
-from tests.fakes import make_completion, until
+from tests.helpers.fakes import make_completion, until
 
 IMAGES = (png(1), png(2))
 MESSAGES = (ChatMessage("user", (MediaPart(0), TextPart("or"), MediaPart(1), TextPart("?"))),)

@@ -12,8 +12,8 @@ from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.stalls import Longest
 from tests.contract.conftest import StartActor, png
-from tests.fakes import until
-from tests.launched import free_ports
+from tests.helpers.fakes import until
+from tests.helpers.launched import free_ports
 
 
 def scrape(port: int) -> dict[str, float]:

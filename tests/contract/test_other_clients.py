@@ -24,8 +24,8 @@ from learner.weights.snapshot import Snapshotter
 from learner.weights.transport import TorchTransport
 from tests.contract.conftest import Launch, png
 from tests.contract.test_tls import OURS, PUBLIC, Authority
-from tests.launched import ROOT
-from tests.other_clients import BufClient, NodeClient, OtherClient, Refused, node, require_node
+from tests.helpers.launched import ROOT
+from tests.helpers.other_clients import BufClient, NodeClient, OtherClient, Refused, node, require_node
 
 FAKE = ("--engine", "fake", "--standalone", "--listen", "127.0.0.1:0", "fake.token_s=0")
 ROLLOUTS, WEIGHTS, ADMIN = "rollout.v1.RolloutService", "weights.v1.WeightService", "admin.v1.AdminService"

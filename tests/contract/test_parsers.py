@@ -36,7 +36,7 @@ from common.rpc.tls import LEARNER, READER, authorize, read_certificates
 from common.types import ServerLimits
 from common.wire.tensors import named_tensors_from_proto, named_tensors_to_proto
 from learner.config import LearnerConfig
-from tests import wire_strategies as wires
+from tests.helpers import wire_strategies as wires
 
 MAX_PIXELS = 4096
 

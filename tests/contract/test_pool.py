@@ -12,7 +12,7 @@ from common.errors import DeadlineExceeded, InvalidRequest, Unreachable
 from common.pool import RolloutPool, _first_answer
 from common.types import PromptInfo, RolloutRequest, SamplingParams, TextPrompt
 from tests.contract.conftest import FakeActor, StartActor
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 NOBODY = "127.0.0.1:1"
 FAST = {"fake": {"token_s": 0.0}}

@@ -15,7 +15,7 @@ from common.media import content_hash
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensor_of, tensors_hash
 from common.types import MediaItem, PlaceholderRange, RolloutRequest, SamplingParams, TextPrompt, TokenPrompt
 from tests.contract.conftest import StartActor, png
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 FAST = {"token_s": 0.0, "tokens_per_image": 3}
 PIXELS = tensor_of(np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8))

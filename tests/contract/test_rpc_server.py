@@ -25,7 +25,7 @@ from common.rpc.channel import open_channel
 from common.rpc.server import RpcServer, is_loopback, join_address, reserve_port, split_address
 from common.types import ActorState
 from tests.contract.conftest import FakeActor, StartActor
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -15,7 +15,7 @@ from common.rpc import interceptors
 from common.rpc.peers import StreamLimit
 from common.types import ActorState, RolloutRequest, SamplingParams, TextPrompt
 from tests.contract.conftest import StartActor
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 REQUEST = RolloutRequest("g", TextPrompt("hello"), (), SamplingParams(max_tokens=2))
 

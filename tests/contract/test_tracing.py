@@ -33,7 +33,7 @@ from learner.types import ProcessedPrompt, PromptSample
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import Snapshotter
 from tests.contract.conftest import Launch, StartActor, png
-from tests.fakes import InlineRewards, Rows, until
+from tests.helpers.fakes import InlineRewards, Rows, until
 
 GENERATE = "rollout.v1.RolloutService/Generate"
 

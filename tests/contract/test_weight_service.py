@@ -21,8 +21,8 @@ from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 from common.wire import epoch_to_proto, manifest_to_proto
 from tests.contract.conftest import FakeActor, StartActor
 from tests.contract.test_metrics import scrape
-from tests.fakes import until
-from tests.launched import free_ports
+from tests.helpers.fakes import until
+from tests.helpers.launched import free_ports
 
 VALUES = torch.arange(6, dtype=torch.float32)
 

@@ -17,12 +17,12 @@ from common.types import ActorState, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
-from tests.actor_processes import actor, free_address
-from tests.fakes import make_sample, sample_all, until
+from tests.helpers.actor_processes import actor, free_address
+from tests.helpers.fakes import make_sample, sample_all, until
+from tests.helpers.launched import ROOT
 from tests.injection.cut_off import NUM_GROUPS as NUM_GROUPS_OF_CUT
 from tests.injection.cut_off import SLOTS
 from tests.injection.machines import is_permitted
-from tests.launched import ROOT
 
 NUM_GROUPS = 60
 N = 4

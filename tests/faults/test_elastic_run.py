@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launched import launching
 from tests.kills.runs import SIZES
-from tests.launched import launching
 
 LINE = re.compile(r"(.+) in \d+ s: \d+ groups .*; sent again (\{.*?\}); longest time between two steps ([\d.]+) s")
 # What becomes of a group now and then in any run: its step was full before it came, and it is too old for the next.

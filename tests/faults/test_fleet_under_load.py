@@ -16,8 +16,8 @@ from common.types import ActorState, RolloutRequest, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
 from learner.rollouts.sampler import Sampler, build_request
-from tests.actor_processes import end_actor, free_address, start_actor
-from tests.fakes import make_sample, until
+from tests.helpers.actor_processes import end_actor, free_address, start_actor
+from tests.helpers.fakes import make_sample, until
 
 NUM_ACTORS = 3
 SLOTS = 4

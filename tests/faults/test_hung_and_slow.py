@@ -15,8 +15,8 @@ from common.types import ActorState, RolloutRequest, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
-from tests.actor_processes import actor, free_address
-from tests.fakes import make_sample, sample_all, until
+from tests.helpers.actor_processes import actor, free_address
+from tests.helpers.fakes import make_sample, sample_all, until
 
 # More than the other actor stands still on a busy machine.
 HUNG_S = 4.0

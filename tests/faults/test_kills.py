@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launched import launching
 from tests.kills.actors import Actor, ActorEnded
 from tests.kills.run import Load
 from tests.kills.runs import PEACE
-from tests.launched import launching
 
 LINE = re.compile(
     r"(\d+) of \d+ kills in \d+ s: (\d+) groups trained once each, dropped (\{.*?\}); sent again (\{.*?\}); .*"

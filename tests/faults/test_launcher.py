@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.digits.model import build_model
-from tests.launched import Launched, actor_pids, free_ports, is_alive, launching, run_dirs
+from tests.helpers.launched import Launched, actor_pids, free_ports, is_alive, launching, run_dirs
 
 CONFIG = "examples/digits/config.yaml"
 # The learner's imports alone take seconds, on a busy machine many.

@@ -27,8 +27,8 @@ from actor.server import ActorServer
 from common.types import Completion, PromptInfo
 from examples.digits.model import build_model
 from learner.checkpoint import latest_checkpoint
-from tests.digits_engine import DigitsEngine, DigitsPrompt
-from tests.launched import launching, read_metrics
+from tests.helpers.digits_engine import DigitsEngine, DigitsPrompt
+from tests.helpers.launched import launching, read_metrics
 
 BATCH = 2
 # Of a learner without a kill, on a busy machine.
@@ -87,7 +87,7 @@ def settings(model_dir: Path, runs_dir: Path, address: str, num_steps: int) -> d
     return {
         "model": {"path": str(model_dir)},
         "data": {"train": "examples.digits.data:train"},
-        "reward": {"functions": ["tests.reward_functions:sum_of_ids"], "num_processes": 1},
+        "reward": {"functions": ["tests.helpers.reward_functions:sum_of_ids"], "num_processes": 1},
         "rollout": {"actors": [address], "n": 2, "max_tokens": 4, "seed": 5},
         "algorithm": {"clip_low": 1.0, "clip_high": 1000.0},
         "optimizer": {"lr": 1e-3},

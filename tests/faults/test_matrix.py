@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.launched import ROOT
 from tests.injection.machines import is_permitted
-from tests.launched import ROOT
 
 pytestmark = [
     pytest.mark.slow,

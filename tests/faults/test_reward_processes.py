@@ -16,18 +16,18 @@ import pytest
 
 from common.types import FloatArray
 from learner.rewards import RewardError, RewardRunner
-from tests.fakes import make_completion, make_sample, until
-from tests.launched import Launched, is_alive, launching
+from tests.helpers.fakes import make_completion, make_sample, until
+from tests.helpers.launched import Launched, is_alive, launching
 
 COMPLETIONS = [make_completion("g", i, "a") for i in range(3)]
 
 
 @contextlib.contextmanager
 def running(*names: str, weights: Sequence[float] = (), timeout_s: float = 20.0) -> Iterator[RewardRunner]:
-    """One process, for functions of `tests.reward_functions`. Texts are "x", "xx", "xxx"."""
+    """One process, for functions of `tests.helpers.reward_functions`. Texts are "x", "xx", "xxx"."""
     texts = {bytes(completion.token_ids): "x" * (completion.index + 1) for completion in COMPLETIONS}
     rewards = RewardRunner(
-        [f"tests.reward_functions:{name}" for name in names],
+        [f"tests.helpers.reward_functions:{name}" for name in names],
         weights,
         decode=lambda ids: texts[bytes(np.array(ids, np.int32))],
         timeout_s=timeout_s,
@@ -58,7 +58,7 @@ async def test_the_weighted_sum_comes_back_in_order() -> None:
 async def test_what_each_function_said_comes_back_by_name() -> None:
     with running("length", "is_light", weights=[0.5, 10]) as rewards:
         scores = await rewards.score(make_sample(4), COMPLETIONS)
-    prefix = "tests.reward_functions:"
+    prefix = "tests.helpers.reward_functions:"
     assert scores.parts == {f"{prefix}length": [1.0, 2.0, 3.0], f"{prefix}is_light": [1.0, 1.0, 1.0]}
 
 
@@ -151,7 +151,7 @@ def reward_processes() -> set[int]:
 @pytest.fixture
 def learner(tmp_path: Path) -> Iterator[Launched]:
     with launching(tmp_path) as launch:
-        yield launch(module="tests.reward_learner")
+        yield launch(module="tests.helpers.reward_learner")
 
 
 def test_nothing_outlives_a_learner_that_is_killed(learner: Launched) -> None:

@@ -22,7 +22,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler
 from learner.types import Group
-from tests.fakes import FakeActor, FakeProcessor, InlineRewards, Rows
+from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows
 
 RUN_ID = "run"
 NUM_ROWS = 13

@@ -22,7 +22,7 @@ from learner.weights import deltas
 from learner.weights.epoch import UpdateTimes
 from learner.weights.publisher import Publisher, UpdatesFailed
 from learner.weights.snapshot import Snapshotter
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 _RUN_ID = "run"
 

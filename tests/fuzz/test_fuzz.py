@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launched import ROOT
+from tests.helpers.launched import ROOT
 
 pytest.importorskip("atheris", reason="has no wheel for this platform")
 

@@ -18,7 +18,7 @@ from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
 from learner.step import StepStats, train_step
-from tests.unit.learner_math.groups import centred, mixed_groups
+from tests.helpers.groups import centred, mixed_groups
 
 NUM_STEPS = 3
 TOLERANCE = 1e-4

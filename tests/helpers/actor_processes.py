@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from common.rpc.server import reserve_port
-from tests.launched import ROOT
+from tests.helpers.launched import ROOT
 
 
 async def start_actor(address: str, *settings: str) -> asyncio.subprocess.Process:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Inherited by every process that a command starts, however they are related by then.
 _VARIABLE = "OUTRIDER_TEST_LAUNCHED"
 

@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
-from tests.launched import ROOT
+from tests.helpers.launched import ROOT
 
 MODULES = Path(sys.prefix) / "npm" / "node_modules"
 NODE_CLIENT = ROOT / "examples" / "clients" / "node"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(num_ranks: int, module: str, *arguments: str) -> None:

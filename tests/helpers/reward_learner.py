@@ -1,10 +1,10 @@
-"""`python -m tests.reward_learner`: scores two groups with a reward that hangs, until it is stopped."""
+"""`python -m tests.helpers.reward_learner`: scores two groups with a reward that hangs, until it is stopped."""
 
 import asyncio
 import sys
 
 from learner.rewards import RewardRunner
-from tests.fakes import make_completion, make_sample
+from tests.helpers.fakes import make_completion, make_sample
 
 
 async def _score(rewards: RewardRunner) -> None:
@@ -13,7 +13,7 @@ async def _score(rewards: RewardRunner) -> None:
 
 
 def main() -> int:
-    rewards = RewardRunner(["tests.reward_functions:says_and_hangs"], decode=lambda _: "", timeout_s=600)
+    rewards = RewardRunner(["tests.helpers.reward_functions:says_and_hangs"], decode=lambda _: "", timeout_s=600)
     print("started", flush=True)
     try:
         asyncio.run(_score(rewards))

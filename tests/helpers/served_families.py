@@ -1,4 +1,4 @@
-"""Tiny models of further families, which actors serve; built as those of `tests.families`, and all of them together."""
+"""Tiny models of further families, which actors serve; built as those of `families`, and all of them together."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import transformers
 
-from tests import families
-from tests.families import CLIP, MROPE, QWEN_IMAGE, QWEN_VIDEO, TEXT, qwen_ids, save, template, tokenizer_with
+from tests.helpers import families
+from tests.helpers.families import CLIP, MROPE, QWEN_IMAGE, QWEN_VIDEO, TEXT, qwen_ids, save, template, tokenizer_with
 
 
 def smolvlm(directory: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from examples.digits.model import build_model
-from tests.digits_engine import DigitsPrompt
+from tests.helpers.digits_engine import DigitsPrompt
 from tests.injection.actor import PROMPT
 from tests.injection.job import NODES, Job
 from tests.injection.machines import Machines

@@ -1,8 +1,8 @@
 """`python -m tests.injection.actor`: `python -m actor` in which a fault (`tests.injection.fault`) can happen.
 
-The fake engine is that of `tests.digits_engine`, so that a learner trains on its answers; what it has to know of the
-prompt is the file PROMPT beside the model. With vLLM faults happen in two processes: in this one, and in vLLM's engine
-core, where the weights arrive.
+The fake engine is that of `tests.helpers.digits_engine`, so that a learner trains on its answers; what it has to know
+of the prompt is the file PROMPT beside the model. With vLLM faults happen in two processes: in this one, and in vLLM's
+engine core, where the weights arrive.
 """
 
 import json
@@ -12,7 +12,7 @@ from actor import process
 from actor.__main__ import main
 from actor.config import check_model
 from actor.engine import Engine
-from tests.digits_engine import DigitsEngine, DigitsPrompt
+from tests.helpers.digits_engine import DigitsEngine, DigitsPrompt
 from tests.injection.fault import Injector
 from tests.injection.hooks import on_engine, on_receiver
 

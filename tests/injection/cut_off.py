@@ -16,7 +16,7 @@ from common.types import ActorState, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.sampler import Sampler, build_request
-from tests.fakes import make_sample, sample_all, until
+from tests.helpers.fakes import make_sample, sample_all, until
 from tests.injection.machines import Machine, Machines
 from tests.manifests.runner import kernel
 

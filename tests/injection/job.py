@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from tests.helpers.launched import read_metrics
 from tests.injection.machines import Machine, Machines
 from tests.injection.setups import MAX_PARITY_DIFF, Setup
-from tests.launched import read_metrics
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Job:
         return {
             "model": {"path": str(self._model_dir)},
             "data": {"train": "examples.digits.data:train"},
-            "reward": {"functions": ["tests.reward_functions:sum_of_ids"], "num_processes": 1},
+            "reward": {"functions": ["tests.helpers.reward_functions:sum_of_ids"], "num_processes": 1},
             "rollout": {"actors": [self._address(actor) for actor in self.actors], "max_tokens": 4},
             "trainer": {
                 "total_steps": total_steps,

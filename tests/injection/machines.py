@@ -14,8 +14,8 @@ from typing import Self
 
 import psutil
 
+from tests.helpers.launched import ROOT
 from tests.injection.fault import VARIABLE, Fault, Kind, Phase, moment, of_rank
-from tests.launched import ROOT
 from tests.manifests.runner.network import Network
 from tests.manifests.runner.sandbox import CARD
 

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from examples.digits.model import build_model
-from tests.unit.learner_math.conftest import enlarge
+from tests.helpers.enlarged import enlarge
 
 if TYPE_CHECKING:
     from tests.integration.live_actor import LiveActor, WeightSource

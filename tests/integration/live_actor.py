@@ -40,7 +40,7 @@ from learner.types import Group, PromptSample
 from learner.weights.epoch import Epoch, open_epoch
 from learner.weights.snapshot import Snapshot, Snapshotter
 from learner.weights.transport import TorchTransport
-from tests.unit.learner_math.groups import SUPPRESSED, reference_logits
+from tests.helpers.groups import SUPPRESSED, reference_logits
 
 MAX_PIXELS = 2**20
 TIMEOUT_S = 60.0

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from learner.types import PromptSample
-from tests.unit.learner_math.groups import conversation
+from tests.helpers.groups import conversation
 
 
 def plain_model(directory: Path) -> Any:

@@ -25,8 +25,8 @@ from learner.model.parts import text_model
 from learner.model.sequence_parallel import split_sequences
 from learner.policy import Policy
 from learner.trainer import RankZero, Trainer
-from tests.unit.learner_math.conftest import enlarge
-from tests.unit.learner_math.groups import centred, group, image_bytes, mixed_groups, sample
+from tests.helpers.enlarged import enlarge
+from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
 
 
 def main(output: Path, config: LearnerConfig) -> None:

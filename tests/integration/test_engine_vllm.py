@@ -45,7 +45,8 @@ from learner.model.logprobs import completion_logprobs
 from learner.step import train_step
 from learner.types import PromptSample
 from learner.weights.epoch import EpochFailed
-from tests.fakes import until
+from tests.helpers.fakes import until
+from tests.helpers.groups import IMAGE_PAD, SUPPRESSED, centred, image_bytes, sample
 from tests.integration.live_actor import (
     CONFIG,
     LiveActor,
@@ -55,7 +56,6 @@ from tests.integration.live_actor import (
     snapshot,
 )
 from tests.integration.plain_forward import continued, distribution
-from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, centred, image_bytes, sample
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

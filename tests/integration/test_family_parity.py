@@ -34,10 +34,10 @@ from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.lora import add_adapter, save_adapter
 from learner.types import Group
-from tests.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.groups import centred, mixed_groups
 from tests.integration.parity_ranks import LOSS, MODES, loss_of
 from tests.integration.plain_forward import continued, distribution, plain_model, prompt_inputs
-from tests.unit.learner_math.groups import centred, mixed_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5

@@ -16,10 +16,10 @@ from common.placeholders import image_token_id, placeholder_ids
 from common.types import ChatPrompt, TokenPrompt
 from learner.model.load import load_policy
 from learner.types import PromptSample
+from tests.helpers.groups import conversation, image_bytes, sample
+from tests.helpers.served_families import SERVED_FAMILIES, build
 from tests.integration.live_actor import LiveActor, WeightSource, media_of, running
 from tests.integration.plain_forward import continued, distribution, plain_model, prompt_inputs
-from tests.served_families import SERVED_FAMILIES, build
-from tests.unit.learner_math.groups import conversation, image_bytes, sample
 
 PARITY = 1e-4
 NUM_TOKENS = 16

@@ -14,11 +14,11 @@ from common.types import ActorState, Constraint, SamplingParams, StructuredOutpu
 from examples.digits.model import build_model
 from tests.audit.everything import every_request, use_everything
 from tests.audit.watch import WatchedActor, watched_actor
+from tests.helpers.groups import image_bytes
 from tests.hostile.calls import send
 from tests.hostile.requests import KINDS, bad_calls
 from tests.integration.live_actor import CONFIG, snapshot
 from tests.integration.test_vllm_adapters import Trained
-from tests.unit.learner_math.groups import image_bytes
 
 # Two of each kind of bad call.
 NUM_CALLS = 2 * len(KINDS)

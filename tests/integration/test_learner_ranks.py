@@ -21,10 +21,10 @@ from learner.batch.transport import encode_packs
 from learner.model.load import load_policy
 from learner.step import train_step
 from learner.types import Group
-from tests.ranks import run_ranks
-from tests.unit.learner_math.conftest import enlarge
-from tests.unit.learner_math.groups import centred, group, image_bytes, mixed_groups, sample
-from tests.unit.learner_math.ranks import LOSS, NUM_STEPS
+from tests.helpers.enlarged import enlarge
+from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
+from tests.helpers.ranks import run_ranks
+from tests.integration.training_ranks import LOSS, NUM_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,7 +93,7 @@ def _run(directory: Path, model_dir: Path, cases: Mapping[str, Packs], num_ranks
     paths = [str(path) for path in (directory / "store", model_dir, *(directory / name for name in cases))]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.learner_math.ranks", str(rank), str(num_ranks), *paths],
+            [sys.executable, "-m", "tests.integration.training_ranks", str(rank), str(num_ranks), *paths],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,

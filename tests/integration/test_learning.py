@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from examples.digits.prepare import prepare
-from tests.launched import free_ports, launching, run_dirs
+from tests.helpers.launched import free_ports, launching, run_dirs
 
 NUM_STEPS = 60
 ENOUGH = 0.85

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import common  # noqa: F401 - repairs torchvision before transformers looks for it
 from examples.digits.model import build_model
 from examples.verl_parquet.make_parquet import make_parquet
-from tests.launched import Launched, actor_pids, free_ports, is_alive, launching, read_metrics, run_dirs
+from tests.helpers.launched import Launched, actor_pids, free_ports, is_alive, launching, read_metrics, run_dirs
 
 # From the start of two engines on a busy machine to their first step.
 START_S = 240

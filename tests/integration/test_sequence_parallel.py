@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from examples.digits.model import build_model
 from learner.model.load import load_policy
-from tests.ranks import run_ranks
-from tests.unit.learner_math.conftest import enlarge
+from tests.helpers.enlarged import enlarge
+from tests.helpers.ranks import run_ranks
 
 MAX_TOKENS = 120
 # Ranks, trainer.sequence_parallel_size, trainer.fsdp_size.

@@ -14,9 +14,9 @@ from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
 from learner.weights.snapshot import Snapshot, Snapshotter
-from tests.fakes import until
+from tests.helpers.fakes import until
+from tests.helpers.groups import image_bytes, sample
 from tests.integration.live_actor import LiveActor, WeightSource, largest_difference
-from tests.unit.learner_math.groups import image_bytes, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 

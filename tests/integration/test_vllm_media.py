@@ -31,8 +31,8 @@ from common.types import (
 from learner.batch.processing import PromptProcessor
 from learner.rollouts.tripwire import check_images
 from learner.types import PixelBounds
+from tests.helpers.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 from tests.integration.live_actor import CONFIG, LiveActor, media_of
-from tests.unit.learner_math.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 

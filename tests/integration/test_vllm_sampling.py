@@ -28,8 +28,8 @@ from common.types import (
     TokenPrompt,
 )
 from learner.types import Group
+from tests.helpers.groups import SUPPRESSED, image_bytes, reference_logits, sample
 from tests.integration.live_actor import LiveActor, media_of
-from tests.unit.learner_math.groups import SUPPRESSED, image_bytes, reference_logits, sample
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 

@@ -34,11 +34,11 @@ from common.types import (
     TextPart,
     TokenPrompt,
 )
+from tests.helpers.enlarged import enlarge
+from tests.helpers.groups import image_bytes
+from tests.helpers.served_families import build
 from tests.integration.live_actor import CONFIG, LiveActor, running
 from tests.integration.plain_forward import continued, distribution, plain_model
-from tests.served_families import build
-from tests.unit.learner_math.conftest import enlarge
-from tests.unit.learner_math.groups import image_bytes
 
 PARITY = 1e-4
 ANSWER: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}

@@ -29,7 +29,7 @@ from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import train_step
-from tests.unit.learner_math.conftest import enlarge
+from tests.helpers.enlarged import enlarge
 
 NUM_STEPS = 3
 LOSS = AlgorithmConfig(entropy_coef=0.01)

@@ -25,7 +25,7 @@ from benchmarks.simulated import Run
 from common.types import ChatPrompt, Completion, SamplingParams
 from learner.data import PromptDataset
 from learner.types import Group, PromptSample
-from tests.reward_functions import has_no_opinion
+from tests.helpers.reward_functions import has_no_opinion
 
 # What may become of a group beside being trained.
 _REASONS = {"REWARD_RAISED", "ATTEMPTS_EXHAUSTED"}

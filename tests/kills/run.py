@@ -123,7 +123,7 @@ def run(
                     "slots_per_actor": load.slots_per_actor,
                 },
                 trainer={"batch_prompts": load.batch, "total_steps": num_steps, "max_staleness": MAX_STALENESS},
-                reward={"functions": ["tests.reward_functions:length_or_none"]},
+                reward={"functions": ["tests.helpers.reward_functions:length_or_none"]},
             )
     finally:
         signal.alarm(0)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from tests.helpers.launched import free_ports
 from tests.kills.killer import Killer
 from tests.kills.run import Load, Outcome, run
 from tests.kills.scripts import RollingRestart, Scaling
 from tests.kills.stopping import NUM_STEPS, Stopping
-from tests.launched import free_ports
 
 # Steps after the one in which the last actor is killed.
 PEACE = 4

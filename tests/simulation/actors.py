@@ -31,7 +31,7 @@ from common.types import (
     RolloutRequest,
     ServerInfo,
 )
-from tests.fakes import PLACEHOLDER_ID, make_completion, process
+from tests.helpers.fakes import PLACEHOLDER_ID, make_completion, process
 from tests.simulation.network import Call, Link
 from tests.simulation.policy import Policy
 from tests.simulation.wire import Peer, Wire

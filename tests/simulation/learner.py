@@ -20,7 +20,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, PromptSample, Scores
 from learner.weights.publisher import Publisher
-from tests.fakes import FakeProcessor, Rows
+from tests.helpers.fakes import FakeProcessor, Rows
 from tests.simulation.actors import SimClient
 from tests.simulation.policy import snapshot
 

@@ -15,7 +15,7 @@ from actor.config import ActorConfig
 from actor.process import ActorProcess
 from common.errors import NotStaged
 from common.types import VersionSpan
-from tests.digits_engine import DigitsPrompt
+from tests.helpers.digits_engine import DigitsPrompt
 from tests.injection import fault as module
 from tests.injection.actor import PROMPT, loaded_engine
 from tests.injection.fault import VARIABLE, Fault, Injector, do, moment

@@ -23,7 +23,7 @@ from common.types import (
     TokenPrompt,
     VersionSpan,
 )
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 IMAGE = Image.new("RGB", (8, 8))
 MEDIA = (EngineMedia(b"\x01" * 32, IMAGE), EngineMedia(b"\x02" * 32, IMAGE))

@@ -12,7 +12,7 @@ from actor.engine_fake.engine import FakeEngine
 from actor.engine_thread import EngineThread
 from common.errors import EngineDead, InvalidRequest
 from common.types import ChatMessage, ChatPrompt, Completion, PromptInfo, SamplingParams, TextPart
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 CHAT = ChatPrompt((ChatMessage("u", (TextPart("ab"),)),))
 

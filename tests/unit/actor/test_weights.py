@@ -16,7 +16,7 @@ from common.errors import (
     StaleEpoch,
 )
 from common.types import ActorState, EpochSpec, Manifest, ManifestBucket, ManifestParameter
-from tests.fakes import until
+from tests.helpers.fakes import until
 
 
 class ScriptedEngine:

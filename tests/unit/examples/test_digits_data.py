@@ -15,7 +15,7 @@ from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
 from examples.digits.reward import exact_match
 from learner.rewards.load import load_reward
-from tests.fakes import make_task
+from tests.helpers.fakes import make_task
 
 FILE = Path(data.__file__).with_name("digits.csv.gz")
 

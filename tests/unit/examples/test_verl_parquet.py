@@ -14,7 +14,7 @@ from examples.verl_parquet.make_parquet import make_parquet
 from learner.config import LearnerConfig
 from learner.data import DataConfig, load_datasets
 from learner.rewards.load import load_rewards
-from tests.fakes import make_task
+from tests.helpers.fakes import make_task
 
 FOLDER = Path(examples.verl_parquet.__file__).parent
 

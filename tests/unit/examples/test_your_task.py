@@ -9,7 +9,7 @@ from common.config import load_config
 from learner.config import LearnerConfig
 from learner.local_gpus import shares_of
 from learner.rewards.load import load_rewards
-from tests.fakes import make_task
+from tests.helpers.fakes import make_task
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples" / "your_task"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.types import Group
-from tests.fakes import make_completion, make_group
+from tests.helpers.fakes import make_completion, make_group
 
 
 def fill(buffer: GroupBuffer, *groups: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from common.types import FinishReason
 from learner.completions_log import CompletionsLog
 from learner.evaluate import Evaluation
-from tests.fakes import make_group
+from tests.helpers.fakes import make_group
 
 
 def decode(ids: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from learner.evaluate import TooManyFailed
 from learner.ledger import Ledger
 from learner.rollouts.slots import Slots
 from learner.types import ProcessedPrompt, PromptSample
-from tests.fakes import FakeActor, Rows, make_group
+from tests.helpers.fakes import FakeActor, Rows, make_group
 
 
 def make_control(notify: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:

@@ -22,7 +22,7 @@ from common.config import ConfigError, NotYet, parse_config
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.data import DataConfig, PromptDataset, load_datasets
 from learner.types import PixelBounds, PromptSample
-from tests.fakes import make_sample
+from tests.helpers.fakes import make_sample
 
 MODULE = "rows_of_a_test"
 

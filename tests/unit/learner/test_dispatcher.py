@@ -25,7 +25,7 @@ from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
 from learner.rows import RowReader
 from learner.types import PromptSample
-from tests.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
+from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from rich.console import Console
 from common.types import ActorState
 from learner.display import Display, LiveDisplay, StepReport, make_display, sparkline
 from learner.rollouts.members import Member
-from tests.fakes import FakeActor
+from tests.helpers.fakes import FakeActor
 
 REPORT = StepReport(12, 0.4321, 512.4, 0.5, 4.8e-7, 2.5)
 

@@ -21,7 +21,7 @@ from learner.evaluate import Evaluation, TooManyFailed, evaluate, pass_at_k
 from learner.rewards.base import RewardError
 from learner.rollouts.sampler import GroupFailed
 from learner.types import ProcessedPrompt, PromptSample, Scores
-from tests.fakes import FakeProcessor, make_completion, make_sample
+from tests.helpers.fakes import FakeProcessor, make_completion, make_sample
 
 ROWS = 4
 

@@ -13,7 +13,7 @@ from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
-from tests.fakes import FakeActor, FakeClient, until
+from tests.helpers.fakes import FakeActor, FakeClient, until
 from tests.simulation.loop import VirtualLoop
 
 

@@ -10,7 +10,7 @@ from learner.metrics import LearnerMetrics
 from learner.rollouts.dispatcher import DispatchStats
 from learner.rollouts.members import FleetEvent, Member
 from learner.weights.epoch import UpdateTimes
-from tests.fakes import FakeActor, make_group
+from tests.helpers.fakes import FakeActor, make_group
 
 STATS = DispatchStats(3, 10, 20, 200, {"STALE": 4}, {"HUNG": 2, "UNREACHABLE": 1})
 

@@ -14,7 +14,7 @@ from common.config import ConfigError
 from learner import local_actors
 from learner.config import LocalConfig
 from learner.local_actors import LocalActors
-from tests.launched import free_ports
+from tests.helpers.launched import free_ports
 
 # What the launcher starts in place of an actor: it has an actor's command line.
 SLEEPER = "import time; time.sleep(600)"

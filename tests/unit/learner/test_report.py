@@ -18,7 +18,7 @@ from learner.report import Progress, Reporter, describe_rewards
 from learner.rollouts.dispatcher import DispatchStats
 from learner.step import StepStats
 from learner.summary import JsonLines
-from tests.fakes import make_group
+from tests.helpers.fakes import make_group
 
 METRICS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 GROUP = dataclasses.replace(

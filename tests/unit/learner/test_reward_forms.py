@@ -16,7 +16,7 @@ from learner.rewards.base import RewardError
 from learner.rewards.forms import as_group_reward
 from learner.rewards.scoring import score
 from learner.types import Scores
-from tests.fakes import make_task
+from tests.helpers.fakes import make_task
 
 PNG = data.png(0)
 

@@ -13,7 +13,7 @@ from common.config import ConfigError, NotYet, load_config
 from learner.config import LearnerConfig, RewardConfig
 from learner.rewards import RewardRunner
 from learner.rewards.load import load_reward
-from tests.fakes import make_task
+from tests.helpers.fakes import make_task
 
 MODULE = "rewards_of_a_test"
 

@@ -16,7 +16,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PixelBounds
-from tests.fakes import FakeActor, FakeClient, make_sample, process, sample_all, until
+from tests.helpers.fakes import FakeActor, FakeClient, make_sample, process, sample_all, until
 
 SAMPLE = make_sample(3, (b"image",))
 REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))

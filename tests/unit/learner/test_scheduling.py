@@ -10,7 +10,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
 from learner.rollouts.sampler import Sampler, build_request
 from learner.rollouts.scheduling import choose, finished, has_slot, is_hung
-from tests.fakes import FakeActor, make_sample, until
+from tests.helpers.fakes import FakeActor, make_sample, until
 
 IMAGE = b"sha256 of an image"
 

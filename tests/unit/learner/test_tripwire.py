@@ -8,7 +8,7 @@ import pytest
 
 from common.types import MediaUse, PlaceholderRange, PromptInfo
 from learner.rollouts.tripwire import ImageMismatch, check_images
-from tests.fakes import PLACEHOLDER_ID, make_completion, make_sample, process
+from tests.helpers.fakes import PLACEHOLDER_ID, make_completion, make_sample, process
 
 IMAGES = (b"first", b"second")
 EXPECTED = process(make_sample(1, IMAGES))

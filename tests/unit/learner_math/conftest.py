@@ -10,6 +10,7 @@ import torch
 from examples.digits.model import build_model, build_processor
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
+from tests.helpers.enlarged import enlarge
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +34,6 @@ def processor(model_dir: Path) -> PromptProcessor:
 @pytest.fixture(scope="session")
 def hf_processor() -> Any:
     return build_processor()
-
-
-def enlarge(model: Any) -> Any:
-    """Random weights of standard deviation 0.02 give nearly uniform outputs; a factor makes mistakes visible."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "patch_embed" not in name:
-                parameter.mul_(3.0)
-            elif name.endswith("bias"):
-                parameter.copy_(torch.linspace(-0.2, 0.2, len(parameter)))
-    return model
 
 
 @pytest.fixture

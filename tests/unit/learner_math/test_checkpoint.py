@@ -22,8 +22,8 @@ from learner.checkpoint import latest_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import TIMEOUT, Ranks, join_ranks
 from learner.policy import Policy
-from tests.families import FAMILIES, build
-from tests.unit.learner_math.groups import centred, group, image_bytes, mixed_groups, sample
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
 
 Train = Callable[[Policy], None]
 

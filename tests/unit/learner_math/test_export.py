@@ -17,8 +17,8 @@ from learner.config import LearnerConfig
 from learner.distributed import join_ranks
 from learner.export import main
 from learner.policy import Policy
-from tests.families import build
-from tests.unit.learner_math.groups import centred, group, image_bytes, sample
+from tests.helpers.families import build
+from tests.helpers.groups import centred, group, image_bytes, sample
 
 
 def trained(run_dir: Path, source: Path, **model: Any) -> tuple[Path, Path]:

@@ -17,8 +17,8 @@ from learner.feed import Batch, BatchFeed, OtherModelError
 from learner.ledger import Ledger
 from learner.rollouts.buffer import GroupBuffer
 from learner.types import Group
-from tests.fakes import until
-from tests.unit.learner_math.groups import centred, mixed_groups
+from tests.helpers.fakes import until
+from tests.helpers.groups import centred, mixed_groups
 
 PLACEHOLDERS = (262, 263)
 TOTAL_STEPS = 2

@@ -17,8 +17,8 @@ from learner.model.attention import NAME
 from learner.model.load import load_policy
 from learner.model.logprobs import check_fused, completion_logprobs, token_logprobs
 from learner.types import Group, ProcessedPrompt
-from tests.families import build
-from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits, reference_logprobs
+from tests.helpers.families import build
+from tests.helpers.groups import centred, mixed_groups, reference_logits, reference_logprobs
 
 LOSS = AlgorithmConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean")
 
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_changes_nothing(
     model_dir: Any, make_policy: Callable[[], Any], processor: PromptProcessor
 ) -> None:
     from learner.model.load import load_policy
-    from tests.unit.learner_math.conftest import enlarge
+    from tests.helpers.enlarged import enlarge
 
     pack = one_pack(processor, mixed_groups(processor), True)
     plain, checkpointed = make_policy(), enlarge(load_policy(model_dir, gradient_checkpointing=True)[0])

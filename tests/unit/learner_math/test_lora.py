@@ -25,8 +25,8 @@ from learner.model.lora import add_adapter, without_adapter
 from learner.model.parts import vision_parts
 from learner.policy import Policy
 from learner.weights.snapshot import Snapshotter
-from tests.families import build
-from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups
+from tests.helpers.families import build
+from tests.helpers.groups import SUPPRESSED, centred, mixed_groups
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from learner.model.load import load_policy
 from learner.model.names import CheckpointForm
-from tests.served_families import build
+from tests.helpers.served_families import build
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "qwen3_vl_moe"])

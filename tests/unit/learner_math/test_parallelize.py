@@ -13,7 +13,7 @@ from learner.distributed import join_ranks
 from learner.model import attention
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
-from tests.unit.learner_math.groups import centred, mixed_groups
+from tests.helpers.groups import centred, mixed_groups
 
 
 def test_masks_are_made_once_for_a_forward_in_mixed_precision_too(

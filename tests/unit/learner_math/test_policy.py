@@ -37,8 +37,8 @@ from learner.summary import Summary
 from learner.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
-from tests.families import FAMILIES, build
-from tests.unit.learner_math.groups import centred, mixed_groups, reference_logits
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.groups import centred, mixed_groups, reference_logits
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -23,7 +23,7 @@ from learner.batch import processing
 from learner.batch.packing import Row, pack
 from learner.batch.processing import PromptProcessor
 from learner.types import PixelBounds, ProcessedPrompt, PromptSample
-from tests.unit.learner_math.groups import image_bytes, mixed_groups, sample
+from tests.helpers.groups import image_bytes, mixed_groups, sample
 
 
 def test_ids_media_and_hashes_are_the_processors_own(processor: PromptProcessor, hf_processor: Any) -> None:

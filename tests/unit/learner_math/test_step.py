@@ -21,7 +21,7 @@ from learner.model.optimizer import build_optimizer
 from learner.step import StepStats, clip_gradients, train_step
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
-from tests.unit.learner_math.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
+from tests.helpers.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs
 
 LOSS = AlgorithmConfig(entropy_coef=0.01, aggregation="seq-mean-token-mean", clip_high=1000.0, clip_low=1.0)
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01)

@@ -7,7 +7,7 @@ from torch import nn
 
 from learner.model.load import model_cost, prepare_policy
 from learner.model.supported import check_supported
-from tests.families import CLIP, TEXT
+from tests.helpers.families import CLIP, TEXT
 
 
 @pytest.mark.parametrize(
