@@ -35,6 +35,8 @@ Context = Any  # grpc.aio.ServicerContext; nothing of it is used
 # A response of some hundred KiB: large ones hold up the event loop.
 _MAX_TOKENS_PER_RESPONSE = 2**15
 _BYTES_PER_TOKEN = 8
+# What takes some milliseconds to put into a message.
+_MAX_ALTERNATIVES_ON_LOOP = 2**12
 
 
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
@@ -111,11 +113,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
-        # Completions are split; what is said of a prompt can take seconds.
-        is_long = isinstance(event, PromptInfo) and (
-            event.prompt_top_logprobs or any(use.processed for use in event.media)
-        )
-        message = await asyncio.to_thread(response_to_proto, event) if is_long else response_to_proto(event)
+        message = await asyncio.to_thread(response_to_proto, event) if _is_long(event) else response_to_proto(event)
         limit = self._info.limits.max_message_bytes
         if message.ByteSize() > limit:
             raise TooLarge("returns", f"a response of {message.ByteSize()} bytes; the limit is {limit}")
@@ -192,11 +190,22 @@ def _trace(started_ns: int, first_token_s: float) -> None:
     tracing.past_span("actor.generate", first_ns, time.time_ns())
 
 
+def _is_long(event: PromptInfo | list[Completion]) -> bool:
+    """Whether making a message of it would hold up the calls of others: alternatives can take seconds."""
+    if isinstance(event, PromptInfo):
+        return bool(event.prompt_top_logprobs) or any(use.processed for use in event.media)
+    return sum(map(_num_alternatives, event)) > _MAX_ALTERNATIVES_ON_LOOP
+
+
+def _num_alternatives(completion: Completion) -> int:
+    return sum(len(top.token_ids) for top in completion.top_logprobs)
+
+
 def _split(completions: list[Completion]) -> Iterator[list[Completion]]:
     part: list[Completion] = []
     num_tokens = 0
     for completion in completions:
-        size = len(completion.token_ids) + sum(len(top.token_ids) for top in completion.top_logprobs)
+        size = len(completion.token_ids) + _num_alternatives(completion)
         if completion.routed_experts is not None:
             size += len(completion.routed_experts.data) // _BYTES_PER_TOKEN
         if part and num_tokens + size > _MAX_TOKENS_PER_RESPONSE:

@@ -34,6 +34,10 @@ _MAX_TEMPERATURE = 2
 _MAX_STRUCTURED_TOKENS = 2**20
 # Logprobs of one group, and of one prompt: some 70 bytes each while vLLM holds them.
 _MAX_GROUP_LOGPROBS = 2**23
+# In the message of a completion, at most: an alternative (an id below 2^21 and a logprob), and the rest of a token: its
+# own id and logprob, what frames its alternatives, and 16 bytes of text.
+_ALTERNATIVE_BYTES = 7
+_TOKEN_BYTES = 32
 # A beam's score is divided by its length to this power: within a double for two million tokens, either way.
 _MAX_LENGTH_PENALTY = 32
 _DEFAULTS = SamplingParams()
@@ -156,11 +160,20 @@ def _check_strings(name: str, texts: tuple[str, ...]) -> None:
 def _check_logprobs(params: SamplingParams, limits: ServerLimits) -> None:
     _check_range("top_logprobs", params.top_logprobs, 0, limits.max_logprobs)
     _check_range("prompt_top_logprobs", params.prompt_top_logprobs, 0, limits.max_logprobs)
-    total = params.n * (params.max_tokens or limits.max_context_tokens) * (1 + params.top_logprobs)
-    if params.top_logprobs and total > _MAX_GROUP_LOGPROBS:
+    if not params.top_logprobs:
+        return
+    max_tokens = params.max_tokens or limits.max_context_tokens
+    total = params.n * max_tokens * (1 + params.top_logprobs)
+    if total > _MAX_GROUP_LOGPROBS:
         raise TooLarge(
             "sampling.top_logprobs",
             f"n * max_tokens * (1 + top_logprobs) is {total}; the limit is {_MAX_GROUP_LOGPROBS}",
+        )
+    num_bytes = max_tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * params.top_logprobs)
+    if num_bytes > limits.max_message_bytes:
+        raise TooLarge(
+            "sampling.top_logprobs",
+            f"a completion of max_tokens can take {num_bytes} bytes; the limit is {limits.max_message_bytes}",
         )
 
 

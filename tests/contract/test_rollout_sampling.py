@@ -67,8 +67,31 @@ async def test_what_the_fake_engine_cannot_do(start_actor: StartActor) -> None:
 async def test_a_response_that_no_client_would_take(start_actor: StartActor) -> None:
     actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 9000}, limits={"max_message_bytes": 2**20})
     with pytest.raises(TooLarge, match="returns: a response of"):
-        await _ask(actor, max_tokens=8000, ignore_eos=True, top_logprobs=64)
+        await _ask(actor, "x" * 8000, prompt_top_logprobs=64)
     assert len((await _ask(actor)).completions) == 1
+
+
+async def test_a_completion_that_no_message_would_hold_is_refused_before_it_is_generated(
+    start_actor: StartActor,
+) -> None:
+    fake = {"token_s": 60.0, "max_context_tokens": 9000}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
+    with pytest.raises(TooLarge, match="can take 3840000 bytes; the limit is 1048576") as refused:
+        await _ask(actor, max_tokens=8000, ignore_eos=True, top_logprobs=64)
+    assert refused.value.field == "sampling.top_logprobs"
+
+
+async def test_the_longest_completion_that_is_taken_fits_its_message(start_actor: StartActor) -> None:
+    """The largest ids of a large vocabulary, of which each takes most bytes."""
+    fake = {"token_s": 0.0, "max_context_tokens": 9000, "vocab_size": 2**21}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
+    wanted = {"ignore_eos": True, "top_logprobs": 20}
+    longest = 2**20 // (32 + 7 * 20)
+    with pytest.raises(TooLarge, match=r"sampling\.top_logprobs"):
+        await _ask(actor, max_tokens=longest + 1, **wanted)
+    group = await _ask(actor, max_tokens=longest, **wanted)
+    assert len(group.completions[0].top_logprobs) == longest
+    assert response_to_proto(group.completions).ByteSize() > longest * 7 * 21
 
 
 async def test_logprobs_of_a_long_prompt(start_actor: StartActor) -> None:
@@ -80,22 +103,27 @@ async def test_logprobs_of_a_long_prompt(start_actor: StartActor) -> None:
     assert len((await _ask(actor, "x" * 130_000, prompt_logprobs=True)).prompt.prompt_logprobs) == 130_000
 
 
-async def test_logprobs_of_a_prompt_do_not_hold_up_the_calls_of_others(
+async def test_logprobs_do_not_hold_up_the_calls_of_others(
     start_actor: StartActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Millions of them take seconds to put into their message."""
-    threads: list[threading.Thread] = []
+    prompts: list[bool] = []
+    completions: list[bool] = []
 
     def noted(event: Any) -> Any:
-        if isinstance(event, PromptInfo):
-            threads.append(threading.current_thread())
+        on_the_loop = threading.current_thread() is threading.main_thread()
+        (prompts if isinstance(event, PromptInfo) else completions).append(on_the_loop)
         return response_to_proto(event)
 
     monkeypatch.setattr(service_rollout, "response_to_proto", noted)
     actor = await start_actor(fake=FAST)
     for sampling in ({}, {"prompt_logprobs": True}, {"prompt_top_logprobs": 2}):
         await _ask(actor, **sampling)
-    assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
+    assert prompts == [True, True, False]
+    completions.clear()
+    for max_tokens, num_top in ((512, 0), (512, 8), (512, 9)):
+        await _ask(actor, max_tokens=max_tokens, ignore_eos=True, top_logprobs=num_top)
+    assert completions == [True, True, False]
 
 
 async def test_a_group_that_is_asked_for_again_has_names_of_its_own(start_actor: StartActor) -> None:
