@@ -5,6 +5,7 @@ events, and takes weights in the three moves of the protocol: stage, commit, abo
 """
 
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -60,6 +61,8 @@ class EngineRequest:
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
     call_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    accepted_at: float = field(default_factory=time.monotonic)
+    """On the monotonic clock: what the times of its completions count from."""
 
     def trajectory_id(self, index: int, actor_id: str) -> str:
         """The name of a completion; another one when the same group is asked for again."""

@@ -73,6 +73,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         """Sample one group."""
         outcome = "refused"
+        accepted_at = time.monotonic()
         try:
             self._refuse_unless_serving(request.min_policy_version)
             self._policy.refuse_unless_of(request.run_id)
@@ -82,7 +83,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
                 async with self._intake.taken(rollout.media) as media:
                     outcome = "failed"
-                    async with aclosing(self._events(_engine_request(rollout, media))) as events:
+                    async with aclosing(self._events(_engine_request(rollout, media, accepted_at))) as events:
                         async for event in events:
                             self._policy.refuse_unless_of(rollout.run_id)  # a new one may have come meanwhile
                             yield await self._response(event)
@@ -95,7 +96,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
-        started_ns = time.time_ns()
+        started_ns, started_at = time.time_ns(), time.monotonic()
         first_token_s: list[float] = []
         # The engine's generator is closed with this one, which aborts what still runs.
         generator: Any = self._engine.generate(request)
@@ -109,7 +110,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
                 for part in _split(event):
                     yield part
         if first_token_s:
-            _trace(started_ns, min(first_token_s))
+            _trace(started_ns, min(first_token_s) - (started_at - request.accepted_at))
 
     async def _response(self, event: PromptInfo | list[Completion]) -> pb.GenerateResponse:
         """One message. Raises TooLarge for one that asked for so much that no client would take it."""
@@ -170,7 +171,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         return server_info_to_proto(info)
 
 
-def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> EngineRequest:
+def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...], accepted_at: float) -> EngineRequest:
     return EngineRequest(
         group_id=rollout.group_id,
         prompt=rollout.prompt,
@@ -180,11 +181,12 @@ def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...]) -> 
         return_processed=rollout.return_processed,
         return_routed_experts=rollout.return_routed_experts,
         model=rollout.model,
+        accepted_at=accepted_at,
     )
 
 
 def _trace(started_ns: int, first_token_s: float) -> None:
-    """Of a group that has just finished: until its first token, and from there on."""
+    """Of a group that has just finished: from `started_ns` until its first token, and from there on."""
     first_ns = started_ns + round(first_token_s * 1e9)
     tracing.past_span("actor.queue", started_ns, first_ns)
     tracing.past_span("actor.generate", first_ns, time.time_ns())

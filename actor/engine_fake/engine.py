@@ -115,7 +115,6 @@ class FakeEngine:
         self, request: EngineRequest, index: int, tokens: _Tokens, finished: asyncio.Queue[Completion]
     ) -> None:
         token_ids, logprobs, reason = tokens
-        accepted_s = time.monotonic()
         self._num_waiting += 1
         try:
             await self._slots.acquire()
@@ -136,8 +135,8 @@ class FakeEngine:
             logprobs=logprobs,
             finish_reason=reason,
             version_spans=self._updates.spans(start_s, len(token_ids)),
-            first_token_s=start_s - accepted_s,
-            finished_s=time.monotonic() - accepted_s,
+            first_token_s=start_s - request.accepted_at,
+            finished_s=time.monotonic() - request.accepted_at,
             text=_text(token_ids) if request.return_text else "",
             top_logprobs=top_logprobs(token_ids, logprobs, request.sampling.top_logprobs, self._config.vocab_size),
         )

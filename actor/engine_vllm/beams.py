@@ -30,7 +30,6 @@ async def search_beams(
     max_context_tokens: int,
     eos_ids: Collection[int],
     generate: Generate,
-    accepted_at: float,
 ) -> list[Completion]:
     """The best `n` beams, best first, without names and texts. `generate` streams what vLLM reports of one request.
 
@@ -67,7 +66,7 @@ async def search_beams(
         try:
             return await asyncio.gather(*tasks)
         finally:
-            step_times.append(time.monotonic() - accepted_at)
+            step_times.append(time.monotonic() - request.accepted_at)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -84,7 +83,7 @@ async def search_beams(
             finish_reason=FinishReason.STOP if beam.is_finished else FinishReason.LENGTH,
             version_spans=spans_of(beam.versions),
             first_token_s=step_times[0],
-            finished_s=time.monotonic() - accepted_at,
+            finished_s=time.monotonic() - request.accepted_at,
             beam=BeamScore(beam.cumulative_logprob, search.score(beam)),
         )
         for index, beam in enumerate(beams[: wanted.n])

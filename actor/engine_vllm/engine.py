@@ -168,7 +168,6 @@ class VllmEngine:
         """See `Engine.generate`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        accepted_at = time.monotonic()
         wanted = request.sampling
         if request.return_routed_experts:
             self._check_experts(wanted)
@@ -181,7 +180,7 @@ class VllmEngine:
             info, engine_input = await self._prompts.understand(request, with_tensors=with_tensors)
             yield await self._score_prompt(request, info, engine_input) if scores_prompt else info
             answers = self._search if wanted.num_beams else self._sample_twice
-            async with contextlib.aclosing(answers(request, engine_input, accepted_at)) as events:
+            async with contextlib.aclosing(answers(request, engine_input)) as events:
                 async for event in events:
                     is_answered = True
                     yield event
@@ -196,7 +195,7 @@ class VllmEngine:
                 self._prompts.forget(request.media)
 
     async def _sample_twice(
-        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+        self, request: EngineRequest, engine_input: "EngineInput"
     ) -> AsyncGenerator[list[Completion], None]:
         """As `_sample`; once more, with the media themselves, if a worker lacks those that it was believed to have.
 
@@ -205,7 +204,7 @@ class VllmEngine:
         for is_last in (not request.media, True):
             is_answered = False
             try:
-                async with contextlib.aclosing(self._sample(request, engine_input, accepted_at)) as events:
+                async with contextlib.aclosing(self._sample(request, engine_input)) as events:
                     async for event in events:
                         is_answered = True
                         yield event
@@ -216,7 +215,7 @@ class VllmEngine:
             _, engine_input = await self._prompts.understand(request, with_tensors=True)
 
     async def _sample(
-        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+        self, request: EngineRequest, engine_input: "EngineInput"
     ) -> AsyncGenerator[list[Completion], None]:
         """Completions as they finish."""
         from vllm.exceptions import VLLMClientError
@@ -228,7 +227,7 @@ class VllmEngine:
         samples: dict[int, Sample] = {}
         async with contextlib.aclosing(self._outputs(engine_input, parameters, request)) as outputs:
             async for output in outputs:
-                now_s = time.monotonic() - accepted_at
+                now_s = time.monotonic() - request.accepted_at
                 finished = []
                 for part in output.outputs:
                     if part.index not in samples:
@@ -242,7 +241,7 @@ class VllmEngine:
                     yield finished
 
     async def _search(
-        self, request: EngineRequest, engine_input: "EngineInput", accepted_at: float
+        self, request: EngineRequest, engine_input: "EngineInput"
     ) -> AsyncGenerator[list[Completion], None]:
         """The best beams, all at once."""
         beams = await search_beams(
@@ -251,7 +250,6 @@ class VllmEngine:
             max_context_tokens=self._require().model_config.max_model_len,
             eos_ids=self._eos_ids,
             generate=functools.partial(self._outputs, request=request),
-            accepted_at=accepted_at,
         )
         yield [
             replace(

@@ -3,12 +3,14 @@
 import asyncio
 import dataclasses
 import io
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from actor import media_intake
 from common.client import GrpcClient
 from common.errors import InvalidRequest, MediaMissing, OutriderError, QueueFull, TooLarge
 from common.media import content_hash
@@ -41,6 +43,20 @@ async def _ask(address: str, request: RolloutRequest) -> Any:
         return [event async for event in client.stream(request, timeout_s=10)]
     finally:
         await client.close()
+
+
+async def test_times_count_from_before_the_media_are_decoded(
+    start_actor: StartActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return decode(*arguments)
+
+    decode = media_intake._decode
+    monkeypatch.setattr(media_intake, "_decode", decode_slowly)
+    actor = await start_actor(fake=FAST)
+    _, [completion] = await _ask(actor.address, _request(MediaItem(pixels_hash(PIXELS), pixels=PIXELS)))
+    assert 0.3 <= completion.first_token_s <= completion.finished_s
 
 
 async def test_pixels_and_tensors_cross_once(start_actor: StartActor) -> None:

@@ -38,7 +38,6 @@ async def _beams(likeliest: list[tuple[int, float]], **sampling: Any) -> list[Co
         max_context_tokens=16,
         eos_ids=(EOS,),
         generate=generate,
-        accepted_at=0.0,
     )
 
 

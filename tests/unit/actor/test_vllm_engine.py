@@ -126,7 +126,7 @@ async def test_a_request_is_sampled_once_more_where_a_worker_lacked_its_media(
     """A letter is an event, "!" or no event at all is NothingSampled."""
     inputs: list[str] = []
 
-    async def sample(_request: Any, engine_input: Any, _accepted_at: float) -> AsyncIterator[str]:
+    async def sample(_request: Any, engine_input: Any) -> AsyncIterator[str]:
         events = tries[len(inputs)]
         inputs.append(engine_input)
         for event in events.rstrip("!"):
@@ -143,7 +143,7 @@ async def test_a_request_is_sampled_once_more_where_a_worker_lacked_its_media(
     request, engine_input = EngineRequest("g", TextPrompt("x"), media, SamplingParams()), cast("Any", "short")
     seen = ""
     try:
-        async for event in engine._sample_twice(request, engine_input, 0.0):
+        async for event in engine._sample_twice(request, engine_input):
             seen += cast("Any", event)
     except NothingSampled:
         seen += "!"
