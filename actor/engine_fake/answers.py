@@ -22,8 +22,12 @@ def top_logprobs(token_ids: IntArray, logprobs: FloatArray, num_top: int, vocab_
     )
 
 
-def with_prompt_logprobs(info: PromptInfo, sampling: SamplingParams, vocab_size: int) -> PromptInfo:
+def with_prompt_logprobs(
+    info: PromptInfo, sampling: SamplingParams, vocab_size: int, policy_version: int
+) -> PromptInfo:
     """A prompt with what was asked for about its tokens: every token as likely as every other."""
+    if not (sampling.prompt_logprobs or sampling.prompt_top_logprobs):
+        return info
     num_ids = len(info.expanded_ids)
     even = np.full(num_ids, -np.log(vocab_size), np.float32)
     even[:1] = 0
@@ -32,6 +36,7 @@ def with_prompt_logprobs(info: PromptInfo, sampling: SamplingParams, vocab_size:
         info,
         prompt_logprobs=tuple(even.tolist()) if sampling.prompt_logprobs else (),
         prompt_top_logprobs=(TopLogprobs(), *top) if sampling.prompt_top_logprobs else (),
+        prompt_logprobs_policy_version=policy_version,
     )
 
 

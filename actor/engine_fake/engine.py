@@ -80,7 +80,8 @@ class FakeEngine:
             raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
         info = self._prompts.understand(request)
         check_prompt_logprobs(request.sampling, len(info.expanded_ids))
-        info = with_prompt_logprobs(info, request.sampling, self._config.vocab_size)
+        [now] = self._updates.spans(time.monotonic(), 1)
+        info = with_prompt_logprobs(info, request.sampling, self._config.vocab_size, now.policy_version)
         max_tokens = self._max_tokens(request, len(info.expanded_ids))
         yield info
         digest = hashlib.sha256(info.expanded_ids.tobytes() + b"".join(item.sha256 for item in request.media)).digest()

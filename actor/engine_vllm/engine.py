@@ -318,6 +318,9 @@ class VllmEngine:
         flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]
         if len(flats) != 1 or len(flats[0]) != len(info.expanded_ids):
             raise EngineDead("the engine gave no logprobs of the prompt")
+        # A commit lets the prompt be computed again from its start, so that its one token has the version of all.
+        [span] = reported[-1].outputs[0].weight_versions or []
+        info = replace(info, prompt_logprobs_policy_version=int(span.version))
         return await asyncio.to_thread(_with_logprobs, info, flats[0], wanted)  # takes seconds for many alternatives
 
     def _check_experts(self, wanted: SamplingParams) -> None:

@@ -45,7 +45,8 @@ class TopLogprobs:
 class PromptInfo:
     """How the actor understood a prompt. `expanded_ids` are the ids that the model saw.
 
-    `prompt_logprobs[t]` is the model's own logprob of `expanded_ids[t]`, 0 for the first; empty unless asked for.
+    `prompt_logprobs[t]` is the model's own logprob of `expanded_ids[t]`, 0 for the first; empty unless asked for. They
+    and the alternatives are of one policy version, which need not be that of the completions.
     """
 
     group_id: str
@@ -56,6 +57,7 @@ class PromptInfo:
     suppressed_token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs_policy_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

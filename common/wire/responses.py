@@ -60,6 +60,7 @@ def prompt_info_to_proto(info: PromptInfo) -> pb.PromptInfo:
         suppressed_token_ids=info.suppressed_token_ids,
         prompt_logprobs=info.prompt_logprobs,
         prompt_top_logprobs=[_top_to_proto(top) for top in info.prompt_top_logprobs],
+        prompt_logprobs_policy_version=info.prompt_logprobs_policy_version,
     )
 
 
@@ -69,6 +70,7 @@ def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
     for name in ("prompt_logprobs", "prompt_top_logprobs"):
         if len(getattr(message, name)) not in (0, num_ids):
             raise MalformedResponse(f"prompt.{name}: {len(getattr(message, name))} for {num_ids} expanded ids")
+    is_scored = message.HasField("prompt_logprobs_policy_version")
     return PromptInfo(
         group_id=message.group_id,
         actor_id=message.actor_id,
@@ -78,6 +80,7 @@ def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
         suppressed_token_ids=tuple(message.suppressed_token_ids),
         prompt_logprobs=tuple(message.prompt_logprobs),
         prompt_top_logprobs=tuple(_top_from_proto(top) for top in message.prompt_top_logprobs),
+        prompt_logprobs_policy_version=message.prompt_logprobs_policy_version if is_scored else None,
     )
 
 

@@ -29,8 +29,10 @@ async def test_top_and_prompt_logprobs(start_actor: StartActor) -> None:
     actor = await start_actor(fake=FAST)
     plain = await _ask(actor, n=3)
     assert plain.prompt.prompt_logprobs == plain.prompt.prompt_top_logprobs == ()
+    assert plain.prompt.prompt_logprobs_policy_version is None
     assert all(completion.top_logprobs == () and completion.beam is None for completion in plain.completions)
     asked = await _ask(actor, n=3, top_logprobs=4, prompt_logprobs=True, prompt_top_logprobs=2)
+    assert asked.prompt.prompt_logprobs_policy_version == 0
     assert asked.prompt.prompt_logprobs[0] == 0
     assert asked.prompt.prompt_logprobs[1:] == pytest.approx([-math.log(320)] * 4)
     assert [len(top.token_ids) for top in asked.prompt.prompt_top_logprobs] == [0, 2, 2, 2, 2]

@@ -288,10 +288,12 @@ def test_what_was_asked_for_round_trips() -> None:
         media=(dataclasses.replace(INFO.media[0], processed=tensors),),
         prompt_logprobs=(0.0, -0.5, -1.0, -2.0),
         prompt_top_logprobs=(TopLogprobs(), top, top, TopLogprobs()),
+        prompt_logprobs_policy_version=0,
     )
     back = wire.prompt_info_from_proto(wire.prompt_info_to_proto(info))
     assert (back.media, back.prompt_logprobs) == (info.media, info.prompt_logprobs)
     assert back.prompt_top_logprobs == info.prompt_top_logprobs
+    assert back.prompt_logprobs_policy_version == 0
     for stop in (None, 0, 17, "", "end"):
         completion = dataclasses.replace(
             COMPLETION,

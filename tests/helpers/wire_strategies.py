@@ -186,6 +186,7 @@ def prompt_infos(draw: st.DrawFn) -> PromptInfo:
         draw(id_tuples),
         tuple(draw(float32) for _ in ids) if has_logprobs else (),
         tuple(draw(top_logprobs()) for _ in ids) if has_top else (),
+        draw(st.none() | st.integers(0, 2**63 - 1)),
     )
 
 

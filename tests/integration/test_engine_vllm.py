@@ -364,7 +364,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
     old, new = make_model(), perturbed(make_model(), seed=1)
     old_version = await source.publish(old)
     epoch = await source.open()
-    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=1500, ignore_eos=True))
+    long = asyncio.create_task(actor.group(SAMPLES[0], n=2, max_tokens=1500, ignore_eos=True, prompt_logprobs=True))
     await until(lambda: actor.engine.load().num_running, pause_s=0.01)
 
     new_version = old_version + 1
@@ -391,6 +391,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
     group = await actor.group(SAMPLES[1], n=2, max_tokens=8)
     assert largest_difference(new, hf, group) <= PARITY
     group = await long
+    assert group.prompt.prompt_logprobs_policy_version == old_version
     for completion in group.completions:
         first, second = completion.version_spans
         assert (first.policy_version, second.policy_version) == (old_version, new_version)

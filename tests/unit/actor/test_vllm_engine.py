@@ -34,7 +34,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
     """It is asked for no more than the logprobs of a prompt."""
 
     async def outputs(*_: Any) -> AsyncIterator[Any]:
-        yield SimpleNamespace(prompt_logprobs=Flat(**vars(FLAT)))
+        part = SimpleNamespace(weight_versions=[SimpleNamespace(version="4", start=0, end=1)])
+        yield SimpleNamespace(prompt_logprobs=Flat(**vars(FLAT)), outputs=[part])
 
     made = VllmEngine(Path("model"), VllmConfig(), "actor-1")
     monkeypatch.setattr(made, "_outputs", outputs)
@@ -52,6 +53,7 @@ async def _scored(engine: VllmEngine, num_tokens: int = 2, **sampling: Any) -> P
 async def test_only_the_logprobs_that_were_asked_for(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     both = await _scored(engine, prompt_logprobs=True, prompt_top_logprobs=2)
     assert both.prompt_logprobs == (0.0, -2.0)
+    assert both.prompt_logprobs_policy_version == 4
     assert both.prompt_top_logprobs == (TopLogprobs(), TopLogprobs((9, 7), (-0.5, -2.0)))
     top = await _scored(engine, prompt_top_logprobs=2)
     assert (top.prompt_logprobs, top.prompt_top_logprobs) == ((), both.prompt_top_logprobs)

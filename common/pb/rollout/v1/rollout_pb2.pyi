@@ -831,9 +831,14 @@ class PromptInfo(_message.Message):
     SUPPRESSED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     actor_id: _builtins.str
     """One random id of this server process; changes at every restart."""
+    prompt_logprobs_policy_version: _builtins.int
+    """The policy version of prompt_logprobs and prompt_top_logprobs; set with either. A later one may have sampled the
+    completions, from their first token on: see Completion.version_spans.
+    """
     @_builtins.property
     def unexpanded_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids before the media were expanded, one placeholder for each item. Empty if the caller sent expanded ids."""
@@ -869,12 +874,15 @@ class PromptInfo(_message.Message):
         suppressed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         prompt_top_logprobs: _abc.Iterable[Global___TopLogprobs] | None = ...,
+        prompt_logprobs_policy_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs_policy_version", b"_prompt_logprobs_policy_version", "prompt_logprobs_policy_version", b"prompt_logprobs_policy_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "expanded_ids", b"expanded_ids", "group_id", b"group_id", "media", b"media", "prompt_logprobs", b"prompt_logprobs", "prompt_top_logprobs", b"prompt_top_logprobs", "suppressed_token_ids", b"suppressed_token_ids", "unexpanded_ids", b"unexpanded_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs_policy_version", b"_prompt_logprobs_policy_version", "actor_id", b"actor_id", "expanded_ids", b"expanded_ids", "group_id", b"group_id", "media", b"media", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_policy_version", b"prompt_logprobs_policy_version", "prompt_top_logprobs", b"prompt_top_logprobs", "suppressed_token_ids", b"suppressed_token_ids", "unexpanded_ids", b"unexpanded_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prompt_logprobs_policy_version: _TypeAlias = _typing.Literal["prompt_logprobs_policy_version"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs_policy_version: _TypeAlias = _typing.Literal["_prompt_logprobs_policy_version", b"_prompt_logprobs_policy_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs_policy_version) -> _WhichOneofReturnType__prompt_logprobs_policy_version | None: ...
 
 Global___PromptInfo: _TypeAlias = PromptInfo  # noqa: Y015
 
