@@ -10,7 +10,7 @@ import numpy as np
 
 from actor.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine import EngineRequest
-from actor.engine_vllm.outputs import spans_of, top_logprobs
+from actor.engine_vllm.outputs import NothingSampled, spans_of, top_logprobs
 from actor.engine_vllm.sampling import extending_params
 from common.errors import EngineDead, InvalidRequest
 from common.types import BeamScore, Completion, FinishReason
@@ -26,6 +26,7 @@ Generate = Callable[["EngineInput", "VllmSamplingParams"], "AsyncGenerator[Reque
 async def search_beams(
     request: EngineRequest,
     engine_input: Any,
+    later_input: Any,
     *,
     max_context_tokens: int,
     eos_ids: Collection[int],
@@ -33,7 +34,10 @@ async def search_beams(
 ) -> list[Completion]:
     """The best `n` beams, best first, without names and texts. `generate` streams what vLLM reports of one request.
 
-    The prompt leaves room for a token. Raises InvalidRequest if there are fewer beams, and EngineDead.
+    `later_input` is for every step but the first: the engine has had the media. Where it has dropped them since,
+    `engine_input` brings them again. The prompt leaves room for a token.
+
+    Raises InvalidRequest if there are fewer beams, and EngineDead.
     """
     wanted = request.sampling
     prompt_ids: list[int] = engine_input["prompt_token_ids"]
@@ -49,10 +53,18 @@ async def search_beams(
     step_times: list[float] = []
 
     async def next_tokens(beam: FoundBeam) -> NextTokens:
-        longer: Any = {**engine_input, "prompt_token_ids": [*prompt_ids, *beam.token_ids]}
+        if beam.token_ids and later_input is not engine_input:
+            with contextlib.suppress(NothingSampled):
+                return await next_after(later_input, beam)
+        return await next_after(engine_input, beam)
+
+    async def next_after(media_input: Any, beam: FoundBeam) -> NextTokens:
+        longer: Any = {**media_input, "prompt_token_ids": [*prompt_ids, *beam.token_ids]}
         async with contextlib.aclosing(generate(longer, parameters)) as outputs:
             async for output in outputs:
                 [part] = output.outputs
+                if part.finish_reason == "error":
+                    raise NothingSampled("the engine could not begin a step of a beam")
                 if part.finish_reason not in {"stop", "length"} or not part.weight_versions:
                     raise EngineDead(f"the engine broke a beam off ({part.finish_reason})")
                 top = top_logprobs(part.logprobs, 0)

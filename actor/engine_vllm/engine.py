@@ -247,6 +247,7 @@ class VllmEngine:
         beams = await search_beams(
             request,
             engine_input,
+            self._prompts.by_name(engine_input),
             max_context_tokens=self._require().model_config.max_model_len,
             eos_ids=self._eos_ids,
             generate=functools.partial(self._outputs, request=request),

@@ -105,6 +105,19 @@ class VllmMedia:
             for item, digest in zip(items, engine_input["mm_hashes"][modality], strict=True)
         )
 
+    def by_name(self, engine_input: Any) -> Any:
+        """The same for an engine process that has had these items: without tensors, if it keeps them.
+
+        It may have dropped them since: such a request ends before its first token.
+        """
+        from vllm.multimodal.cache import LruKeyReplicatedSenderCache
+
+        has_twin = isinstance(self._renderer.mm_processor_cache, LruKeyReplicatedSenderCache)
+        if engine_input["type"] != "multimodal" or not has_twin:
+            return engine_input
+        items = {modality: [None] * len(items) for modality, items in engine_input["mm_kwargs"].items()}
+        return {**engine_input, "mm_kwargs": items}
+
     def uses(self, engine_input: Any, media: Sequence[EngineMedia], *, with_tensors: bool) -> tuple[MediaUse, ...]:
         """What vLLM did with each item, in vLLM's own words: its hashes, placeholders and grids.
 

@@ -60,6 +60,10 @@ class VllmPrompts:
             raise InvalidRequest("prompt", " ".join(str(error).split())) from error
         return self._info(request, [] if placeholders else token_ids, engine_input), engine_input
 
+    def by_name(self, engine_input: "EngineInput") -> "EngineInput":
+        """See `VllmMedia.by_name`."""
+        return self._media.by_name(engine_input)
+
     def forget(self, media: Sequence[EngineMedia]) -> None:
         """See `VllmMedia.forget`."""
         self._media.forget(media)

@@ -396,6 +396,36 @@ def _search(
     return sorted(found, key=lambda beam: beam[0], reverse=True)[:num_beams]
 
 
+async def test_the_tensors_of_an_image_cross_once_in_a_search(
+    actor: LiveActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the engine process; and again for those beams of a step that find them lost."""
+    core: Any = actor.vllm._require().engine_core
+    send = core.add_request_async
+
+    async def search(loses_at: int) -> tuple[list[bool], list[list[int]]]:
+        """For each request whether it had tensors, and the beams. The request of that number finds them lost."""
+        crossed: list[bool] = []
+
+        async def counted(request: Any) -> None:
+            crossed.append(any(feature.data is not None for feature in request.mm_features))
+            if len(crossed) == loses_at:
+                await core.reset_mm_cache_async()
+            await send(request)
+
+        monkeypatch.setattr(core, "add_request_async", counted)
+        group = await actor.group(WITH_IMAGE, n=4, num_beams=4, max_tokens=6, ignore_eos=True)
+        return crossed, [completion.token_ids.tolist() for completion in group.completions]
+
+    crossed, beams = await search(loses_at=0)
+    assert crossed == [True] + [False] * 5 * 4
+    crossed, same_beams = await search(loses_at=10)
+    num_lost = len(crossed) - (1 + 5 * 4)
+    assert 1 <= num_lost <= 4
+    assert sum(crossed) == 1 + num_lost
+    assert same_beams == beams
+
+
 async def test_beams_are_those_of_vllms_own_search(actor: LiveActor) -> None:
     class Own(BeamSearchOnlineMixin):
         engine_client = actor.vllm._engine
