@@ -166,6 +166,14 @@ async def test_stops(actor: LiveActor) -> None:
         ends.add(found.group())
         assert before.stop is None
     assert ends == {"BC", "CAB"}
+    # With min_tokens it is the first that ends behind them: a letter is a token.
+    late = (await _ask(actor, **spelled, stop=("BC", "CAB"), min_tokens=12)).completions
+    for before, completion in zip(free, late, strict=True):
+        end = next(end for end in range(13, 41) if before.text[:end].endswith(("BC", "CAB")))
+        assert completion.token_ids.tolist() == before.token_ids.tolist()[:end]
+        assert completion.stop in {"BC", "CAB"}
+        assert completion.text + completion.stop == before.text[:end]
+    assert any(re.search("BC|CAB", before.text[:12]) for before in free)
 
 
 async def test_special_tokens_in_the_text(actor: LiveActor) -> None:
