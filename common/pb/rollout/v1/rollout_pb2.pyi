@@ -16,14 +16,16 @@ Errors are gRPC status codes with google.rpc details, never fields of a response
   INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`; it is
                       empty where the bytes are no message of the call at all.
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
-                      of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
-                      again. Reason WEIGHTS_PENDING: the actor does not serve yet.
+                      of each item that this actor lacks, of 32 at most. Send those (PutMedia, or the content in the
+                      request) and ask again. Reason WEIGHTS_PENDING: the actor does not serve yet.
   UNAVAILABLE         reason DRAINING, PAUSED or ENGINE_DEAD: ask another actor.
   RESOURCE_EXHAUSTED  reason QUEUE_FULL, or TOO_MANY_STREAMS for a caller (an address, with the names of its
                       certificate) that has too many calls of Generate and PutMedia open: RetryInfo says when to come
                       again. Reason TOO_LARGE: a size limit; the message names it.
+  PERMISSION_DENIED   under mutual TLS: no name of the caller's certificate allows the call.
   UNIMPLEMENTED       the request asks for something that this server version does not do; the field is named.
-  DEADLINE_EXCEEDED, CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
+  DEADLINE_EXCEEDED   the caller's deadline; or a response was not taken for 120 s, or an upload is too slow: PutMedia.
+  CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
 """
 
 from collections import abc as _abc
@@ -345,8 +347,8 @@ class MediaItem(_message.Message):
     say, and white behind what is transparent.
     """
     frames_per_second: _builtins.float
-    """Of a video: how many of its frames are one second, more than 0. Models that place frames in time (Qwen2.5-VL,
-    Qwen3-VL) need it, and others make nothing of it. Not part of the hash, and not with `processed`.
+    """Of a video: how many of its frames are one second, more than 0 and up to 1,000. Models that place frames in time
+    (Qwen2.5-VL, Qwen3-VL) need it, and others make nothing of it. Not part of the hash, and not with `processed`.
     """
     @_builtins.property
     def pixels(self) -> Global___Tensor:
@@ -444,7 +446,10 @@ class ProcessorOptions(_message.Message):
     MIN_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
     min_pixels: _builtins.int
-    """Bounds on height * width after resizing, for models whose processor resizes by them. Unset: the model's own."""
+    """Bounds on height * width after resizing, for models whose processor resizes by them; of a video, on those of each
+    frame (Qwen2-VL, Qwen2.5-VL) or on frames * height * width (Qwen3-VL). 1 to Limits.max_media_pixels. Unset: the
+    model's own.
+    """
     max_pixels: _builtins.int
     def __init__(
         self,
@@ -519,31 +524,39 @@ class SamplingParams(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     REPETITION_DETECTION_FIELD_NUMBER: _builtins.int
     n: _builtins.int
-    """Completions of the group, 1 to the server's limit. 0 means 1. With num_beams: the n best beams."""
+    """Completions of the group, 1 to Limits.max_group_size. 0 means 1. With num_beams: the n best beams. More than
+    Limits.max_queued_completions, also of num_beams, are INVALID_ARGUMENT and not QUEUE_FULL.
+    """
     temperature: _builtins.float
     """0 = greedy, of which n is 1. Otherwise 0.01 to 2; unset: 1.0."""
     top_p: _builtins.float
-    """Unset: 1.0 (off)."""
+    """0.000001 to 1. Unset: 1.0 (off)."""
     top_k: _builtins.int
     """Unset or 0: off."""
     min_p: _builtins.float
+    """0 to 1. Unset or 0: off."""
     max_tokens: _builtins.int
     """New tokens of each completion. 0 means: up to the model's context length."""
     min_tokens: _builtins.int
     seed: _builtins.int
-    """Completion i samples from seed + i. Unset: not reproducible."""
+    """Completion i samples from seed + i. 0 to 2^62; unset: not reproducible."""
     ignore_eos: _builtins.bool
     repetition_penalty: _builtins.float
+    """0.001 to 1,000. Unset: 1.0 (off)."""
     presence_penalty: _builtins.float
+    """Both -2 to 2. Unset or 0: off."""
     frequency_penalty: _builtins.float
     top_logprobs: _builtins.int
     """Alternatives per token in Completion.top_logprobs, up to Limits.max_logprobs. 0: none. The sampled token's own
-    logprob always comes.
+    logprob always comes. n * max_tokens * (1 + top_logprobs) may be 2^23, and max_tokens * (32 + 7 * top_logprobs)
+    Limits.max_message_bytes; max_tokens of 0 counts as Limits.max_context_tokens.
     """
     prompt_logprobs: _builtins.bool
     """Logprobs of the prompt's tokens."""
     prompt_top_logprobs: _builtins.int
-    """Alternatives per token in PromptInfo.prompt_top_logprobs, up to Limits.max_logprobs. 0: none."""
+    """Alternatives per token in PromptInfo.prompt_top_logprobs, up to Limits.max_logprobs. 0: none. Expanded ids * (1 +
+    prompt_top_logprobs) may be 2^23.
+    """
     num_beams: _builtins.int
     """Beam search over this many beams instead of sampling, up to half of Limits.max_logprobs. 0: off. Beams are ranked by
     the model's own probabilities, so that of the fields above only n, max_tokens, ignore_eos, allowed_token_ids,
@@ -562,7 +575,9 @@ class SamplingParams(_message.Message):
         """Up to 96."""
 
     @_builtins.property
-    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Up to 16, of 1 to 128 characters each. With min_tokens, those that end among the first min_tokens do not count."""
+
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Only these ids may be sampled, up to 1,024. Empty: all."""
@@ -579,7 +594,9 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """These words, tokenized with and without a space before them, are never completed. Up to 16, of 496 bytes together."""
+        """These words, tokenized with and without a space before them, are never completed. Up to 16, of 1 to 128
+        characters each and 496 bytes together.
+        """
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
@@ -666,7 +683,8 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 @_typing.final
 class StructuredOutput(_message.Message):
     """A constraint on the text of a completion: ids that cannot lead to a match have probability 0. Logprobs are of the
-    distribution without them.
+    distribution without them. Not with allowed_token_ids, bad_token_ids, bad_words or num_beams. n * max_tokens may be
+    2^20.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -677,10 +695,11 @@ class StructuredOutput(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     JSON_OBJECT_FIELD_NUMBER: _builtins.int
     regex: _builtins.str
+    """Up to 4,096 characters."""
     json_schema: _builtins.str
-    """A JSON schema, as JSON."""
+    """A JSON schema, as JSON, of up to 16,384 characters."""
     grammar: _builtins.str
-    """A context-free grammar in EBNF, whose start is `root`."""
+    """A context-free grammar in EBNF, whose start is `root`, of up to 16,384 characters."""
     json_object: _builtins.bool
     """true: any JSON object."""
     @_builtins.property
@@ -708,6 +727,8 @@ Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
 
 @_typing.final
 class Choice(_message.Message):
+    """1 to 1,024 strings, none empty, of up to 16,384 characters together."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXTS_FIELD_NUMBER: _builtins.int
@@ -738,10 +759,11 @@ class RepetitionDetection(_message.Message):
     MIN_PATTERN_SIZE_FIELD_NUMBER: _builtins.int
     MIN_COUNT_FIELD_NUMBER: _builtins.int
     max_pattern_size: _builtins.int
+    """1 to 256."""
     min_pattern_size: _builtins.int
     """0 means 1."""
     min_count: _builtins.int
-    """2 or more."""
+    """2 to 256."""
     def __init__(
         self,
         *,
@@ -1286,6 +1308,7 @@ class Limits(_message.Message):
     """Of one item. The pixels of a video are those of all its frames together."""
     max_media_pixels: _builtins.int
     max_message_bytes: _builtins.int
+    """Of one message, either way. A request may have 8 MiB beside the bytes of its media."""
     max_queued_completions: _builtins.int
     """Completions that may run or wait at once before QUEUE_FULL."""
     max_logprobs: _builtins.int

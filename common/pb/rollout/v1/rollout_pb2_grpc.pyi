@@ -16,14 +16,16 @@ Errors are gRPC status codes with google.rpc details, never fields of a response
   INVALID_ARGUMENT    a field is wrong. `BadRequest.field_violations[].field` is its path, as `media[1].encoded`; it is
                       empty where the bytes are no message of the call at all.
   FAILED_PRECONDITION reason MEDIA_MISSING: `PreconditionFailure.violations[]`, type MEDIA, subject = the hex sha256
-                      of each item that this actor lacks. Send those (PutMedia, or `encoded` in the request) and ask
-                      again. Reason WEIGHTS_PENDING: the actor does not serve yet.
+                      of each item that this actor lacks, of 32 at most. Send those (PutMedia, or the content in the
+                      request) and ask again. Reason WEIGHTS_PENDING: the actor does not serve yet.
   UNAVAILABLE         reason DRAINING, PAUSED or ENGINE_DEAD: ask another actor.
   RESOURCE_EXHAUSTED  reason QUEUE_FULL, or TOO_MANY_STREAMS for a caller (an address, with the names of its
                       certificate) that has too many calls of Generate and PutMedia open: RetryInfo says when to come
                       again. Reason TOO_LARGE: a size limit; the message names it.
+  PERMISSION_DENIED   under mutual TLS: no name of the caller's certificate allows the call.
   UNIMPLEMENTED       the request asks for something that this server version does not do; the field is named.
-  DEADLINE_EXCEEDED, CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
+  DEADLINE_EXCEEDED   the caller's deadline; or a response was not taken for 120 s, or an upload is too slow: PutMedia.
+  CANCELLED, INTERNAL as usual. `ErrorInfo.domain` is always "outrider".
 """
 
 from collections import abc as _abc
@@ -59,7 +61,8 @@ class RolloutServiceStub:
     PutMedia: _grpc.StreamUnaryMultiCallable[_rollout_pb2.PutMediaRequest, _rollout_pb2.PutMediaResponse]
     """Stores media in the actor's media cache, so that later requests name them by sha256 only. Chunks of one item are
     consecutive; an item ends where the next one starts or the stream ends. Nothing of an item whose hash does not
-    match is kept.
+    match is kept. Up to 4,096 items in one call, which ends with DEADLINE_EXCEEDED if it sends nothing for 60 s, or for
+    as long less than 64 KiB/s. Only files come this way: tensors go with the request, whole.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.GetServerInfoRequest, _rollout_pb2.GetServerInfoResponse]
     """What this server is: model, limits, versions. Cheap; safe to poll."""
@@ -72,7 +75,8 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     PutMedia: _aio.StreamUnaryMultiCallable[_rollout_pb2.PutMediaRequest, _rollout_pb2.PutMediaResponse]  # type: ignore[assignment]
     """Stores media in the actor's media cache, so that later requests name them by sha256 only. Chunks of one item are
     consecutive; an item ends where the next one starts or the stream ends. Nothing of an item whose hash does not
-    match is kept.
+    match is kept. Up to 4,096 items in one call, which ends with DEADLINE_EXCEEDED if it sends nothing for 60 s, or for
+    as long less than 64 KiB/s. Only files come this way: tensors go with the request, whole.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetServerInfoRequest, _rollout_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """What this server is: model, limits, versions. Cheap; safe to poll."""
@@ -94,7 +98,8 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_rollout_pb2.PutMediaResponse, _abc.Awaitable[_rollout_pb2.PutMediaResponse]]:
         """Stores media in the actor's media cache, so that later requests name them by sha256 only. Chunks of one item are
         consecutive; an item ends where the next one starts or the stream ends. Nothing of an item whose hash does not
-        match is kept.
+        match is kept. Up to 4,096 items in one call, which ends with DEADLINE_EXCEEDED if it sends nothing for 60 s, or for
+        as long less than 64 KiB/s. Only files come this way: tensors go with the request, whole.
         """
 
     @_abc_1.abstractmethod
