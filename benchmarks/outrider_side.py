@@ -22,7 +22,7 @@ from common.config import load_config
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data import load_datasets
-from learner.local import learner_environment
+from learner.launcher.main import learner_environment
 from learner.local_actors import LocalActors, addresses
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yaml"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.local import main
+from learner.launcher.main import main
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig

@@ -1,4 +1,4 @@
-"""`python -m learner.local` as a user starts it, in a session of its own, and everything that it leaves behind."""
+"""`python -m learner.launcher` as a user starts it, in a session of its own, and everything that it leaves behind."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Launched:
     """One command and all processes of it. Its standard output and error go to files in `directory`."""
 
-    def __init__(self, directory: Path, arguments: Sequence[str], module: str = "learner.local") -> None:
+    def __init__(self, directory: Path, arguments: Sequence[str], module: str = "learner.launcher") -> None:
         self._mark = uuid.uuid4().hex
         directory.mkdir(parents=True, exist_ok=True)
         name = f"{self._mark[:8]}"
@@ -102,7 +102,7 @@ def launching(directory: Path) -> Iterator[Callable[..., Launched]]:
     """A function that starts commands; whatever is left of them at the end is killed."""
     started: list[Launched] = []
 
-    def launch(*arguments: str, module: str = "learner.local") -> Launched:
+    def launch(*arguments: str, module: str = "learner.launcher") -> Launched:
         started.append(Launched(directory, arguments, module))
         return started[-1]
 

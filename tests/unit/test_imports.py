@@ -53,7 +53,7 @@ def test_learner_never_loads_vllm_nor_the_actor() -> None:
     assert result.stdout.strip().splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["learner", "learner export", "actor", "learner.local", "examples.digits"])
+@pytest.mark.parametrize("command", ["learner", "learner export", "actor", "learner.launcher", "examples.digits"])
 def test_help_loads_no_torch(command: str) -> None:
     loaded = _loaded_packages("run", *command.split(), "--help")
     assert "argparse" in loaded  # the report is of a process that parsed its arguments

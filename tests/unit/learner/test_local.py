@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from learner import local
 from learner.config import LearnerConfig
+from learner.launcher import main
 from learner.local_actors import LocalActors
 from learner.local_gpus import GpuShares
 
@@ -49,13 +49,13 @@ def test_a_checkpoint_of_the_stop_that_cannot_be_written_is_told_of(
             "local": {"num_actors": 0},
         }
     )
-    monkeypatch.setattr(local, "_start_learner", start)
-    monkeypatch.setattr(local, "_STOP_S", 60.0)
+    monkeypatch.setattr(main, "_start_learner", start)
+    monkeypatch.setattr(main, "_STOP_S", 60.0)
     monkeypatch.setattr(LocalActors, "restart_dead", ctrl_c)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):
-            local._run_in(tmp_path, config, GpuShares())
+            main._run_in(tmp_path, config, GpuShares())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -17,7 +17,7 @@ from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.distributed import Ranks, join_ranks
-from learner.local import _lora_rank
+from learner.launcher.main import _lora_rank
 from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs

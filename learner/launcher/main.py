@@ -254,7 +254,3 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

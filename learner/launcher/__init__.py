@@ -1,0 +1,1 @@
+"""`outrider`: actors and learner together on one machine."""
