@@ -22,8 +22,8 @@ from common.config import load_config
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data import load_datasets
+from learner.launcher.actors import LocalActors, addresses
 from learner.launcher.main import learner_environment
-from learner.local_actors import LocalActors, addresses
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yaml"
 _BASE_PORT = 52451

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
     from learner import run_folder
-    from learner.local_actors import addresses
+    from learner.launcher.actors import addresses
     from learner.local_gpus import share_gpus
     from learner.task import check_actors, check_checkpoint
     from learner.trackers import check_trackers
@@ -121,7 +121,7 @@ def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
     from learner import run_folder
-    from learner.local_actors import LocalActors
+    from learner.launcher.actors import LocalActors
 
     actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=gpus.actors)
     learner: subprocess.Popen[bytes] | None = None

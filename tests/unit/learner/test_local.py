@@ -9,7 +9,7 @@ import pytest
 
 from learner.config import LearnerConfig
 from learner.launcher import main
-from learner.local_actors import LocalActors
+from learner.launcher.actors import LocalActors
 from learner.local_gpus import GpuShares
 
 _FAILING_RANK = """

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from common.config import ConfigError
-from learner import local_actors
 from learner.config import LocalConfig
-from learner.local_actors import LocalActors
+from learner.launcher import actors
+from learner.launcher.actors import LocalActors
 from tests.helpers.launched import free_ports
 
 # What the launcher starts in place of an actor: it has an actor's command line.
@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[b
             time.sleep(0.01)  # the kernel fills it in a moment after Popen has returned
         return processes[-1]
 
-    monkeypatch.setattr(local_actors.subprocess, "Popen", start)  # type: ignore[attr-defined]
+    monkeypatch.setattr(actors.subprocess, "Popen", start)  # type: ignore[attr-defined]
     yield processes
     for process in processes:
         process.kill()

@@ -9,7 +9,7 @@ import pytest
 
 from common.config import ConfigError
 from learner.config import LearnerConfig, LocalConfig
-from learner.local_actors import LocalActors
+from learner.launcher.actors import LocalActors
 from learner.local_gpus import GpuShares, shares_of
 
 
