@@ -26,7 +26,7 @@ from learner.stopping import STEP_END_S, TORCHRUN_VARIABLE
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
-    from learner.local_gpus import GpuShares
+    from learner.launcher.gpus import GpuShares
 
 EPILOG = """\
 examples:
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
     from learner import run_folder
     from learner.launcher.actors import addresses
-    from learner.local_gpus import share_gpus
+    from learner.launcher.gpus import share_gpus
     from learner.task import check_actors, check_checkpoint
     from learner.trackers import check_trackers
 

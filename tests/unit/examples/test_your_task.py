@@ -7,7 +7,7 @@ import pytest
 
 from common.config import load_config
 from learner.config import LearnerConfig
-from learner.local_gpus import shares_of
+from learner.launcher.gpus import shares_of
 from learner.rewards.load import load_rewards
 from tests.helpers.fakes import make_task
 

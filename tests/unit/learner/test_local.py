@@ -10,7 +10,7 @@ import pytest
 from learner.config import LearnerConfig
 from learner.launcher import main
 from learner.launcher.actors import LocalActors
-from learner.local_gpus import GpuShares
+from learner.launcher.gpus import GpuShares
 
 _FAILING_RANK = """
 import sys, pathlib

@@ -10,7 +10,7 @@ import pytest
 from common.config import ConfigError
 from learner.config import LearnerConfig, LocalConfig
 from learner.launcher.actors import LocalActors
-from learner.local_gpus import GpuShares, shares_of
+from learner.launcher.gpus import GpuShares, shares_of
 
 
 def _config(local: dict[str, Any], **trainer: Any) -> LearnerConfig:
