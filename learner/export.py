@@ -46,7 +46,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
     """Write the policy of `checkpoint`. Raises ConfigError for mistakes of the user, and OSError."""
     from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
-    from learner.task import check_checkpoint
+    from learner.preflight import check_checkpoint
 
     if not (checkpoint / "state.json").is_file():
         raise ConfigError(f"{checkpoint} is no checkpoint of a run; give one, as RUN/checkpoints/step-000200")

@@ -20,11 +20,11 @@ from learner.display import make_display
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
+from learner.preflight import check_actors, check_checkpoint, load_task
 from learner.rank_watch import watching
 from learner.report import Progress, Reporter
 from learner.stopping import StopRequest
 from learner.summary import JsonLines, format_summary, write_question, write_summary
-from learner.task import check_actors, check_checkpoint, load_task
 from learner.trackers import Trackers, check_trackers
 from learner.trainer import RankZero, Trainer
 

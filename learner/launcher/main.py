@@ -76,7 +76,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner import run_folder
     from learner.launcher.actors import addresses
     from learner.launcher.gpus import share_gpus
-    from learner.task import check_actors, check_checkpoint
+    from learner.preflight import check_actors, check_checkpoint
     from learner.trackers import check_trackers
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -105,7 +105,7 @@ def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[
         yaml.safe_dump(config.model_dump(mode="json"), file)
         file.flush()
         tried = subprocess.run(
-            [sys.executable, "-m", "learner.task", file.name],
+            [sys.executable, "-m", "learner.preflight", file.name],
             env=learner_environment(config, gpus),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """What a run is about, and what of it can be known to be wrong before anything that takes long: the user's mistakes.
 
-`python -m learner.task FILE` only tries rows and rewards, for the launcher: what the modules of the user leave behind,
-as the memory of a GPU, ends with the process.
+`python -m learner.preflight FILE` only tries rows and rewards, for the launcher: what the modules of the user leave
+behind, as the memory of a GPU, ends with the process.
 """
 
 import sys
