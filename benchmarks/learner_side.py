@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks import harness
 from common.types import Completion, FinishReason, FloatArray, IntArray, PromptInfo, VersionSpan
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import PackedBatch
-from learner.model.config import OptimizerConfig
+from learner.config.algorithm import AlgorithmConfig
+from learner.config.optimizer import OptimizerConfig
 from learner.model.load import load_policy, model_cost
 from learner.model.optimizer import build_optimizer
 from learner.step import StepStats, train_step

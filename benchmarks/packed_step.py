@@ -41,7 +41,7 @@ def main() -> None:
     pairs: int = parser.parse_args().pairs
     from benchmarks.learner_side import LearnerSide
     from examples.digits.model import build_model
-    from learner.algorithms.config import AlgorithmConfig
+    from learner.config.algorithm import AlgorithmConfig
 
     lengths = skewed_lengths(NUM_SEQUENCES, LONGEST)
     ideal = equal_lengths(lengths)

@@ -115,8 +115,8 @@ class _OurSide:
 
     def __init__(self, folder: Path, batches: Sequence[Sequence[GivenGroup]]) -> None:
         from benchmarks.learner_side import LearnerSide
-        from learner.algorithms.config import AlgorithmConfig
         from learner.batch.processing import PromptProcessor
+        from learner.config.algorithm import AlgorithmConfig
 
         processor = PromptProcessor(folder / "model")
         self.side: LearnerSide = LearnerSide(folder / "model", AlgorithmConfig(aggregation="seq-mean-token-mean"))

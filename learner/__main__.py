@@ -18,7 +18,7 @@ examples:
   python -m learner export RUN/checkpoints/step-000200 OUT   a checkpoint as a model, for transformers and vLLM
 
 `outrider` starts actors and learner together on one machine.
-Every key of the configuration can be given as key.path=value; learner/config.py lists them.
+Every key of the configuration can be given as key.path=value; learner/config/ lists them.
 """
 
 

@@ -3,86 +3,27 @@
 Read with Hugging Face `datasets`: parquet and jsonl files (one, several by a glob, or a folder of them), a folder of
 images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.rows`.
 
-No `datasets`, no gRPC and no torch at import: configuration needs this module.
+No `datasets`, no gRPC and no torch at import.
 """
 
 import importlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
 
-from common.config import Config, ConfigError
-from common.types import ServerLimits
+from common.config import ConfigError
+from learner.config.data import DataConfig, Format
 from learner.rewards.load import load_object, mistake
 from learner.rows import RowReader
-from learner.types import PixelBounds, PromptSample
-
-Format = Literal["auto", "parquet", "jsonl", "imagefolder", "python"]
+from learner.types import PromptSample
 
 _SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 # Rows that are read at start, so that a wrong column is found before the actors are busy.
 _NUM_CHECKED_ROWS = 4
-
-
-class DataConfig(Config):
-    """Where the prompts come from."""
-
-    train: str = pydantic.Field(description="file, glob, folder, or package.module:function")
-    held_out: str = pydantic.Field("", description="as train; or leave it empty and set held_out_fraction")
-    held_out_fraction: float = pydantic.Field(0.0, ge=0, lt=1, description="share of train's rows kept for evaluation")
-    split_seed: int = pydantic.Field(0, ge=0, description="chooses those rows; apart from the run's seed")
-    max_held_out: int = pydantic.Field(0, ge=0, description="evaluate on at most this many rows; 0 is all")
-    format: Format = "auto"
-    prompt_column: str = "prompt"
-    image_column: str = pydantic.Field("images", description="'' for text only")
-    answer_column: str = pydantic.Field("", description="dots lead into structs; '' is reward_model.ground_truth, ...")
-    question: str = pydantic.Field("", description="asked of every row that has no prompt column")
-    system: str = pydantic.Field("", description="a system prompt for rows that have none")
-    suffix: str = pydantic.Field("", description="goes right behind the text of the last user message of each row")
-    min_pixels: int | None = pydantic.Field(None, description="of an image once resized; its own min_pixels go first")
-    max_pixels: int | None = pydantic.Field(None, description="as min_pixels; None is the model's own")
-    max_media_pixels: int = pydantic.Field(
-        ServerLimits().max_media_pixels, ge=1, description="of an image; one with more ends the run. Actors have theirs"
-    )
-
-    chat_template_arguments: dict[str, Any] = pydantic.Field(
-        default_factory=dict, description="variables of the model's chat template, as enable_thinking"
-    )
-
-    @pydantic.field_validator("chat_template_arguments")
-    @classmethod
-    def _arguments_that_cross(cls, values: dict[str, Any]) -> dict[str, Any]:
-        from common.chat import template_arguments
-        from common.errors import InvalidRequest
-
-        try:
-            return template_arguments(values, "")
-        except InvalidRequest as error:
-            raise ValueError(error.message) from None
-
-    @property
-    def bounds(self) -> PixelBounds:
-        """Of images that have none of their own. Raises ValueError for bounds that no image keeps."""
-        return PixelBounds(self.min_pixels, self.max_pixels)
-
-    @pydantic.model_validator(mode="after")
-    def _bounds_within_the_limit(self) -> "DataConfig":
-        bounds = self.bounds
-        for name, value in (("min_pixels", bounds.min_pixels), ("max_pixels", bounds.max_pixels)):
-            if value is not None and value > self.max_media_pixels:
-                raise ValueError(f"{name} ({value}) is more than max_media_pixels ({self.max_media_pixels})")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _one_held_out(self) -> "DataConfig":
-        if self.held_out and self.held_out_fraction:
-            raise ValueError("set held_out or held_out_fraction, not both")
-        return self
 
 
 class _Rows(Protocol):

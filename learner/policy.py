@@ -15,11 +15,10 @@ from learner.batch.transport import decode_packs
 from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import Ranks
-from learner.model.config import learning_rate
 from learner.model.load import load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
-from learner.model.optimizer import build_optimizer
+from learner.model.optimizer import build_optimizer, learning_rate
 from learner.model.parallelize import parallelize
 from learner.model.parts import text_model, vision_parts
 from learner.model.sequence_parallel import split_sequences

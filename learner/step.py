@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, LossTerms, policy_loss
 from learner.batch.packing import PackedBatch
+from learner.config.algorithm import AlgorithmConfig
 from learner.model.logprobs import Forward, completion_logprobs
 from learner.model.parallelize import compute_device
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.types import FloatArray, IntArray
-from learner.algorithms.config import AdvantageEstimator
+from learner.config.algorithm import AdvantageEstimator
 
 Rewards = npt.NDArray[np.float64]
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.algorithms.config import AlgorithmConfig
+from learner.config.algorithm import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
 

@@ -33,7 +33,7 @@ examples:
   outrider --config examples/digits/config.yaml model.path=runs/my-model trainer.total_steps=50
   outrider --config run.yaml local.num_actors=1 local.num_ranks=2
 
-Every key of the configuration can be given as key.path=value; learner/config.py lists them.
+Every key of the configuration can be given as key.path=value; learner/config/ lists them.
 """
 
 _POLL_S = 0.2

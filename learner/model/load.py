@@ -11,8 +11,8 @@ from torch import nn
 
 from common import torchvision_ops
 from learner.batch.balance import ModelCost
+from learner.config.model import Adapter, Part
 from learner.model import attention
-from learner.model.config import Adapter, Part
 from learner.model.lora import add_adapter
 from learner.model.parts import NAMES, find_modules, text_model
 from learner.model.supported import check_supported

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.model.config import Adapter
+from learner.config.model import Adapter
 
 _NAME = "default"
 _BASE = ".base_layer."

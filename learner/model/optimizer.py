@@ -1,9 +1,11 @@
-"""AdamW over what trains."""
+"""AdamW over what trains, and its learning rate."""
+
+import math
 
 import torch
 from torch import nn
 
-from learner.model.config import OptimizerConfig
+from learner.config.optimizer import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -18,3 +20,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of a step, counted from 0; a pure function, so that resuming needs no scheduler state."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    falling = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)

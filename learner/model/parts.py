@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from learner.model.config import Part
+from learner.config.model import Part
 
 # The embeddings of text and media go through it; it is a child of `model`.
 _TEXT_MODEL = ("language_model", "text_model")

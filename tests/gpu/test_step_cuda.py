@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from examples.digits.model import build_model
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
+from learner.config.algorithm import AlgorithmConfig
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize

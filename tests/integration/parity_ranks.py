@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from common.placeholders import placeholder_ids
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.transport import decode_packs
-from learner.model.config import Adapter
+from learner.config.algorithm import AlgorithmConfig
+from learner.config.model import Adapter
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize

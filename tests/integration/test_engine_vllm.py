@@ -37,9 +37,9 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
+from learner.config.algorithm import AlgorithmConfig
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.step import train_step

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import InvalidRequest, WeightsPending
-from learner.model.config import Adapter
+from learner.config.model import Adapter
 from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
 from learner.weights.snapshot import Snapshot, Snapshotter

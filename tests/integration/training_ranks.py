@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.transport import decode_packs
+from learner.config.algorithm import AlgorithmConfig
+from learner.config.optimizer import OptimizerConfig
 from learner.distributed import make_mesh
-from learner.model.config import OptimizerConfig
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer

@@ -12,7 +12,8 @@ from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
 from examples.verl_parquet.make_parquet import make_parquet
 from learner.config import LearnerConfig
-from learner.data import DataConfig, load_datasets
+from learner.config.data import DataConfig
+from learner.data import load_datasets
 from learner.rewards.load import load_rewards
 from tests.helpers.fakes import make_task
 

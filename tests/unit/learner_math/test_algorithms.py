@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from common.types import FloatArray
 from learner.algorithms.advantages import ESTIMATORS, advantages
-from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, k3, policy_loss
 from learner.algorithms.shaping import overlong_penalty
+from learner.config.algorithm import AlgorithmConfig
 
 
 def group_advantages(rewards: FloatArray, estimator: Any) -> FloatArray:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from common.types import Completion, FinishReason, VersionSpan
-from learner.algorithms.config import AlgorithmConfig
 from learner.algorithms.losses import BatchTotals, policy_loss
 from learner.batch.packing import PackedBatch, Row, pack, pack_batch
 from learner.batch.processing import PromptProcessor
+from learner.config.algorithm import AlgorithmConfig
 from learner.model import fused_logprobs as fused_module
 from learner.model import logprobs as logprobs_module
 from learner.model.attention import NAME

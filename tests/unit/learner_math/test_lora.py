@@ -16,9 +16,9 @@ from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
+from learner.config.model import Adapter
 from learner.distributed import Ranks, join_ranks
 from learner.launcher.main import _lora_rank
-from learner.model.config import Adapter
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from common.types import FinishReason
-from learner.algorithms.config import AlgorithmConfig
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.model.config import OptimizerConfig, learning_rate
+from learner.config.algorithm import AlgorithmConfig
+from learner.config.optimizer import OptimizerConfig
 from learner.model.load import freeze, load_policy, model_cost, prepare_policy
 from learner.model.logprobs import completion_logprobs
-from learner.model.optimizer import build_optimizer
+from learner.model.optimizer import build_optimizer, learning_rate
 from learner.step import StepStats, clip_gradients, train_step
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter

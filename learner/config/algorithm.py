@@ -1,8 +1,11 @@
-"""Settings of the loss. Imports no torch."""
+"""`algorithm`: how rewards become a gradient. Imports no torch.
+
+`learner.algorithms` is pure, and imports this module: it imports pydantic and `common.config` alone.
+"""
 
 from typing import Literal, Self
 
-import pydantic
+from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
 
@@ -15,19 +18,23 @@ class AlgorithmConfig(Config):
     """How rewards become a gradient. `docs/algorithms.md` has the published recipes in these settings."""
 
     advantage: AdvantageEstimator = "grpo"
+    """How the completions of a prompt are compared with each other."""
     aggregation: Aggregation = "token-mean"
-    max_completion_tokens: int | None = pydantic.Field(default=None, ge=1)
+    """How losses of tokens become one: their mean, or first that of each completion and then over completions."""
+    max_completion_tokens: int | None = Field(None, ge=1)
     """The constant that `seq-mean-token-sum-norm` divides by; needed there, and only there."""
     policy_loss: PolicyLoss = "ppo"
     """`ppo`: clipped token ratios; `gspo`: clipped ratios of whole completions; `cispo`: clipped weights, so that no
     token loses its gradient."""
-    clip_low: float = pydantic.Field(default=0.2, ge=0, le=1)
-    clip_high: float = pydantic.Field(default=0.2, ge=0)
-    clip_dual: float | None = pydantic.Field(default=None, gt=1)
+    clip_low: float = Field(0.2, ge=0, le=1)
+    """The ratio of new to old policy is clipped below 1 - clip_low."""
+    clip_high: float = Field(0.2, ge=0)
+    """The ratio is clipped above 1 + clip_high."""
+    clip_dual: float | None = Field(None, gt=1)
     """Bounds the loss of tokens with a negative advantage at this many advantages. Only with `ppo`."""
-    entropy_coef: pydantic.FiniteFloat = 0.0
+    entropy_coef: FiniteFloat = 0.0
     """Weight of the entropy bonus."""
-    kl_coef: pydantic.FiniteFloat = pydantic.Field(default=0.0, ge=0)
+    kl_coef: FiniteFloat = Field(0.0, ge=0)
     """Weight of the KL to the reference policy, which is `model.path` as it was: a frozen copy, which takes as much
     memory again, or with LoRA the model without its adapter, which takes none."""
     kl_penalty: Literal["loss", "reward"] = "loss"
@@ -38,21 +45,22 @@ class AlgorithmConfig(Config):
     clipping bounds how far a stale or numerically different policy is trusted. `learner`: the learner's own before the
     batch (one more forward pass where a batch has several optimizer steps; with one step that ratio is 1 and clipping
     never acts), and the difference to the actor is left to `importance_cap`."""
-    importance_cap: float | None = pydantic.Field(default=None, gt=0)
+    importance_cap: float | None = Field(None, gt=0)
     """Truncated importance sampling: each token's loss is weighted by min(learner / actor probability, cap). Only with
     `old_policy: learner`; with `actor` the ratio holds that factor already. Off if unset."""
     importance_mask: tuple[float, float] | None = None
     """Masked importance sampling: tokens whose learner / actor probability lies outside [low, high] are left out of
     the gradient, and counted. Off if unset."""
-    overlong_buffer: int = pydantic.Field(default=0, ge=0)
+    overlong_buffer: int = Field(0, ge=0)
     """Soft punishment of long answers: over the last so many tokens before `rollout.max_tokens`, a reward falls by up
     to `overlong_penalty`. 0: off."""
-    overlong_penalty: float = pydantic.Field(default=1.0, gt=0)
+    overlong_penalty: float = Field(1.0, gt=0)
+    """What a completion of full length loses of its reward; only with `overlong_buffer`."""
     mask_truncated_completions: bool = False
     """Completions that were cut off for their length count in the advantages of their group and in the denominators of
     the loss, but are left out of the gradient: whether they would have come to a right answer is not known."""
 
-    @pydantic.model_validator(mode="after")
+    @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         if self.importance_cap is not None and self.old_policy == "actor":
             raise ValueError(
