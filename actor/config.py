@@ -1,12 +1,16 @@
-"""Configuration of an actor. Imports no torch and no vllm."""
+"""Configuration of an actor. Imports no torch and no vllm.
+
+`python -m actor.config FILE` only reads it, for the launcher of the learner, which cannot import it.
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, load_config
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES
 from common.types import ServerLimits
 
@@ -167,3 +171,17 @@ def check_model(path: Path | None) -> Path:
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"model: {path} has no *.safetensors file; other weight formats are not loaded")
     return path
+
+
+def main() -> int:
+    """The exit code is 2 for a mistake of the user, which is the last line."""
+    try:
+        load_config(ActorConfig, Path(sys.argv[1]), [])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.lifecycle import end_with_parent
 from learner.stopping import STEP_END_S, TORCHRUN_VARIABLE
@@ -83,7 +83,9 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     actors = addresses(config.local) or config.rollout.actors
     listed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"actors": actors})})
     # A mistake leaves neither a run folder nor an actor behind.
-    gpus = share_gpus(listed)
+    if (words := _try_actor(listed)) is not None:
+        return _say(*words)
+    gpus = share_gpus(listed)  # reads local.actor
     if prepare is None:
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
@@ -97,16 +99,29 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
         return _run_in(run_dir, listed.model_copy(update={"run_dir": run_dir}), gpus)
 
 
+def _try_actor(config: "LearnerConfig") -> tuple[int, str] | None:
+    """Read `local.actor` as the actors will, which the learner does not import; its last words if that fails."""
+    return _try("local.actor", "actor.config", config.local.actor, dict(os.environ))
+
+
 def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
-    """Load rows and rewards as the learner will, in a process that ends with them; its last words if that fails."""
+    """Load rows and rewards as the learner will; its last words if that fails."""
+    return _try("rows and rewards", "learner.preflight", config.model_dump(mode="json"), learner_environment(config, gpus))
+
+
+def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str, str]) -> tuple[int, str] | None:
+    """`python -m MODULE FILE` with a file of these settings, in a process that ends with what it loads.
+
+    Its last words if it fails, with `what` in the place of the file's name.
+    """
     import yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(config.model_dump(mode="json"), file)
+        yaml.safe_dump(settings, file)
         file.flush()
         tried = subprocess.run(
-            [sys.executable, "-m", "learner.preflight", file.name],
-            env=learner_environment(config, gpus),
+            [sys.executable, "-m", module, file.name],
+            env=environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -115,8 +130,8 @@ def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[
         )
     if tried.returncode == 0:
         return None
-    lines = tried.stderr.splitlines() or [f"rows and rewards: their process ended with {tried.returncode}"]
-    return abs(tried.returncode), lines[-1]
+    lines = tried.stderr.splitlines() or [f"{what}: the process ended with {tried.returncode}"]
+    return abs(tried.returncode), lines[-1].replace(f"{file.name}: ", f"{what}: ", 1)
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:

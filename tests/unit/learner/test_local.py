@@ -1,5 +1,6 @@
 """What the single-machine launcher says of its learner's end."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -17,6 +18,41 @@ import sys, pathlib
 from learner import run_folder
 run_folder.leave_last_words(pathlib.Path(sys.argv[1]), 1, "OSError: [Errno 28] No space left on device")
 """
+
+
+@pytest.mark.parametrize(
+    ("actor", "words"),
+    [
+        ({"vlm": {"max_model_len": 5}}, "vlm: unknown key; did you mean vllm?"),
+        ({"vllm": {"tensor_parallel_size": "two"}}, "vllm.tensor_parallel_size: "),  # read where GPUs are shared
+        ({"vllm": 5}, "vllm: "),
+    ],
+)
+def test_a_mistake_in_the_configuration_of_actors_is_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], actor: dict[str, object], words: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
+    run = {
+        "model": {"path": str(model)},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "image_column": ""},
+        "trainer": {"total_steps": 1, "batch_prompts": 1, "device": "cpu"},
+        "runs_dir": str(tmp_path / "runs"),
+        "local": {"actor": actor},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert local.main(["--config", str(tmp_path / "run.yaml")]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    told = capsys.readouterr().err
+    assert told.startswith(f"outrider: local.actor: {words}")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_checkpoint_of_the_stop_that_cannot_be_written_is_told_of(
