@@ -8,7 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 
 from common import wire
 from common.config import ConfigError
-from common.errors import MalformedResponse, MediaMissing, Unreachable, from_rpc_error
+from common.errors import MalformedResponse, MediaMissing, QueueFull, Unreachable, from_rpc_error
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -140,6 +140,7 @@ class GrpcClient:
         self._open()
         # An ordered set: the oldest belief goes first.
         self._known_media: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self._being_sent: dict[bytes, asyncio.Future[None]] = {}
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
@@ -148,21 +149,24 @@ class GrpcClient:
     ) -> SampledGroup:
         """See `RolloutClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
-        `timeout_s` bounds each of at most two tries, and the upload before each: the second one after the actor lacked
-        media.
+        `timeout_s` bounds each of at most two tries, and what comes before each: waiting for another group that sends
+        the same media, and the upload. The second try is made after the actor lacked media.
         """
+        await self._sent_by_others(request.media, timeout_s)
         try:
-            sampled = await self._collect(await self._prepare(request, timeout_s), timeout_s, on_progress)
+            return await self._try(request, timeout_s, on_progress, self._inline_max_bytes)
         except MediaMissing:
-            # It evicted some, or is not whom it was. Its list may be cut short: send all.
+            # It evicted some, or is not whom it was. Its list may be cut short: send all. Uploads of a burst can push
+            # one another out of its store, again and again; what comes with the request needs no store.
+            inline_max_bytes = await self._room_in_message(request)
             self._forget(request.media)
-            try:
-                sampled = await self._collect(await self._prepare(request, timeout_s), timeout_s, on_progress)
-            except MediaMissing:
-                self._forget(request.media)
+        try:
+            return await self._try(request, timeout_s, on_progress, inline_max_bytes)
+        except MediaMissing:
+            self._forget(request.media)
+            if any(item.content is None for item in request.media):
                 raise
-        self._remember(request.media)
-        return sampled
+            raise QueueFull("other uploads push those of this group out of the actor's media store") from None
 
     async def stream(
         self, request: RolloutRequest, *, timeout_s: float
@@ -198,13 +202,24 @@ class GrpcClient:
 
     async def _put(self, items: Mapping[bytes, bytes | Frames], timeout_s: float) -> None:
         response = await _call(self._rollouts.PutMedia(_media_chunks(items), timeout=timeout_s))
-        if list(response.sha256) != list(items):
+        missing = tuple(items.keys() - response.sha256)
+        if len(response.sha256) + len(missing) != len(items):
             raise MalformedResponse(f"PutMedia: {len(items)} items were sent, {len(response.sha256)} are stored")
+        self._remember(response.sha256)
+        if missing:  # evicted before the call ended
+            raise MediaMissing(missing)
 
     async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
         """See `RolloutClient.server_info`."""
         request = rollout_pb2.GetServerInfoRequest()
         return wire.server_info_from_proto(await _call(self._rollouts.GetServerInfo(request, timeout=timeout_s)))
+
+    async def _try(
+        self, request: RolloutRequest, timeout_s: float, on_progress: Callable[[], None], inline_max_bytes: int
+    ) -> SampledGroup:
+        with self._sending(request.media):
+            prepared = await self._prepare(request, timeout_s, inline_max_bytes)
+            return await self._collect(prepared, timeout_s, on_progress)
 
     async def _collect(
         self, request: RolloutRequest, timeout_s: float, on_progress: Callable[[], None]
@@ -218,6 +233,7 @@ class GrpcClient:
                     if prompt is not None or event.group_id != request.group_id:
                         raise MalformedResponse(f"group {request.group_id}: a prompt message for {event.group_id!r}")
                     prompt = event
+                    self._remember(item.sha256 for item in request.media)  # stored, however the call ends
                     continue
                 for completion in event:
                     _check_completion(completion, request, completions)
@@ -230,21 +246,51 @@ class GrpcClient:
 
     # ------------------------------------------------------------------------------------------------------ media
 
-    async def _prepare(self, request: RolloutRequest, timeout_s: float) -> RolloutRequest:
+    async def _sent_by_others(self, media: Sequence[MediaItem], timeout_s: float) -> None:
+        """Wait while other groups send any of these."""
+        if others := [sent for item in media if (sent := self._being_sent.get(item.sha256)) is not None]:
+            await asyncio.wait(others, timeout=timeout_s)
+
+    @contextlib.contextmanager
+    def _sending(self, media: Sequence[MediaItem]) -> Iterator[None]:
+        """Others wait for what of these the actor lacks, until it has come or this block ends."""
+        new = {item.sha256 for item in media} - self._known_media.keys() - self._being_sent.keys()
+        mine: dict[bytes, asyncio.Future[None]] = {sha256: asyncio.get_running_loop().create_future() for sha256 in new}
+        self._being_sent |= mine
+        try:
+            yield
+        finally:
+            for sha256, sent in mine.items():
+                if self._being_sent.get(sha256) is sent:
+                    self._no_longer_sent(sha256)
+
+    def _no_longer_sent(self, sha256: bytes) -> None:
+        if (sent := self._being_sent.pop(sha256, None)) is not None:
+            sent.set_result(None)
+
+    async def _room_in_message(self, request: RolloutRequest) -> int:
+        """Bytes of files that one message has room for, beside the rest of the request."""
+        files = [item.content for item in request.media if isinstance(item.content, (bytes, Frames))]
+        size = wire.request_to_proto(request).ByteSize() - sum(map(_num_bytes, files))
+        limits = (await self.server_info()).limits
+        return min(self._max_message_bytes, limits.max_message_bytes) - size
+
+    async def _prepare(self, request: RolloutRequest, timeout_s: float, inline_max_bytes: int) -> RolloutRequest:
         """The request with media by hash where the actor has them, uploaded or inline where it has not."""
         lacking = {item.sha256: item for item in request.media if item.sha256 not in self._known_media}
         files = {sha256: item.content for sha256, item in lacking.items() if isinstance(item.content, (bytes, Frames))}
         inline = set(lacking)
-        if sum(len(file) for item in files.values() for file in _files(item)) > self._inline_max_bytes:
+        if sum(map(_num_bytes, files.values())) > inline_max_bytes:
             await self.upload(files, timeout_s=timeout_s)
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)
 
-    def _remember(self, media: Sequence[MediaItem]) -> None:
-        for item in media:
-            self._known_media[item.sha256] = None
-            self._known_media.move_to_end(item.sha256)
+    def _remember(self, sha256s: Iterable[bytes]) -> None:
+        for sha256 in sha256s:
+            self._known_media[sha256] = None
+            self._known_media.move_to_end(sha256)
+            self._no_longer_sent(sha256)
         while len(self._known_media) > _MAX_KNOWN_MEDIA:
             self._known_media.popitem(last=False)
 
@@ -345,6 +391,10 @@ def _check_completion(completion: Completion, request: RolloutRequest, received:
 
 def _files(item: bytes | Frames) -> tuple[bytes, ...]:
     return item.files if isinstance(item, Frames) else (item,)
+
+
+def _num_bytes(item: bytes | Frames) -> int:
+    return sum(map(len, _files(item)))
 
 
 def _media_chunks(items: Mapping[bytes, bytes | Frames]) -> Iterator[rollout_pb2.PutMediaRequest]:

@@ -16,6 +16,7 @@ from common.errors import (
     InvalidRequest,
     MalformedResponse,
     MediaMissing,
+    QueueFull,
     StaleEpoch,
     TooLarge,
     Unreachable,
@@ -117,7 +118,7 @@ async def test_media_that_the_actor_lost_are_sent_again(
 ) -> None:
     client = connect((await start_actor()).address)
     # It believes that the actor holds both.
-    client._remember(request().media)
+    client._remember(item.sha256 for item in request().media)
     sampled = await client.generate(request(), timeout_s=10)
     assert client.sent == [[False, False], [True, True]]
     assert len(sampled.completions) == 3
@@ -142,6 +143,78 @@ async def test_large_media_are_uploaded_in_chunks(start_actor: StartActor, conne
     assert (client.uploads, client.sent) == ([2], [[False, False]])
     assert client.upload_timeouts_s == [10]
     assert sampled.prompt.media[0].sha256 == content_hash(big)
+
+
+async def test_a_burst_that_the_store_cannot_hold_is_answered(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    """Each pushes the others out before it is asked for by hash: nobody is refused for that."""
+    images = [png(i, size=160) for i in range(64)]
+    actor = await start_actor(limits={"media_store_bytes": sum(map(len, images)) // 3}, fake={"token_s": 0.01})
+    client = connect(actor.address, inline_max_bytes=0)
+    groups = [request(images=tuple(images[i : i + 2])) for i in range(0, 64, 2)]
+    answers = await asyncio.gather(*(client.generate(group, timeout_s=20) for group in groups), return_exceptions=True)
+    assert client.sent.count([True, True]) > 0  # otherwise it held them
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert all(isinstance(error, QueueFull) and "uploads of" in error.message for error in refused)  # too many at once
+    assert len(refused) < 16
+
+
+async def test_media_too_large_for_a_message_are_asked_for_again_later(
+    start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others push each upload out before its group comes, the actor is not to blame."""
+    images = (png(1, size=500), png(2, size=500))
+    actor = await start_actor(limits={"max_message_bytes": sum(map(len, images))})  # and the rest of the request
+    client = connect(actor.address)
+    monkeypatch.setattr(actor.server._rollouts._intake._store, "get", {}.get)
+    with pytest.raises(QueueFull, match="other uploads push those of this group out"):
+        await client.generate(request(images=images), timeout_s=10)
+    assert client.uploads == [2, 2]
+    small = request()
+    client._remember(item.sha256 for item in small.media)
+    await client.generate(small, timeout_s=10)
+    assert client.sent == [[False, False], [False, False], [False, False], [True, True]]
+
+
+async def test_groups_of_one_image_send_it_once(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
+    client = connect((await start_actor(fake={"token_s": 0.01})).address)
+    await asyncio.gather(*(client.generate(request(), timeout_s=10) for _ in range(16)))
+    assert sorted(client.sent) == [[False, False]] * 15 + [[True, True]]
+
+
+async def test_those_that_wait_for_media_send_them_where_the_first_fails(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    client = connect((await start_actor()).address)
+    first = asyncio.create_task(client.generate(request(n=100_000), timeout_s=10))
+    others = [asyncio.create_task(client.generate(request(), timeout_s=10)) for _ in range(3)]
+    with pytest.raises(InvalidRequest):
+        await first
+    assert [len((await other).completions) for other in others] == [3, 3, 3]
+    assert not client._being_sent
+
+
+async def test_media_of_a_group_that_is_broken_off_are_not_sent_again(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    client = connect((await start_actor(fake={"first_token_s": 60.0})).address)
+    hashes = [item.sha256 for item in request().media]
+    call = asyncio.create_task(client.generate(request(), timeout_s=60))
+    await until(lambda: client.holds(hashes))
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert client.holds(hashes)
+
+
+async def test_an_upload_is_not_repeated_for_a_request_that_is_refused(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    client = connect((await start_actor(standalone=False)).address, inline_max_bytes=0)
+    for _ in range(2):
+        with pytest.raises(WeightsPending):
+            await client.generate(request(), timeout_s=10)
+    assert client.uploads == [2]
 
 
 async def test_status_and_info(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:

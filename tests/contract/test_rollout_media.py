@@ -73,7 +73,7 @@ async def test_pixels_and_tensors_cross_once(start_actor: StartActor) -> None:
     client = GrpcClient(actor.address)
     request = _request(*media, return_processed=True)
     first = await client.generate(request, timeout_s=10)
-    assert (await client._prepare(request, 10)).media == by_hash.media
+    assert (await client._prepare(request, 10, 0)).media == by_hash.media
     second = await client.generate(request, timeout_s=10)
     await client.close()
     for group in (first, second):

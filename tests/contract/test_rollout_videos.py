@@ -64,7 +64,7 @@ async def test_videos_cross_once(start_actor: StartActor, inline_max_bytes: int)
     client = GrpcClient(actor.address, inline_max_bytes=inline_max_bytes)
     request = _request(IN_FILES, IN_PIXELS, return_processed=True)
     groups = [await client.generate(request, timeout_s=10) for _ in range(2)]
-    assert (await client._prepare(request, 10)).media == by_hash.media
+    assert (await client._prepare(request, 10, 0)).media == by_hash.media
     await client.close()
     for group in groups:
         assert [use.sha256 for use in group.prompt.media] == [IN_FILES.sha256, IN_PIXELS.sha256]
