@@ -99,6 +99,12 @@ def make_mesh(device: str, num_ranks: int, shard_ranks: int | None) -> DeviceMes
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def keep_float32() -> None:
+    """Have float32 computed as such: cuDNN's convolutions, as those of patches, round it to TF32 unless told not to."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @contextlib.contextmanager
 def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_parallel_size: int = 1) -> Iterator[Ranks]:
     """Set up the default process group: gloo for CPU tensors, NCCL for CUDA ones.
@@ -119,6 +125,7 @@ def join_ranks(device: str | None, shard_ranks: int | None = None, sequence_para
         store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        keep_float32()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         timeout=TIMEOUT,

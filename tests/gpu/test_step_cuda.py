@@ -14,6 +14,7 @@ from examples.digits.model import build_model
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config.algorithm import AlgorithmConfig
+from learner.distributed import keep_float32
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
@@ -33,6 +34,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_rank() -> Iterator[None]:
     store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    keep_float32()
     yield
     dist.destroy_process_group()
 
@@ -56,7 +58,6 @@ def _train(model_dir: Path, device: str, **options: Any) -> tuple[list[StepStats
     ("options", "device"), [({}, "cuda"), ({"fused": True}, "cuda"), ({"cpu_offload": True}, "cpu")]
 )
 def test_a_gpu_takes_the_same_steps(model_dir: Path, options: dict[str, Any], device: str) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
     expected, parameters, _ = _train(model_dir, "cpu")
     steps, others, devices = _train(model_dir, "cuda", **options)
     assert devices == {device}
