@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actor.config import VllmConfig, parse_cores
 from actor.engine_vllm.refused_settings import check_extra, refused_settings
-from actor.engine_vllm.update_room import utilization_beside_updates
+from actor.engine_vllm.update_room import check_host_room, host_memory, utilization_beside_updates
 from common.config import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
     """Set up this process for the engine, and say what it is to be.
 
     Raises ConfigError for what vLLM refuses, for what it cannot do on CPUs, or does wrong there without a word, and for
-    a GPU that is too small.
+    a GPU, or a host, that is too small.
     """
     _set_up_process(config)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -47,6 +47,10 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
                 "model: the checkpoint is quantized, and updates would come without its scales; start from the "
                 "unquantized checkpoint with vllm.extra.quantization"
             )
+        # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
+        has_second_set = not (model_config.quantization or model_config.use_mla or model_config.get_num_experts())
+        if takes_updates and not has_second_set:
+            check_host_room(model, num_workers=config.tensor_parallel_size, limit_bytes=host_memory())
         if current_platform.is_cpu():
             _check_cpu(model_config, config)
         elif takes_updates:
@@ -56,10 +60,7 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
                 total_bytes=current_platform.get_device_total_memory(),
                 element_bytes=model_config.dtype.itemsize,
                 num_gpus=config.tensor_parallel_size,
-                # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
-                has_second_set=not (
-                    model_config.quantization or model_config.use_mla or model_config.get_num_experts()
-                ),
+                has_second_set=has_second_set,
             )
         return arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
 

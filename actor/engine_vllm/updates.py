@@ -15,6 +15,7 @@ from common.errors import (
     StageBlocked,
     StageCorrupt,
     StageTimeout,
+    TooLarge,
 )
 from common.types import EpochSpec, Manifest
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Each look at the workers is a call between two steps of theirs: they come after a fiftieth of the time so far.
 _MIN_POLL_S, _MAX_POLL_S = 0.01, 0.1
+# What torch and Python raise where memory is short: another try changes nothing, and it is nobody else's fault.
+_NO_MEMORY = ("OutOfMemoryError", MemoryError.__name__)
 
 
 class VllmUpdates:
@@ -132,4 +135,6 @@ def _job_error(kind: str, error: str, field: str | None, late: type[StageTimeout
     for named in (StageCorrupt, RendezvousUnreachable):
         if kind == named.__name__:
             return named(error)
+    if kind in _NO_MEMORY or "out of memory" in error:  # NCCL says it in an error of another kind
+        return TooLarge("", f"a worker has no memory for its part: {kind}: {error}")
     return late(f"a worker could not finish its part: {kind}: {error}")

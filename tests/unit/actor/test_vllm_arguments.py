@@ -11,10 +11,11 @@ from vllm import platforms
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from actor.config import ActorConfig, VllmConfig
-from actor.engine_vllm import plugin
+from actor.engine_vllm import arguments, plugin
 from actor.engine_vllm.arguments import engine_config
 from common.config import ConfigError, load_config
 from examples.digits.model import build_model
+from tests.served_families import qwen3_vl_moe
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,16 @@ def test_updates_do_not_go_into_a_quantized_checkpoint(model: Path, tmp_path: Pa
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": scales}))
     with pytest.raises(ConfigError, match=r"^model: the checkpoint is quantized, .* with vllm\.extra\.quantization$"):
         _config(quantized)
+
+
+def test_a_host_that_cannot_keep_an_update_of_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Said at the start, in place of being killed at the first update; an actor without updates may start."""
+    qwen3_vl_moe(tmp_path)
+    monkeypatch.setattr(arguments, "host_memory", lambda: 2**10)
+    with pytest.raises(ConfigError, match=r"each of 2 workers keeps an update .* raise the container's memory"):
+        _config(tmp_path, "vllm.tensor_parallel_size=2", "vllm.max_model_len=128")
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", lambda self, _context: self)
+    engine_config(tmp_path, VllmConfig(max_model_len=128), takes_updates=False)
 
 
 def test_a_model_that_vllm_does_not_know_is_one_line(model: Path, tmp_path: Path) -> None:

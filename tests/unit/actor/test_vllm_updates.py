@@ -15,6 +15,7 @@ from common.errors import (
     StageBlocked,
     StageCorrupt,
     StageTimeout,
+    TooLarge,
 )
 from common.types import Manifest
 
@@ -29,6 +30,15 @@ from common.types import Manifest
         ),
         ({"kind": "StageCorrupt", "error": "bucket 3"}, StageCorrupt("bucket 3")),
         ({"kind": "RendezvousUnreachable", "error": "no route"}, RendezvousUnreachable("no route")),
+        (
+            {"kind": "OutOfMemoryError", "error": "CUDA out of memory."},
+            TooLarge("", "a worker has no memory for its part: OutOfMemoryError: CUDA out of memory."),
+        ),
+        ({"kind": "MemoryError", "error": ""}, TooLarge("", "a worker has no memory for its part: MemoryError: ")),
+        (
+            {"kind": "DistBackendError", "error": "Cuda failure 2 'out of memory'"},
+            TooLarge("", "a worker has no memory for its part: DistBackendError: Cuda failure 2 'out of memory'"),
+        ),
         ({"kind": "OSError", "error": "gone"}, StageTimeout("a worker could not finish its part: OSError: gone")),
         (
             {"kind": "OSError", "error": "gone", "blocked": True},
