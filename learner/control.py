@@ -62,7 +62,7 @@ class Control:
         self,
         config: LearnerConfig,
         *,
-        backend: str,
+        backend: str | None,
         train: PromptDataset,
         held_out: PromptDataset | None,
         processor: PromptProcessor,

@@ -83,7 +83,7 @@ def _run_rank_zero(
         display = make_display(name=config.name, total_steps=config.trainer.total_steps, run_dir=run_dir)
         control = Control(
             config,
-            backend=config.weights.backend or ("nccl" if ranks.device.type == "cuda" else "gloo"),
+            backend=config.weights.backend or (None if ranks.device.type == "cuda" else "gloo"),
             train=train,
             held_out=held_out,
             processor=processor,

@@ -54,7 +54,7 @@ class Publisher:
         *,
         run_id: str,
         host: str,
-        backend: str,
+        backend: str | None,
         timeout_s: float,
         merge_adapter: bool = False,
         delta: bool = False,
@@ -69,7 +69,7 @@ class Publisher:
             fleet: whose live members are kept current.
             run_id: of this learner incarnation.
             host: address of this process, as the actors reach it.
-            backend: "gloo" or "nccl".
+            backend: "gloo" or "nccl"; None: "nccl", but for epochs in which it would work beside vLLM's own.
             timeout_s: bound on the rendezvous, and on each stage.
             merge_adapter: send no LoRA adapter, but the model with it.
             delta: send only what changed where that is faster.
@@ -176,7 +176,7 @@ class Publisher:
             master_port=self._transport.port,
             world_size=1 + sum(num_workers(member) for member in members),
             rank=0,
-            backend=self._backend,
+            backend=self._backend or ("gloo" if any(num_workers(member) > 1 for member in members) else "nccl"),
             timeout_s=self._timeout_s,
         )
         self._epoch = await open_epoch(spec, members, self._transport)

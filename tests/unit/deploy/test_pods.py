@@ -154,15 +154,15 @@ def test_a_learner_pod_that_waits_for_the_other_ones_ends_when_it_is_deleted() -
     assert shared == {True}
 
 
-def test_no_weights_over_nccl_to_gpus_of_tensor_parallel_actors() -> None:
-    """Their communicators are ordered by nobody (docs/architecture.md)."""
+def test_the_wire_of_weights_is_left_to_the_learner() -> None:
+    """It takes no NCCL to the GPUs of tensor-parallel actors (tests/unit/learner/test_publisher.py)."""
     backends = {}
     for overlay in ("gpu", "gpu-multinode"):
         manifests = render(overlay)
         learner = policies.learner_config(manifests)
         assert isinstance(learner, LearnerConfig)
         backends[policies.actor_config(manifests).vllm.tensor_parallel_size] = learner.weights.backend
-    assert backends == {1: None, 4: "gloo"}
+    assert backends == {1: None, 4: None}
 
 
 @pytest.fixture(scope="module")
