@@ -21,6 +21,7 @@ from common.threads import run_in_thread
 from common.types import EpochSpec
 
 _POLL_S = 0.0005
+_MAX_STREAMS = 64  # more than torch has for a device, 32
 # With it torch starts no watchdog for a group, and no monitor for the watchdog.
 _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 # There from now on: adding and removing a variable while other threads of C read theirs is not safe, changing it is.
@@ -50,6 +51,9 @@ class NcclCommunicator:
         with _no_watchdog():
             self._backend: _Backend | None = dist.ProcessGroupNCCL(store, rank, spec.world_size, options)
         self._aborting = threading.Lock()
+        self._in_flight: list[Any] = []
+        if device.type == "cuda":
+            _take_turn(device)
 
     def stream(self) -> contextlib.AbstractContextManager[Any]:
         """See `BroadcastGroup.stream`."""
@@ -64,7 +68,9 @@ class NcclCommunicator:
         options.rootRank = 0
         options.rootTensor = 0
         with self.stream():
+            in_flight = self._in_flight = [buffer]
             work = backend.broadcast([buffer], options)
+            in_flight.append(work)
             deadline = time.monotonic() + self._timeout_s
             while not work.is_completed():  # once it is, the bytes are there: no stream has to wait
                 if self._aborted.is_set():
@@ -75,6 +81,7 @@ class NcclCommunicator:
                     raise RuntimeError(f"the weight epoch timed out after {self._timeout_s:g} s")
                 time.sleep(_POLL_S)
             work.wait()  # raises what went wrong, but for an abort: that completes the work too
+            in_flight.clear()
             if self._aborted.is_set():
                 raise RuntimeError("the weight epoch was aborted")
 
@@ -83,7 +90,13 @@ class NcclCommunicator:
         with self._aborting:
             backend, self._backend = self._backend, None
         if backend is not None:
-            run_in_thread(backend.abort, "abort-nccl")
+            run_in_thread(functools.partial(_abort, backend, self._in_flight), "abort-nccl")
+
+
+def _abort(backend: _Backend, in_flight: list[Any]) -> None:
+    """What is in flight is let go once no kernel can write to it any more."""
+    backend.abort()
+    in_flight.clear()
 
 
 @contextlib.contextmanager
@@ -99,6 +112,26 @@ def _no_watchdog() -> Iterator[None]:
 
 
 _environment = threading.Lock()
+
+
+def _take_turn(device: torch.device) -> None:
+    """Have the group that is made next draw the stream that the first one drew.
+
+    torch hands 32 streams out in turn, to all who ask. Each group draws one at its first collective: after some
+    epochs it would be one on which vLLM computes too, and generation would wait for the wire. Streams are drawn here
+    until it is the turn of the same one. Who draws one at the same moment shifts that for one epoch.
+    """
+    before = _turn(device)
+    for _ in range(_MAX_STREAMS):
+        if torch.cuda.Stream(device) == before:
+            return
+
+
+@functools.cache
+def _turn(device: torch.device) -> "torch.cuda.Stream":
+    """The stream whose successor is that of the groups. `_stream` is drawn first, or it would be the successor."""
+    _stream(device)
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

@@ -44,3 +44,14 @@ def test_a_peer_that_never_comes_then_another_epoch() -> None:
     assert time.monotonic() - started_at < TIMEOUT_S + 2
     group = BroadcastGroup(_spec(store, 1, 2), 0)
     group.abort()
+
+
+def test_all_groups_compute_on_the_same_stream() -> None:
+    """However many epochs there are: the next draw is the same behind each of them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    drawn = set()
+    for epoch in range(1, 5):
+        BroadcastGroup(_spec(store, 1, epoch), 0).abort()
+        drawn.add(torch.cuda.Stream())
+        torch.cuda.Stream()
+    assert len(drawn) == 1

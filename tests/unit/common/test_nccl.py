@@ -1,8 +1,10 @@
 """The supervision of NCCL, with a stand-in for torch's backend: deadlines, aborts, and who may begin."""
 
+import gc
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.collective import nccl
 from common.collective.nccl import NcclCommunicator
 from common.types import EpochSpec
 
@@ -57,10 +60,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[_Backend]:
     return backends
 
 
-def _join(rank: int = 0, world_size: int = 1, timeout_s: float = WAIT_S, port: int = 0) -> NcclCommunicator:
+def _join(
+    rank: int = 0, world_size: int = 1, timeout_s: float = WAIT_S, port: int = 0, device: str = "cpu"
+) -> NcclCommunicator:
     store = dist.TCPStore("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
     spec = EpochSpec("run", 1, "127.0.0.1", store.port, world_size, rank, "nccl", timeout_s)
-    return NcclCommunicator(spec, rank, store, threading.Event(), torch.device("cpu"))
+    return NcclCommunicator(spec, rank, store, threading.Event(), torch.device(device))
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -123,3 +128,51 @@ def test_an_abort_from_another_thread_ends_it(made: list[_Backend]) -> None:
         with pytest.raises(RuntimeError, match="aborted"):
             sending.result(WAIT_S)
     assert made[0].aborted.wait(WAIT_S)
+
+
+def test_what_is_in_flight_outlives_the_abort(made: list[_Backend], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel may write to the buffer until then: the memory must not be anybody else's."""
+    ending = threading.Event()
+    monkeypatch.setattr(_Backend, "abort", lambda _self: ending.wait(WAIT_S))
+    communicator = _join(timeout_s=0.1)
+    buffer = torch.zeros(1)
+    there = weakref.ref(buffer)
+    with pytest.raises(RuntimeError, match="timed out"):
+        communicator.broadcast(buffer)
+    del buffer
+    gc.collect()
+    assert there() is not None
+    ending.set()
+    deadline = time.monotonic() + WAIT_S
+    while there() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        gc.collect()
+    assert there() is None
+
+
+@pytest.mark.parametrize("num_draws", [0, 1, 31, 32, 45])
+def test_groups_draw_the_same_stream_for_ever(
+    made: list[_Backend], monkeypatch: pytest.MonkeyPatch, num_draws: int
+) -> None:
+    """torch hands 32 out in turn, to vLLM too: `num_draws` between two epochs, and one by each group."""
+    drawn: list[int] = []
+
+    def draw(_device: object) -> int:
+        drawn.append(len(drawn) % 32)
+        return drawn[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", draw)
+    nccl._turn.cache_clear()
+    nccl._stream.cache_clear()
+    of_groups = set()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(40):
+        _join(port=store.port, device="cuda:0")
+        of_groups.add(draw(None))  # at its first collective
+        for _ in range(num_draws):
+            draw(None)
+    own: object = nccl._stream(torch.device("cuda:0"))
+    nccl._turn.cache_clear()
+    nccl._stream.cache_clear()
+    assert len(of_groups) == 1
+    assert own not in of_groups
