@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.launcher.gpus import visible_gpus
 from learner.launcher.main import main
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
 
+_DEVICES = Path("/dev")
 _CONFIG = Path(__file__).with_name("config.yaml")
 # Of the limit in the configuration, which is for CPUs: vLLM's attention on a GPU rounds float32 to TF32.
 _ON_GPUS = ("trainer.max_parity_diff=1e-2",)
@@ -21,7 +21,8 @@ _ON_GPUS = ("trainer.max_parity_diff=1e-2",)
 
 def arguments(own: Sequence[str]) -> list[str]:
     """Of `outrider`: the demo's, and behind them `own`, which count for more."""
-    return ["--config", str(_CONFIG), *(_ON_GPUS if visible_gpus() else ()), *own]
+    has_gpus = any(_DEVICES.glob("nvidia[0-9]*"))  # as `learner.local_gpus`, which `--help` need not load
+    return ["--config", str(_CONFIG), *(_ON_GPUS if has_gpus else ()), *own]
 
 
 def _prepare(config: "LearnerConfig", run_dir: Path) -> Path:
