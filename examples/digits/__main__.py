@@ -21,7 +21,7 @@ _ON_GPUS = ("trainer.max_parity_diff=1e-2",)
 
 def arguments(own: Sequence[str]) -> list[str]:
     """Of `outrider`: the demo's, and behind them `own`, which count for more."""
-    has_gpus = any(_DEVICES.glob("nvidia[0-9]*"))  # as `learner.local_gpus`, which `--help` need not load
+    has_gpus = any(_DEVICES.glob("nvidia[0-9]*"))  # as `learner.launcher.gpus`, which `--help` need not load
     return ["--config", str(_CONFIG), *(_ON_GPUS if has_gpus else ()), *own]
 
 
