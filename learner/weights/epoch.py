@@ -7,7 +7,7 @@ opens the next one with the others.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,9 +69,15 @@ class Epoch:
         self._spec = spec
         self._sender = sender
 
-    async def send(self, manifest: Manifest, buffers: Sequence[torch.Tensor]) -> UpdateTimes:
+    async def send(
+        self,
+        manifest: Manifest,
+        buffers: Sequence[torch.Tensor],
+        on_commit: Callable[[Member], None] = lambda _member: None,
+    ) -> UpdateTimes:
         """Bring every member to the manifest's version. Those that serve it already receive it too, as the broadcast
-        wants, and go on undisturbed.
+        wants, and go on undisturbed. `on_commit` is called for each of the others as soon as it serves the version,
+        whatever becomes of the rest.
 
         Raises:
             EpochFailed: a member, or the broadcast, failed before all were through (`TooSlow`: was late). A member is
@@ -93,7 +99,7 @@ class Epoch:
         behind = [member for member in self.members if member.version < version]
         commit_s = max(timeout_s, _MIN_COMMIT_TIMEOUT_S)
         commits = [member.client.commit(run_id, epoch, version, timeout_s=commit_s) for member in behind]
-        pauses = await _all_or_fail(f"committing version {version}", behind, commits)
+        pauses = await _each(f"committing version {version}", behind, commits, on_commit)
         num_bytes = sum(bucket.wire_bytes for bucket in manifest.buckets)
         return UpdateTimes(staged_at - started_at, max(pauses), num_bytes)
 
@@ -198,6 +204,31 @@ async def _all_or_fail(
         for future in waiting:
             future.cancel()
             future.add_done_callback(_look_at)
+
+
+async def _each(
+    what: str,
+    members: Sequence[Member],
+    calls: Sequence[Coroutine[Any, Any, Any]],
+    on_answer: Callable[[Member], None],
+) -> list[Any]:
+    """Wait for one call to each member, which has nothing to do with those to the others; then say who failed."""
+
+    async def answer(member: Member, call: Coroutine[Any, Any, Any]) -> Any:
+        result = await _while_there(member, call)
+        on_answer(member)
+        return result
+
+    answers = await asyncio.gather(*map(answer, members, calls), return_exceptions=True)
+    culprits = []
+    for member, said in zip(members, answers, strict=True):
+        if isinstance(said, OutriderError):
+            culprits.append((member, said))
+        elif isinstance(said, BaseException):
+            raise said
+    if culprits:
+        raise EpochFailed(f"{what} failed: {culprits[0][1]}", culprits)
+    return answers
 
 
 async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:

@@ -26,7 +26,7 @@ class AdapterForms:
         self._always_merged = always_merged
         self._notify = notify
         self._refusal = ""
-        self._last: bool | None = None  # merged? None: members may have either, or nothing
+        self._merged: dict[str, bool] = {}  # actor id -> what it has; not in it: may have either, or nothing
         self._said = ""
 
     def choose(self, snapshot: Snapshot, members: Sequence[Member]) -> bool:
@@ -42,14 +42,17 @@ class AdapterForms:
                 self._notify(f"each update sends all weights, with the LoRA adapter merged into them: {reason}")
         return bool(reason)
 
-    def changes(self, snapshot: Snapshot, *, merged: bool) -> bool:
-        """Whether members may have the other form. Call it before sending: what fails half-way leaves both behind."""
-        last, self._last = self._last, None
-        return snapshot.adapter is not None and last is not merged
+    def changes(self, snapshot: Snapshot, members: Sequence[Member], *, merged: bool) -> bool:
+        """Whether a member may have the other form. Who is current commits nothing, and so keeps what it has."""
+        return snapshot.adapter is not None and any(self._merged.get(m.actor_id) is not merged for m in members)
 
-    def sent(self, *, merged: bool) -> None:
-        """All members have it."""
-        self._last = merged
+    def committed(self, member: Member, *, merged: bool) -> None:
+        """It has this form."""
+        self._merged[member.actor_id] = merged
+
+    def failed(self, member: Member) -> None:
+        """Nobody knows what it has: a commit whose answer was lost may be through."""
+        self._merged.pop(member.actor_id, None)
 
     def is_refusal(self, error: OutriderError) -> bool:
         """Whether a member cannot take the adapter, and is well otherwise. It is merged from then on."""

@@ -4,6 +4,7 @@
 |---|---|
 | the trainer hands over a snapshot | stages and commits it on all members of the epoch |
 | an actor joins, leaves or restarts | ends the epoch, opens the next one with who is there, catches newcomers up |
+| an update is due in an epoch that was idle for two minutes | ends the epoch, and opens the next one for it |
 | an epoch fails | aborts it, says so, reports who is at fault to the fleet, opens the next one with the others |
 | an actor was too slow for an update | leaves it at its version for a while, longer each time |
 | an actor cannot take the LoRA adapter | sends the model with the adapter merged into it, to all, from then on |
@@ -39,6 +40,9 @@ _REST_DEADLINES = 4.0
 _LONGEST_REST_S = 600.0
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
+# Firewalls and NAT forget connections on which nothing moves, often after four minutes, and tell neither end: after a
+# long step it is quicker to meet again than to find that out.
+_LONGEST_IDLE_S = 120.0
 
 
 class UpdatesFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -91,6 +95,7 @@ class Publisher:
         self._transport = transport or TorchTransport(host)
         self._snapshot: Snapshot | None = None
         self._epoch: Epoch | None = None
+        self._epoch_used_at = 0.0
         self._last_epoch = 0
         self._rests: dict[str, tuple[int, float]] = {}  # actor id -> times that it was too slow, when it may try again
         self._num_failures = 0  # in a row
@@ -133,19 +138,24 @@ class Publisher:
             await self._open(members)
         assert self._epoch is not None
         if all(member.version >= snapshot.version for member in members):
+            self._num_failures = 0  # of others, which are held or rest: this fleet is well
             return
         merged = self._forms.choose(snapshot, members)
-        full = any(member.version < 0 for member in members) or self._forms.changes(snapshot, merged=merged)
+        full = any(member.version < 0 for member in members) or self._forms.changes(snapshot, members, merged=merged)
+
+        def committed(member: Member) -> None:
+            self._num_failures = 0
+            self._rests.pop(member.actor_id, None)
+            self._forms.committed(member, merged=merged)
+            self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
+
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
             changes = None if full else await self._deltas.choose(snapshot, members)
-            times = await self._epoch.send(*(changes or await self._whole(snapshot, full=full, merged=merged)))
-        self._forms.sent(merged=merged)
+            update = changes or await self._whole(snapshot, full=full, merged=merged)
+            times = await self._epoch.send(*update, committed)
+        self._epoch_used_at = self._loop.time()
         self._deltas.sent(snapshot, members, times)
-        self._num_failures = 0
         self._on_update(times)
-        for member in members:
-            self._rests.pop(member.actor_id, None)
-            self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
         log.info(
             "published",
             version=snapshot.version,
@@ -162,7 +172,8 @@ class Publisher:
         if self._epoch is None or any(member.left.is_set() for member in self._epoch.members):
             return True
         is_behind = any(member.version < snapshot.version for member in members)
-        return is_behind and set(self._epoch.members) != set(members)
+        is_idle = self._loop.time() - self._epoch_used_at > _LONGEST_IDLE_S
+        return is_behind and (is_idle or set(self._epoch.members) != set(members))
 
     async def _open(self, members: tuple[Member, ...]) -> None:
         if self._epoch is not None:
@@ -180,6 +191,7 @@ class Publisher:
             timeout_s=self._timeout_s,
         )
         self._epoch = await open_epoch(spec, members, self._transport)
+        self._epoch_used_at = self._loop.time()
         log.info("epoch open", epoch=spec.epoch, actors=[member.address for member in members])
 
     async def _whole(self, snapshot: Snapshot, *, full: bool, merged: bool) -> Update:
@@ -205,6 +217,7 @@ class Publisher:
             await self._epoch.abort()
             self._epoch = None
         for member, error in failure.culprits:
+            self._forms.failed(member)
             if isinstance(failure, TooSlow):
                 self._rest(member)
             if not self._forms.is_refusal(error) and not self._deltas.is_refusal(error):

@@ -61,17 +61,16 @@ def test_the_user_hears_once_that_actors_take_no_adapter() -> None:
 
 
 def test_a_change_of_form_is_a_full_update_also_after_a_failure() -> None:
-    forms, taken = AdapterForms(always_merged=False), snapshot(AdapterFacts(8, {}))
-    assert forms.changes(taken, merged=False)  # nobody has anything yet
-    forms.sent(merged=False)
-    assert not forms.changes(taken, merged=False)
-    forms.sent(merged=False)
-    assert forms.changes(taken, merged=True)
-    # It failed half-way: some members may have it merged.
-    assert forms.changes(taken, merged=False)
-    forms.sent(merged=False)
-    assert not forms.changes(taken, merged=False)
-    assert not forms.changes(snapshot(None), merged=False)
+    forms, taken, one = AdapterForms(always_merged=False), snapshot(AdapterFacts(8, {})), member(8)
+    assert forms.changes(taken, [one], merged=False)  # it has nothing yet
+    forms.committed(one, merged=False)
+    assert not forms.changes(taken, [one], merged=False)
+    assert forms.changes(taken, [one], merged=True)
+    forms.failed(one)  # half-way: it may have it merged
+    assert forms.changes(taken, [one], merged=False)
+    forms.committed(one, merged=False)
+    assert not forms.changes(taken, [one], merged=False)
+    assert not forms.changes(snapshot(None), [one], merged=False)
 
 
 def test_an_actor_that_refuses_the_adapter_gets_it_merged() -> None:

@@ -1,37 +1,235 @@
-"""Which wire an epoch gets."""
+"""The publisher with actors that are a few lines each: what each of them really has after its updates."""
 
-from types import SimpleNamespace
-from typing import Any
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
 
 import pytest
+import torch
 
-from common.types import EpochSpec
+from common.dtypes import tensor_in
+from common.errors import Draining, InvalidRequest, OutriderError
+from common.types import LORA_A, LORA_B, ActorState, ActorStatus, EpochSpec, Manifest
+from learner.model.lora import FILE_PREFIX, merge
+from learner.rollouts.members import FleetEvent, Member
 from learner.weights import publisher as module
+from learner.weights.buckets import Buckets, BucketWriter
 from learner.weights.publisher import Publisher
+from learner.weights.snapshot import AdapterFacts, Snapshot
+from tests.helpers.fakes import until
+
+WEIGHT = "l.q.weight"
+A, B = FILE_PREFIX + "l.q" + LORA_A, FILE_PREFIX + "l.q" + LORA_B
 
 
-@pytest.mark.parametrize(
-    ("said", "workers", "expected"),
-    [
-        (None, [1, 1], "nccl"),
-        (None, [1, 4], "gloo"),  # the communicator of weights and vLLM's own, on one GPU, are ordered by nobody
-        ("nccl", [1, 4], "nccl"),
-        ("gloo", [1, 1], "gloo"),
-    ],
-)
-async def test_the_wire_is_chosen_for_each_epoch(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, workers: list[int], expected: str
-) -> None:
-    opened: list[EpochSpec] = []
+def buckets(**tensors: torch.Tensor) -> Buckets:
+    return BucketWriter(tensors.items(), 1024).write(tensors.items())
 
-    async def open_epoch(spec: EpochSpec, members: Any, transport: Any) -> Any:
-        opened.append(spec)
-        return SimpleNamespace(members=members)
 
-    monkeypatch.setattr(module, "open_epoch", open_epoch)
-    fleet: Any = SimpleNamespace(subscribe=lambda _listener: None)
-    transport: Any = SimpleNamespace(port=1)
-    publisher = Publisher(fleet, run_id="run", host="", backend=said, timeout_s=5.0, transport=transport)
-    members: Any = [SimpleNamespace(status=SimpleNamespace(num_workers=n), address=str(n)) for n in workers]
-    await publisher._open(members)
-    assert [(spec.backend, spec.world_size) for spec in opened] == [(expected, 1 + sum(workers))]
+def snapshot(version: int) -> Snapshot:
+    """A base model of ones, and an adapter that adds version + 1."""
+    adapter = buckets(**{A: torch.ones(1, 2), B: torch.full((2, 1), version + 1.0)})
+    base = buckets(**{WEIGHT: torch.ones(2, 2)})
+    return Snapshot(version, adapter, base, trains_vision=False, adapter=AdapterFacts(1, {"l.q": WEIGHT}))
+
+
+class Wire:
+    """Everybody has at once what was sent last."""
+
+    port = 1
+
+    def __init__(self) -> None:
+        self.buffers: Sequence[torch.Tensor] = ()
+
+    async def join(self, spec: EpochSpec) -> "Wire":
+        return self
+
+    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
+        self.buffers = buffers
+
+    def abort(self) -> None:
+        pass
+
+
+class Actor:
+    """The client of an actor, and the actor."""
+
+    def __init__(self, name: str, wire: Wire, max_lora_rank: int) -> None:
+        self.name = name
+        self.base = torch.ones(2, 2)
+        self.adapter: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.refusal: dict[str, OutriderError] = {}
+        self.hangs = asyncio.Event()
+        self.hangs.set()
+        self._wire = wire
+        self._limit = max_lora_rank
+        self._staged: Manifest
+
+    @property
+    def weight(self) -> float:
+        return (merge(self.base, *self.adapter, 1.0) if self.adapter else self.base)[0, 0].item()
+
+    async def status(self, **_: object) -> ActorStatus:
+        return ActorStatus(self.name, ActorState.SERVING, 0, "run", 1, -1, 0, 0, 1, self._limit)
+
+    async def open_epoch(self, spec: EpochSpec) -> None:
+        pass
+
+    async def abort(self, *_: object, **__: object) -> None:
+        pass
+
+    async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
+        if "stage" in self.refusal:
+            raise self.refusal["stage"]
+        await asyncio.sleep(0)
+        self._staged = manifest
+        return ()
+
+    async def commit(self, *_: object, **__: object) -> float:
+        if "commit" in self.refusal:
+            raise self.refusal["commit"]
+        await self.hangs.wait()
+        tensors = {p.name: tensor_in(self._wire.buffers[p.bucket], p).clone() for p in self._staged.parameters}
+        self.base = tensors.get(WEIGHT, self.base)
+        self.adapter = (tensors[A], tensors[B]) if self._staged.adapter else None
+        return 0.0
+
+
+class Fleet:
+    """As much of the real one as the publisher knows."""
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.wire = Wire()
+        self.publisher: Publisher
+        self.tell: Callable[[FleetEvent | None], None]
+
+    def subscribe(self, callback: Any) -> None:
+        self.tell = callback
+
+    def live(self) -> tuple[Member, ...]:
+        return tuple(self.members)
+
+    def mark_committed(self, address: str, actor_id: str, version: int) -> None:
+        self.member(actor_id).version = version
+
+    def report_failure(self, member: Member, error: OutriderError) -> None:
+        member.held = True
+
+    def member(self, name: str) -> Member:
+        return next(member for member in self.members if member.actor_id == name)
+
+    async def add(self, name: str, max_lora_rank: int = 16) -> Actor:
+        actor = Actor(name, self.wire, max_lora_rank)
+        status = await actor.status()
+        self.members.append(Member(name, cast("Any", actor), 4, name, ActorState.SERVING, status=status))
+        self.tell(None)
+        return actor
+
+    def drop(self, name: str) -> None:
+        member = self.member(name)
+        self.members.remove(member)
+        member.state = None
+        member.left.set()
+        self.tell(None)
+
+    def recover(self, name: str) -> None:
+        self.member(name).held = False
+        self.tell(None)
+
+    async def all_at(self, version: int, *names: str) -> None:
+        await until(lambda: all(self.member(name).version == version for name in names), 0.001)
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[tuple[Fleet, "asyncio.Task[None]"]]:
+    fleet = Fleet()
+    fleet.publisher = Publisher(
+        cast("Any", fleet), run_id="run", host="", backend="sim", timeout_s=5, transport=fleet.wire
+    )
+    task = asyncio.create_task(fleet.publisher.run())
+    try:
+        yield fleet, task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.timeout(20)
+async def test_who_is_current_while_a_newcomer_changes_the_form_has_the_adapter_once() -> None:
+    async with running() as (fleet, _):
+        one, two = await fleet.add("one"), await fleet.add("two")
+        await fleet.add("old", max_lora_rank=0)  # all have it merged
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "one", "two", "old")
+        fleet.drop("old")
+        new = await fleet.add("new")
+        await fleet.all_at(0, "new")
+        for version in (1, 2):
+            fleet.publisher.submit(snapshot(version))
+            await fleet.all_at(version, "one", "two", "new")
+            assert [actor.weight for actor in (one, two, new)] == [version + 2.0] * 3
+
+
+@pytest.mark.timeout(20)
+async def test_who_is_held_while_the_form_changes_has_the_adapter_once() -> None:
+    async with running() as (fleet, _):
+        held, well = await fleet.add("held"), await fleet.add("well")
+        await fleet.add("old", max_lora_rank=0)
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "held", "well", "old")
+        fleet.member("held").held = True
+        fleet.drop("old")
+        fleet.publisher.submit(snapshot(1))
+        await fleet.all_at(1, "well")
+        fleet.recover("held")
+        await fleet.all_at(1, "held")
+        assert (held.weight, well.weight) == (3.0, 3.0)
+
+
+@pytest.mark.timeout(20)
+async def test_one_bad_actor_ends_no_run_that_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest version stays the newest for longer than updates may fail."""
+    monkeypatch.setattr(module, "_GIVE_UP_S", 0.5)
+    async with running() as (fleet, task):
+        await fleet.add("well")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "well")
+        bad = await fleet.add("bad")
+        bad.refusal["stage"] = InvalidRequest("manifest.parameters", "another model")
+        for _ in range(5):
+            await until(lambda: fleet.member("bad").held or task.done(), 0.001)
+            await asyncio.sleep(0.25)  # past the publisher's pause after a failure: it has looked at the others
+            assert not task.done(), task.exception()
+            fleet.recover("bad")
+
+
+@pytest.mark.timeout(20)
+async def test_a_commit_that_fails_or_lasts_is_that_actors_own() -> None:
+    async with running() as (fleet, _):
+        await fleet.add("well")
+        drains, slow = await fleet.add("drains"), await fleet.add("slow")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "well", "drains", "slow")
+        drains.refusal["commit"] = Draining("this actor is draining")
+        slow.hangs.clear()
+        fleet.publisher.submit(snapshot(1))
+        await fleet.all_at(1, "well")  # while another one has not answered yet
+        assert (fleet.member("drains").version, fleet.member("slow").version) == (0, 0)
+        slow.hangs.set()
+        await fleet.all_at(1, "slow")
+        assert fleet.publisher._last_epoch == 1  # nothing was sent again
+
+
+@pytest.mark.timeout(20)
+async def test_after_a_long_step_an_update_has_connections_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as (fleet, _):
+        await fleet.add("one")
+        epochs = []
+        for version, longest_idle_s in enumerate((120.0, 120.0, -1.0, 120.0)):
+            monkeypatch.setattr(module, "_LONGEST_IDLE_S", longest_idle_s, raising=False)
+            fleet.publisher.submit(snapshot(version))
+            await fleet.all_at(version, "one")
+            epochs.append(fleet.publisher._last_epoch)
+        assert epochs == [1, 1, 2, 2]
