@@ -46,6 +46,8 @@ def channel_options(max_message_bytes: int) -> Options:
         ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
+        # An actor that comes back at another address, under the name that it had, is found as soon as by `dns:///`.
+        ("grpc.dns_min_time_between_resolutions_ms", 2000),
         # In truth how long a connection may take to come about: a handshake over a long way, on busy machines.
         ("grpc.min_reconnect_backoff_ms", 3000),
         ("grpc.max_reconnect_backoff_ms", 2000),

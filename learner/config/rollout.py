@@ -15,7 +15,7 @@ class RolloutConfig(Config):
 
     actors: tuple[str, ...] = ()
     """Where the actors are: "host:port" of each, or "dns:///name:port" for one at each address of the name, which is
-    looked up again and again. The single-machine launcher fills it in."""
+    looked up again and again: the form for names whose address changes. The single-machine launcher fills it in."""
     tls: Path | None = None
     """Directory with tls.crt, tls.key and ca.crt: mutual TLS with the actors (common/rpc/tls.py). None: plaintext."""
     max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**20, lt=2**31)

@@ -106,7 +106,9 @@ def _try_actor(config: "LearnerConfig") -> tuple[int, str] | None:
 
 def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
     """Load rows and rewards as the learner will; its last words if that fails."""
-    return _try("rows and rewards", "learner.preflight", config.model_dump(mode="json"), learner_environment(config, gpus))
+    return _try(
+        "rows and rewards", "learner.preflight", config.model_dump(mode="json"), learner_environment(config, gpus)
+    )
 
 
 def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str, str]) -> tuple[int, str] | None:
