@@ -11,8 +11,8 @@ class WeightsConfig(Config):
     """How new weights reach the actors."""
 
     backend: Literal["gloo", "nccl"] | None = None
-    """Of torch.distributed. None: gloo on CPUs, and where an actor has several GPUs, whose own NCCL calls nothing orders
-    against those of weights; else nccl."""
+    """Of torch.distributed. None: gloo on CPUs, and where an actor has several GPUs, whose own NCCL calls nothing
+    orders against those of weights; else nccl."""
     host: str | None = None
     """Address of this machine as the actors reach it, where it listens for them. None: the one on the route to the
     first actor that is not on loopback."""

@@ -15,7 +15,7 @@ from actor.engine_vllm import arguments, plugin
 from actor.engine_vllm.arguments import engine_config
 from common.config import ConfigError, load_config
 from examples.digits.model import build_model
-from tests.served_families import qwen3_vl_moe
+from tests.helpers.served_families import qwen3_vl_moe
 
 
 @pytest.fixture(scope="module")

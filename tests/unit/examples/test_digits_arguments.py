@@ -7,7 +7,7 @@ import pytest
 from common.config import load_config
 from examples.digits import __main__ as demo
 from learner.config import LearnerConfig
-from learner.local import parse
+from learner.launcher.main import parse
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_mistake_in_the_configuration_of_actors_is_told_before_anything_is_mad
     (tmp_path / "run.yaml").write_text(json.dumps(run))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        assert local.main(["--config", str(tmp_path / "run.yaml")]) == 2
+        assert main.main(["--config", str(tmp_path / "run.yaml")]) == 2
     finally:
         signal.signal(signal.SIGTERM, handler)
     told = capsys.readouterr().err
