@@ -21,7 +21,7 @@ from benchmarks.workload import Workload
 from common.config import load_config
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
-from learner.data import load_datasets
+from learner.data.dataset import load_datasets
 from learner.launcher.actors import LocalActors, addresses
 from learner.launcher.main import learner_environment
 

@@ -27,18 +27,18 @@ from common.config import parse_config
 from common.media import content_hash
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.batch.balance import ModelCost
-from learner.batch.transport import decode_packs
+from learner.batch.pack_bytes import decode_packs
 from learner.config import LearnerConfig
 from learner.control import Control
-from learner.data import PromptDataset
-from learner.display import Display
+from learner.data.dataset import PromptDataset
+from learner.data.rows import RowReader
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
-from learner.report import Progress, Reporter
+from learner.reporting.display import Display
+from learner.reporting.json_lines import JsonLines
+from learner.reporting.report import Progress, Reporter
 from learner.rollouts.dispatcher import DispatchStats
-from learner.rows import RowReader
 from learner.step import StepStats
-from learner.summary import JsonLines
 from learner.trainer import RankZero, Trainer
 from learner.types import Group, ProcessedPrompt, PromptSample
 from learner.weights.snapshot import Snapshot, Snapshotter

@@ -60,7 +60,7 @@ class SampledGroup:
     completions: tuple[Completion, ...]
 
 
-class RolloutClient(Protocol):
+class ActorClient(Protocol):
     """What the learner asks of an actor. `GrpcClient` is the real one."""
 
     address: str
@@ -112,7 +112,7 @@ class RolloutClient(Protocol):
 
 
 class GrpcClient:
-    """`RolloutClient` over gRPC. Belongs to one event loop.
+    """`ActorClient` over gRPC. Belongs to one event loop.
 
     Args:
         address: "host:port".
@@ -147,7 +147,7 @@ class GrpcClient:
     async def generate(
         self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = _ignore
     ) -> SampledGroup:
-        """See `RolloutClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
+        """See `ActorClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
         `timeout_s` bounds each of at most two tries, and what comes before each: waiting for another group that sends
         the same media, and the upload. The second try is made after the actor lacked media.
@@ -210,7 +210,7 @@ class GrpcClient:
             raise MediaMissing(missing)
 
     async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
-        """See `RolloutClient.server_info`."""
+        """See `ActorClient.server_info`."""
         request = rollout_pb2.GetServerInfoRequest()
         return wire.server_info_from_proto(await _call(self._rollouts.GetServerInfo(request, timeout=timeout_s)))
 
@@ -299,34 +299,34 @@ class GrpcClient:
             self._known_media.pop(item.sha256, None)
 
     def holds(self, media: Sequence[bytes]) -> bool:
-        """See `RolloutClient.holds`."""
+        """See `ActorClient.holds`."""
         return all(map(self._known_media.__contains__, media))
 
     def forget_media(self) -> None:
-        """See `RolloutClient.forget_media`."""
+        """See `ActorClient.forget_media`."""
         self._known_media.clear()
 
     # ---------------------------------------------------------------------------------------------------- weights
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
-        """See `RolloutClient.status`."""
+        """See `ActorClient.status`."""
         self._renew()
         request = weights_pb2.GetStatusRequest()
         return wire.status_from_proto(await _call(self._weights.GetStatus(request, timeout=timeout_s)))
 
     async def open_epoch(self, spec: EpochSpec) -> None:
-        """See `RolloutClient.open_epoch`; the deadline is that of `spec`."""
+        """See `ActorClient.open_epoch`; the deadline is that of `spec`."""
         await _call(self._weights.OpenEpoch(wire.epoch_to_proto(spec), timeout=spec.timeout_s + _SLACK_S))
 
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
-        """See `RolloutClient.stage`."""
+        """See `ActorClient.stage`."""
         request = weights_pb2.StageRequest(
             run_id=run_id, epoch=epoch, manifest=wire.manifest_to_proto(manifest), timeout_ms=_ms(timeout_s)
         )
         return tuple((await _call(self._weights.Stage(request, timeout=timeout_s + _SLACK_S))).xxh3)
 
     async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
-        """See `RolloutClient.commit`. Raises `MalformedResponse` if another version went live."""
+        """See `ActorClient.commit`. Raises `MalformedResponse` if another version went live."""
         request = weights_pb2.CommitRequest(
             run_id=run_id, epoch=epoch, policy_version=policy_version, timeout_ms=_ms(timeout_s)
         )
@@ -336,11 +336,11 @@ class GrpcClient:
         return response.pause_s
 
     async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
-        """See `RolloutClient.abort`."""
+        """See `ActorClient.abort`."""
         await _call(self._weights.Abort(weights_pb2.AbortRequest(run_id=run_id, epoch=epoch), timeout=timeout_s))
 
     async def close(self) -> None:
-        """See `RolloutClient.close`."""
+        """See `ActorClient.close`."""
         for task in self._closing:
             task.cancel()
         await self._channel.close(None)

@@ -11,7 +11,7 @@ import asyncio
 import collections
 from collections.abc import Iterable, Sequence
 
-from common.client import RolloutClient, SampledGroup
+from common.client import ActorClient, SampledGroup
 from common.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -39,19 +39,19 @@ class RolloutPool:
     """
 
     def __init__(
-        self, clients: Sequence[RolloutClient], *, hedge_after_s: float | None = None, max_failures: int = 4
+        self, clients: Sequence[ActorClient], *, hedge_after_s: float | None = None, max_failures: int = 4
     ) -> None:
         if not clients:
             raise ValueError("clients: is empty; give at least one")
         self._clients = tuple(clients)
         self._hedge_after_s = hedge_after_s
         self._max_failures = max_failures
-        self._in_flight: collections.Counter[RolloutClient] = collections.Counter()
+        self._in_flight: collections.Counter[ActorClient] = collections.Counter()
 
     async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
         """Sample a group on some actor, within `timeout_s` in all. Raises OutriderError, the last one that came."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        asked: set[RolloutClient] = set()
+        asked: set[ActorClient] = set()
         tries = {asyncio.create_task(self._try_each(request, deadline, asked))}
         try:
             async with asyncio.timeout_at(deadline):
@@ -67,11 +67,11 @@ class RolloutPool:
                 task.cancel()
             await asyncio.gather(*tries, return_exceptions=True)
 
-    async def _try_each(self, request: RolloutRequest, deadline: float, asked: set[RolloutClient]) -> SampledGroup:
+    async def _try_each(self, request: RolloutRequest, deadline: float, asked: set[ActorClient]) -> SampledGroup:
         """One actor after the other. `asked` is shared by all who try for this group: they never meet on one."""
         num_failures = 0
         pause_s = _PAUSE_S
-        mine: set[RolloutClient] = set()
+        mine: set[ActorClient] = set()
         while True:
             free = [client for client in self._clients if client not in asked]
             if not free:

@@ -31,10 +31,10 @@ from common.threads import to_own_thread
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
-from learner.data import PromptDataset
+from learner.data.dataset import PromptDataset
 from learner.evaluate import Evaluation, evaluate
 from learner.ledger import Ledger
-from learner.metrics import LearnerMetrics
+from learner.reporting.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits

@@ -23,8 +23,8 @@ from common.types import FloatArray, IntArray
 from learner.algorithms.advantages import advantages
 from learner.algorithms.shaping import overlong_penalty
 from learner.batch.balance import ModelCost
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
-from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.ledger import Ledger

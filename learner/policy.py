@@ -10,8 +10,8 @@ import torch
 
 from common.config import ConfigError, NotYet
 from common.placeholders import placeholder_ids
+from learner.batch.pack_bytes import decode_packs
 from learner.batch.packing import PackedBatch
-from learner.batch.transport import decode_packs
 from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import Ranks

@@ -14,7 +14,7 @@ from learner.config import LearnerConfig, RolloutConfig
 from learner.rollouts.discovery import SCHEME
 
 if TYPE_CHECKING:
-    from learner.data import PromptDataset
+    from learner.data.dataset import PromptDataset
 
 
 def check_checkpoint(path: Path) -> None:
@@ -44,7 +44,7 @@ def load_task(config: LearnerConfig) -> "tuple[PromptDataset, PromptDataset | No
 
     Raises ConfigError.
     """
-    from learner.data import load_datasets
+    from learner.data.dataset import load_datasets
     from learner.rewards.load import load_rewards
 
     load_rewards(config.reward.functions)

@@ -12,20 +12,22 @@ from common import tracing
 from common.lifecycle import end_with_parent
 from learner import run_folder
 from learner.batch.processing import PromptProcessor
-from learner.completions_log import CompletionsLog
 from learner.config import LearnerConfig
 from learner.control import Control, sampling_params
-from learner.data import PromptDataset
-from learner.display import make_display
+from learner.data.dataset import PromptDataset
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.preflight import check_actors, check_checkpoint, load_task
 from learner.rank_watch import watching
-from learner.report import Progress, Reporter
+from learner.reporting.completions_log import CompletionsLog
+from learner.reporting.display import make_display
+from learner.reporting.json_lines import JsonLines
+from learner.reporting.question import write_question
+from learner.reporting.report import Progress, Reporter
+from learner.reporting.summary import format_summary, write_summary
+from learner.reporting.trackers import Trackers, check_trackers
 from learner.stopping import StopRequest
-from learner.summary import JsonLines, format_summary, write_question, write_summary
-from learner.trackers import Trackers, check_trackers
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)

@@ -28,7 +28,7 @@ from learner.distributed import Ranks
 from learner.feed import BatchFeed
 from learner.ledger import Ledger
 from learner.policy import Policy
-from learner.report import Reporter
+from learner.reporting.report import Reporter
 from learner.step import StepStats, merge_stats
 from learner.stopping import AgreedStop, StopRequest
 

@@ -18,8 +18,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from actor.engine_vllm.adapters import WorkerAdapters
 from actor.engine_vllm.shadow import ReloadedModel, ShadowModel, can_shadow
+from actor.engine_vllm.worker_adapters import WorkerAdapters
 from actor.transfer import NamedTensors, WeightReceiver
 from common.errors import InvalidRequest
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora

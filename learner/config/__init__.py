@@ -72,9 +72,9 @@ class LearnerConfig(Config):
     """The run folder itself; None: `runs_dir/<name>-<time>`, or the newest unfinished one of this same
     configuration."""
     metrics_listen: str | None = None
-    """Where ("host:port") Prometheus finds the metrics of rank 0 over HTTP (learner/metrics.py); None: nowhere."""
+    """Where ("host:port") Prometheus finds the metrics of rank 0 (learner/reporting/metrics.py); None: nowhere."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Where the numbers of metrics.jsonl go too (learner/trackers.py); each needs the package of its name."""
+    """Where the numbers of metrics.jsonl go too (learner/reporting/trackers.py); each needs the package of its name."""
     tracing: bool = False
     """OpenTelemetry spans of rank 0 (common/tracing.py); the variables OTEL_* say where they go."""
     resume: bool = True

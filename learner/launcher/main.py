@@ -77,7 +77,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner.launcher.actors import addresses
     from learner.launcher.gpus import share_gpus
     from learner.preflight import check_actors, check_checkpoint
-    from learner.trackers import check_trackers
+    from learner.reporting.trackers import check_trackers
 
     signal.signal(signal.SIGTERM, _interrupt)
     actors = addresses(config.local) or config.rollout.actors

@@ -24,7 +24,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.client import GrpcClient, RolloutClient
+from common.client import ActorClient, GrpcClient
 from common.config import ConfigError, NotYet
 from common.errors import DeadlineExceeded, Draining, OutriderError, Paused, QueueFull
 from common.log import get_logger
@@ -79,7 +79,7 @@ class Fleet:
         targets: Sequence[str],
         *,
         run_id: str | None,
-        connect: Callable[[str], RolloutClient] = GrpcClient,
+        connect: Callable[[str], ActorClient] = GrpcClient,
         slots_per_actor: int = 64,
         poll_s: float = 0.5,
         status_timeout_s: float = 5.0,

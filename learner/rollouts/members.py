@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.client import RolloutClient
+from common.client import ActorClient
 from common.types import ActorState, ActorStatus
 
 
@@ -14,7 +14,7 @@ class Member:
     """One incarnation of an actor, or an address that nobody answers at. Changed by the fleet only."""
 
     address: str
-    client: RolloutClient
+    client: ActorClient
     slots: int
     actor_id: str = ""
     state: ActorState | None = None

@@ -24,9 +24,9 @@ from common.threads import to_own_thread
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
+from learner.weights.adapter_forms import AdapterForms
 from learner.weights.deltas import Deltas, Update
 from learner.weights.epoch import Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
-from learner.weights.forms import AdapterForms
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
 

@@ -188,7 +188,7 @@ class FakeActor:
 
 
 class FakeClient:
-    """A `RolloutClient` of a `FakeActor`."""
+    """An `ActorClient` of a `FakeActor`."""
 
     def __init__(self, actor: FakeActor) -> None:
         self.actor = actor

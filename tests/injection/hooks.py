@@ -103,7 +103,7 @@ def on_learner(injector: Injector) -> None:
     """The phases of a rank; those that only rank 0 has do not come on the others."""
     from common.client import GrpcClient
     from learner.policy import Policy
-    from learner.report import Reporter
+    from learner.reporting.report import Reporter
     from learner.weights import snapshot
     from learner.weights.snapshot import Snapshotter
 

@@ -20,7 +20,7 @@ from actor.engine import EngineInfo, EngineMedia, EngineRequest
 from actor.engine_thread import EngineThread
 from actor.engine_vllm.engine import VllmEngine
 from actor.weights import PolicyState
-from common.client import RolloutClient, SampledGroup
+from common.client import ActorClient, SampledGroup
 from common.media import content_hash, decode_image
 from common.types import (
     ActorState,
@@ -154,7 +154,7 @@ async def running(model_dir: Path, **config: Any) -> AsyncIterator[LiveActor]:
 
 
 class _PolicyClient:
-    """The weight calls of `RolloutClient`, answered by a `PolicyState`."""
+    """The weight calls of `ActorClient`, answered by a `PolicyState`."""
 
     def __init__(self, policy: PolicyState) -> None:
         self._policy = policy
@@ -181,7 +181,7 @@ class WeightSource:
 
     def __init__(self, actor: LiveActor) -> None:
         self._actor = actor
-        client = cast("RolloutClient", _PolicyClient(actor.policy))
+        client = cast("ActorClient", _PolicyClient(actor.policy))
         status = ActorStatus("actor-1", ActorState.SERVING, 0, "", 0, -1, 0, 0, num_workers=actor.info.num_workers)
         self._member = Member("in-process", client, 1, "actor-1", ActorState.SERVING, status=status)
         self._transport = TorchTransport("127.0.0.1")

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from common.placeholders import placeholder_ids
-from learner.batch.transport import decode_packs
+from learner.batch.pack_bytes import decode_packs
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.model import Adapter
 from learner.model.load import load_policy

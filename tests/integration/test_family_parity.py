@@ -26,9 +26,9 @@ from torch import Tensor
 from common.placeholders import placeholder_ids
 from common.types import Completion
 from learner.batch.multimodal import extract_multi_modal_inputs
+from learner.batch.pack_bytes import decode_packs, encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import decode_packs, encode_packs
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.model import Adapter
 from learner.model.load import load_policy

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.digits.model import build_model
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
 from learner.model.load import load_policy
 from learner.step import train_step
 from learner.types import Group

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from learner.batch.transport import decode_packs
+from learner.batch.pack_bytes import decode_packs
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.optimizer import OptimizerConfig
 from learner.distributed import make_mesh

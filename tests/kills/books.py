@@ -23,7 +23,7 @@ from actor.engine import EngineMedia, EngineRequest
 from actor.engine_fake.engine import FakeEngine
 from benchmarks.simulated import Run
 from common.types import ChatPrompt, Completion, SamplingParams
-from learner.data import PromptDataset
+from learner.data.dataset import PromptDataset
 from learner.types import Group, PromptSample
 from tests.helpers.reward_functions import has_no_opinion
 

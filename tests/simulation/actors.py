@@ -292,7 +292,7 @@ class SimActor:
 
 
 class SimClient:
-    """A `RolloutClient` on the simulated network."""
+    """An `ActorClient` on the simulated network."""
 
     def __init__(self, actor: SimActor, learner: "SimLearner") -> None:
         self._actor = actor

@@ -14,7 +14,7 @@ import yaml
 from actor.config import ActorConfig
 from actor.metrics import ActorMetrics
 from learner.config import LearnerConfig
-from learner.metrics import LearnerMetrics
+from learner.reporting.metrics import LearnerMetrics
 from tests.manifests import policies
 from tests.manifests.rendered import (
     K8S,

@@ -13,7 +13,7 @@ from examples.digits import data
 from examples.verl_parquet.make_parquet import make_parquet
 from learner.config import LearnerConfig
 from learner.config.data import DataConfig
-from learner.data import load_datasets
+from learner.data.dataset import load_datasets
 from learner.rewards.load import load_rewards
 from tests.helpers.fakes import make_task
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from common.types import FinishReason
-from learner.completions_log import CompletionsLog
 from learner.evaluate import Evaluation
+from learner.reporting.completions_log import CompletionsLog
 from tests.helpers.fakes import make_group
 
 

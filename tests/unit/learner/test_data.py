@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 from common.config import ConfigError, NotYet, parse_config
 from common.types import ChatMessage, MediaPart, TextPart
 from learner.config.data import DataConfig
-from learner.data import PromptDataset, load_datasets
+from learner.data.dataset import PromptDataset, load_datasets
 from learner.types import PixelBounds, PromptSample
 from tests.helpers.fakes import make_sample
 

@@ -15,7 +15,8 @@ import learner.__main__ as learner_main
 import learner.run as run_module
 from common.config import ConfigError, NotYet
 from common.types import SamplingParams
-from learner.data import PromptDataset
+from learner.data.dataset import PromptDataset
+from learner.data.rows import RowReader
 from learner.ledger import Ledger
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
@@ -23,7 +24,6 @@ from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
-from learner.rows import RowReader
 from learner.types import PromptSample
 from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
 

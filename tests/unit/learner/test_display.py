@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.types import ActorState
-from learner.display import Display, LiveDisplay, StepReport, make_display, sparkline
+from learner.reporting.display import Display, LiveDisplay, StepReport, make_display, sparkline
 from learner.rollouts.members import Member
 from tests.helpers.fakes import FakeActor
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.client import RolloutClient
+from common.client import ActorClient
 from common.errors import (
     DeadlineExceeded,
     OutriderError,
@@ -93,7 +93,7 @@ class Transport:
 
 
 def member(client: Client) -> Member:
-    return Member("one:1", cast("RolloutClient", client), 1, "one#1", ActorState.SERVING)
+    return Member("one:1", cast("ActorClient", client), 1, "one#1", ActorState.SERVING)
 
 
 async def test_the_process_that_the_fleet_knows_comes_in() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from common.metrics import serve_metrics
 from common.types import ActorState
-from learner.metrics import LearnerMetrics
+from learner.reporting.metrics import LearnerMetrics
 from learner.rollouts.dispatcher import DispatchStats
 from learner.rollouts.members import FleetEvent, Member
 from learner.weights.epoch import UpdateTimes
@@ -49,7 +49,7 @@ def test_values() -> None:
 def test_the_share_of_time_that_the_trainer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of our own; a wait under way counts, and groups that come before the trainer asks are none."""
     now = 100.0
-    monkeypatch.setattr("learner.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("learner.reporting.metrics.time.monotonic", lambda: now)
     metrics = make_metrics()
 
     def waited_s() -> float | None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from common.types import FinishReason
-from learner.display import Display
 from learner.evaluate import Evaluation
-from learner.metrics import LearnerMetrics
-from learner.report import Progress, Reporter, describe_rewards
+from learner.reporting.display import Display
+from learner.reporting.json_lines import JsonLines
+from learner.reporting.metrics import LearnerMetrics
+from learner.reporting.report import Progress, Reporter, describe_rewards
 from learner.rollouts.dispatcher import DispatchStats
 from learner.step import StepStats
-from learner.summary import JsonLines
 from tests.helpers.fakes import make_group
 
 METRICS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"

@@ -12,7 +12,9 @@ from google.protobuf import json_format
 from common import wire
 from common.pb.rollout.v1 import rollout_pb2
 from common.types import ChatMessage, ChatPrompt, MediaPart, SamplingParams, TextPart
-from learner.summary import JsonLines, Summary, format_duration, format_summary, write_question, write_summary
+from learner.reporting.json_lines import JsonLines
+from learner.reporting.question import write_question
+from learner.reporting.summary import Summary, format_duration, format_summary, write_summary
 from learner.types import PixelBounds, PromptSample
 
 SUMMARY = Summary("digits", 120, 0.314, 0.925, 512.25, 4.7e-7, 301.5, "runs/digits-1/export", {"seed": 3})

@@ -10,7 +10,7 @@ import pytest
 
 from common.config import ConfigError
 from learner.config import LearnerConfig
-from learner.trackers import Trackers, check_trackers, numbers
+from learner.reporting.trackers import Trackers, check_trackers, numbers
 
 STEP = {
     "step": 1,
@@ -145,7 +145,7 @@ def test_tensorboard_has_the_numbers_and_forgets_what_a_resumed_run_does_again(t
 
 def test_a_tracker_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service, lines, ends = install(monkeypatch, "trackio"), list[str](), threading.Event()
-    monkeypatch.setattr("learner.trackers._CLOSE_S", 0.05)
+    monkeypatch.setattr("learner.reporting.trackers._CLOSE_S", 0.05)
     monkeypatch.setattr(service, "finish", ends.wait)
     Trackers(make_config("trackio"), tmp_path, 0, lines.append).close()
     ends.set()

@@ -15,9 +15,9 @@ import structlog
 import torch
 
 from common.config import ConfigError
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
 from learner.checkpoint import latest_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import TIMEOUT, Ranks, join_ranks

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.distributed import join_ranks
 from learner.export import main

@@ -9,9 +9,9 @@ import pytest
 
 from common.types import FloatArray
 from learner.batch.balance import ModelCost
+from learner.batch.pack_bytes import decode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import decode_packs
 from learner.config import LearnerConfig
 from learner.feed import Batch, BatchFeed, OtherModelError
 from learner.ledger import Ledger

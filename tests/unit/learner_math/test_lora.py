@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.dtypes import tensor_in
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
 from learner.config import LearnerConfig
 from learner.config.model import Adapter
 from learner.distributed import Ranks, join_ranks

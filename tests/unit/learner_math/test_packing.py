@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from common.types import Completion, FinishReason, PromptInfo, VersionSpan
 from learner.batch.balance import ModelCost, balance
+from learner.batch.pack_bytes import decode_packs, encode_packs
 from learner.batch.packing import PackedBatch, Row, pack, pack_batch
-from learner.batch.transport import decode_packs, encode_packs
 from learner.types import Group, ProcessedPrompt, PromptSample
 
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from common.types import FloatArray
 from learner.algorithms.losses import k3
+from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.batch.transport import encode_packs
 from learner.checkpoint import CheckpointWriter, latest_checkpoint
 from learner.config import LearnerConfig, TrainerConfig
 from learner.distributed import join_ranks
@@ -30,10 +30,10 @@ from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parts import vision_parts
 from learner.policy import Policy
-from learner.report import Progress, Reporter
+from learner.reporting.report import Progress, Reporter
+from learner.reporting.summary import Summary
 from learner.step import merge_stats
 from learner.stopping import StopRequest
-from learner.summary import Summary
 from learner.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter

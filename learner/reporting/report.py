@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from common.types import FinishReason
-from learner.completions_log import CompletionsLog
-from learner.display import Display, StepReport
 from learner.evaluate import Evaluation
+from learner.reporting.completions_log import CompletionsLog
+from learner.reporting.display import Display, StepReport
+from learner.reporting.json_lines import JsonLines
+from learner.reporting.summary import Summary
 from learner.rollouts.dispatcher import SKIPPED, STALE, DispatchStats
 from learner.step import StepStats
-from learner.summary import JsonLines, Summary
 from learner.types import Group, RewardParts
 
 

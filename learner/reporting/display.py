@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.types import ActorState
-from learner.summary import format_duration
+from learner.reporting.summary import format_duration
 
 # A smaller share of dropped groups is not shown.
 _MANY_DROPPED = 0.05

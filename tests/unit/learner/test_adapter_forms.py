@@ -7,8 +7,8 @@ import pytest
 from common.errors import InvalidRequest, StageTimeout
 from common.types import ActorState, ActorStatus
 from learner.rollouts.members import Member
+from learner.weights.adapter_forms import AdapterForms
 from learner.weights.buckets import Buckets
-from learner.weights.forms import AdapterForms
 from learner.weights.snapshot import AdapterFacts, Snapshot
 
 EMPTY = Buckets((), (), ())

@@ -1,7 +1,7 @@
 """Datasets of prompts, as files or Python code, with a train part and a held-out part.
 
 Read with Hugging Face `datasets`: parquet and jsonl files (one, several by a glob, or a folder of them), a folder of
-images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.rows`.
+images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.data.rows`.
 
 No `datasets`, no gRPC and no torch at import.
 """
@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from common.config import ConfigError
 from learner.config.data import DataConfig, Format
+from learner.data.rows import RowReader
 from learner.rewards.load import load_object, mistake
-from learner.rows import RowReader
 from learner.types import PromptSample
 
 _SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.evaluate import Evaluation
-from learner.summary import JsonLines, plain
+from learner.reporting.json_lines import JsonLines, plain
 from learner.types import Group
 
 # What is longer keeps its beginning and its end.

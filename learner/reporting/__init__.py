@@ -1,0 +1,1 @@
+"""What a run tells: the terminal, metrics.jsonl and completions.jsonl, Prometheus, trackers, its summary."""
