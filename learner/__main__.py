@@ -74,9 +74,9 @@ def _run(options: argparse.Namespace) -> int:
         code, line = 1, f"{type(error).__name__}: {error}"
     print(f"learner: {line}", file=sys.stderr, flush=True)
     if run_dir is not None and run_dir.is_dir():
-        from learner import run_folder
+        from learner import last_words
 
-        run_folder.leave_last_words(run_dir, code, line)
+        last_words.leave(run_dir, code, line)
     return code
 
 

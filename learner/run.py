@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from common import log as logging
 from common import tracing
 from common.lifecycle import end_with_parent
-from learner import run_folder
+from learner import last_words, run_folder
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.control import Control, sampling_params
@@ -134,5 +134,5 @@ def _end_job(run_dir: Path | None, line: str) -> NoReturn:
     log.error("the job ends", reason=line)
     print(f"learner: {line}", file=sys.stderr, flush=True)
     if run_dir is not None:
-        run_folder.leave_last_words(run_dir, 1, line)
+        last_words.leave(run_dir, 1, line)
     os._exit(1)

@@ -9,68 +9,25 @@ learner, as the one of a launcher that was killed ends its step.
 
 import contextlib
 import fcntl
-import functools
-import operator
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic_core import to_jsonable_python
 
-from common.config import Config, ConfigError, NotYet
+from common.config import ConfigError, NotYet
+from learner import last_words
 from learner.config import LearnerConfig
+from learner.same_run import differences, enumerated, identity, unchangeable, value_at
 
 # Who may be at work in a folder: one of each.
 Role = Literal["launcher", "learner"]
 
-# Settings that say where, with whom, how fast and how patiently a run runs, not what it computes.
-_PLACE = {"run_dir", "runs_dir", "resume", "local", "weights", "metrics_listen", "trackers", "tracing"}
-_PLACE_IN = {
-    "data": {"max_media_pixels"},
-    "evaluation": {"max_failed_share"},
-    "model": {"enable_gradient_checkpointing", "use_fused_kernels", "cpu_offload", "use_torch_compile"},
-    "reward": {"timeout_s", "num_processes"},
-    "rollout": {
-        "actors",
-        "tls",
-        "max_message_bytes",
-        "group_timeout_s",
-        "hung_s",
-        "slots_per_actor",
-        "startup_timeout_s",
-        "min_actors",
-    },
-    "trainer": {
-        "max_tokens_per_micro_batch",
-        "eval_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_completions",
-        "max_parity_diff",
-        "max_mean_parity_diff",
-        "fsdp_size",
-        "sequence_parallel_size",
-        "rank_timeout_s",
-        "device",
-    },
-}
-# Settings that a checkpoint cannot go on without: those of what trains, and of which prompt has which number.
-_FIXED = {
-    "seed",
-    *("data.train", "data.format", "data.held_out_fraction", "data.split_seed"),
-    *("model.path", "model.lora_rank", "model.lora_alpha", "model.target_modules", "model.exclude_modules"),
-    "model.lora_adapter_path",
-}
-# Of these only the last part of the path: a run may go on where the same claim or disk is mounted elsewhere.
-_PATHS = {"data.train", "model.path", "model.lora_adapter_path"}
 # As long as Kubernetes lets a pod take to end.
 _GRACE_S = 300.0
 _LOOK_S = 0.5
-# Of the keys in which an unfinished run differs.
-_MAX_TOLD_KEYS = 3
 
 
 @contextlib.contextmanager
@@ -92,7 +49,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     with _lock(run_dir, role):
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.
         if role == "launcher" or _is_free(run_dir, "launcher"):
-            clear_last_words(run_dir)
+            last_words.clear(run_dir)
             if _has_checkpoints(run_dir):
                 _check_goes_on(run_dir, config, role)
             # Of a launcher's folder `config.yaml` is the launcher's.
@@ -150,30 +107,6 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def clear_last_words(run_dir: Path) -> None:
-    """Before a learner starts."""
-    for path in run_dir.glob("last-words-*"):
-        path.unlink(missing_ok=True)
-
-
-def leave_last_words(run_dir: Path, code: int, line: str) -> None:
-    """Why the learner ends, for who started it; the first rank to fail has the word, the others fail because of it.
-
-    The file is named after their parent, torchrun: a learner whose launcher was killed may still end in the folder.
-    """
-    path = run_dir / f"last-words-{os.getppid()}"
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-        file.write(f"{code} {line}\n")
-
-
-def read_last_words(run_dir: Path, torchrun: int) -> tuple[int, str] | None:
-    """Exit code and line of the learner of this process, which has ended; None if it had no time to say so."""
-    with contextlib.suppress(OSError, ValueError):
-        code, _, line = (run_dir / f"last-words-{torchrun}").read_text(encoding="utf-8").strip().partition(" ")
-        return int(code), line
-    return None
-
-
 def _new(config: LearnerConfig) -> Path:
     """Create a folder that nobody else has."""
     config.runs_dir.mkdir(parents=True, exist_ok=True)
@@ -190,7 +123,7 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
 
     One without checkpoints is taken only if none has some. For a launcher, nobody is no other launcher.
     """
-    wanted = _identity(config.model_dump(mode="json"))
+    wanted = identity(config.model_dump(mode="json"))
     rivals: tuple[Role, ...] = ("launcher",) if role == "launcher" else get_args(Role)
     hint = ""
     empty: Path | None = None
@@ -198,8 +131,8 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
         begun = _read(run_dir / "config.yaml")
         if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue
-        then = _identity(begun)
-        odd = _differences(then, wanted)
+        then = identity(begun)
+        odd = differences(then, wanted)
         is_free = _gets_free(run_dir, 0.0 if odd or empty else patience_s, *rivals)
         if _is_finished(run_dir):  # by now
             continue
@@ -208,8 +141,8 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
                 return run_dir
             empty = empty or run_dir
         elif is_free and _has_checkpoints(run_dir):
-            continues = "" if _fixed(odd, then, wanted) else f"; run_dir={run_dir} continues it"
-            hint = hint or f"{run_dir} is unfinished and has another {_enumerate(odd)}{continues}"
+            continues = "" if unchangeable(odd, then, wanted) else f"; run_dir={run_dir} continues it"
+            hint = hint or f"{run_dir} is unfinished and has another {enumerated(odd)}{continues}"
         elif not odd:
             hint = hint or f"{run_dir} is unfinished, and another {role} is at work in it"
     if hint and empty is None:
@@ -223,16 +156,16 @@ def _check_goes_on(run_dir: Path, config: LearnerConfig, role: Role) -> None:
     begun = (_read(run_dir / "learner.yaml") if role == "learner" else None) or _read(run_dir / "config.yaml")
     if begun is None:
         return
-    then = _identity(begun)
-    now = _identity(config.model_dump(mode="json"))
-    odd = _differences(then, now)
-    if fixed := _fixed(odd, then, now):
-        before = [f"{path}={_value(then, path)}" for path in fixed]
+    then = identity(begun)
+    now = identity(config.model_dump(mode="json"))
+    odd = differences(then, now)
+    if fixed := unchangeable(odd, then, now):
+        before = [f"{path}={value_at(then, path)}" for path in fixed]
         raise ConfigError(
-            f"{fixed[0]}: the checkpoints in {run_dir} are of {_enumerate(before)}; give that again, or another run_dir"
+            f"{fixed[0]}: the checkpoints in {run_dir} are of {enumerated(before)}; give that again, or another run_dir"
         )
     if odd:
-        print(f"{run_dir} goes on with another {_enumerate(odd)}", flush=True)
+        print(f"{run_dir} goes on with another {enumerated(odd)}", flush=True)
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
@@ -250,59 +183,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal for two configurations to be of the same run.
-
-    What an earlier version has written has the defaults for what is new, and may say what is no longer allowed.
-    """
-    kept = {key: value for key, value in _filled(LearnerConfig, values).items() if key not in _PLACE}
-    for section, place in _PLACE_IN.items():
-        kept[section] = {key: value for key, value in kept[section].items() if key not in place}
-    return kept
-
-
-def _filled(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of a configuration, with the defaults for those that are not there."""
-    filled: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and issubclass(part, Config):
-            filled[name] = _filled(part, values.get(name) or {})
-        elif name in values or field.is_required():
-            filled[name] = values.get(name)
-        else:
-            filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
-    return filled
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Paths of the keys with different values."""
-    paths: list[str] = []
-    for key in {**one, **other}:
-        left, right = one.get(key), other.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            paths += [f"{key}.{path}" for path in _differences(left, right)]
-        elif left != right or (key in one) != (key in other):
-            paths.append(key)
-    return paths
-
-
-def _fixed(odd: Sequence[str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Those of the differences with which no checkpoint goes on."""
-    moved = {path for path in _PATHS.intersection(odd) if _name(_value(then, path)) == _name(_value(now, path))}
-    return [path for path in odd if path in _FIXED - moved]
-
-
-def _value(values: dict[str, Any], path: str) -> Any:
-    return functools.reduce(operator.getitem, path.split("."), values)
-
-
-def _name(path: str | None) -> str | None:
-    return path and Path(path).name
-
-
-def _enumerate(paths: Sequence[str]) -> str:
-    more = len(paths) - _MAX_TOLD_KEYS
-    return ", ".join(paths[:_MAX_TOLD_KEYS]) + (f" and {more} more" if more > 0 else "")

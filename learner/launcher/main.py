@@ -137,7 +137,7 @@ def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
-    from learner import run_folder
+    from learner import last_words
     from learner.launcher.actors import LocalActors
 
     actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=gpus.actors)
@@ -150,11 +150,11 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         while learner.poll() is None and words is None:
             actors.restart_dead()
             time.sleep(_POLL_S)
-            words = run_folder.read_last_words(run_dir, learner.pid)
+            words = last_words.read(run_dir, learner.pid)
         if learner.returncode == 0:
             return 0
         if learner.returncode is not None:
-            words = run_folder.read_last_words(run_dir, learner.pid) if learner.returncode > 0 else None
+            words = last_words.read(run_dir, learner.pid) if learner.returncode > 0 else None
         was_killed = words is None
         killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
         return _say(*(words or (1, killed)))
@@ -171,7 +171,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         if learner is not None:
             if is_asked:
                 _wait_for_step(learner)
-                if (words := run_folder.read_last_words(run_dir, learner.pid)) is not None:
+                if (words := last_words.read(run_dir, learner.pid)) is not None:
                     _say(*words)
             _end_learner(learner, deadline)
         if not was_killed:
@@ -198,9 +198,9 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
     """torchrun with the resolved configuration. Its own chatter goes to a log; rank 0 has our standard output."""
     import yaml
 
-    from learner import run_folder
+    from learner import last_words
 
-    run_folder.clear_last_words(run_dir)  # one may have ended only now
+    last_words.clear(run_dir)  # one may have ended only now
     path = run_dir / "learner.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

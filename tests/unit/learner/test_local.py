@@ -15,8 +15,8 @@ from learner.launcher.gpus import GpuShares
 
 _FAILING_RANK = """
 import sys, pathlib
-from learner import run_folder
-run_folder.leave_last_words(pathlib.Path(sys.argv[1]), 1, "OSError: [Errno 28] No space left on device")
+from learner import last_words
+last_words.leave(pathlib.Path(sys.argv[1]), 1, "OSError: [Errno 28] No space left on device")
 """
 
 

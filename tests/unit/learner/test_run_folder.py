@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from common.config import ConfigError, NotYet
-from learner import run_folder
+from learner import last_words, run_folder
 from learner.config import LearnerConfig
 
 
@@ -304,31 +304,31 @@ def test_a_launcher_and_its_learner_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_first_last_words_count(tmp_path: Path) -> None:
-    assert run_folder.read_last_words(tmp_path, os.getppid()) is None
-    run_folder.leave_last_words(tmp_path, 1, "ImageMismatch: group 3: two images")
-    run_folder.leave_last_words(tmp_path, 1, "RuntimeError: connection closed by peer")
-    assert run_folder.read_last_words(tmp_path, os.getppid()) == (1, "ImageMismatch: group 3: two images")
+    assert last_words.read(tmp_path, os.getppid()) is None
+    last_words.leave(tmp_path, 1, "ImageMismatch: group 3: two images")
+    last_words.leave(tmp_path, 1, "RuntimeError: connection closed by peer")
+    assert last_words.read(tmp_path, os.getppid()) == (1, "ImageMismatch: group 3: two images")
 
 
 @pytest.mark.parametrize("role", ["launcher", "learner"])
 def test_last_words_are_not_those_of_an_earlier_learner(tmp_path: Path, role: run_folder.Role) -> None:
     with run_folder.held(_config(tmp_path), role) as run_dir:
-        run_folder.leave_last_words(run_dir, 1, "OSError: disk full")
+        last_words.leave(run_dir, 1, "OSError: disk full")
     with run_folder.held(_config(tmp_path, run_dir=run_dir), role):
-        assert run_folder.read_last_words(run_dir, os.getppid()) is None
+        assert last_words.read(run_dir, os.getppid()) is None
 
 
 def test_a_learner_leaves_the_last_words_of_another_rank_to_its_launcher(tmp_path: Path) -> None:
     with run_folder.held(_config(tmp_path), "launcher") as run_dir:
-        run_folder.leave_last_words(run_dir, 1, "OSError: disk full")
+        last_words.leave(run_dir, 1, "OSError: disk full")
         with run_folder.held(_config(tmp_path, run_dir=run_dir), "learner"):
-            assert run_folder.read_last_words(run_dir, os.getppid()) == (1, "OSError: disk full")
+            assert last_words.read(run_dir, os.getppid()) == (1, "OSError: disk full")
 
 
 def test_last_words_are_those_of_the_learner_that_is_asked_about(tmp_path: Path) -> None:
     """One whose launcher was killed may fail while the next one starts."""
-    run_folder.leave_last_words(tmp_path, 1, "OSError: disk full")
-    assert run_folder.read_last_words(tmp_path, os.getpid()) is None
+    last_words.leave(tmp_path, 1, "OSError: disk full")
+    assert last_words.read(tmp_path, os.getpid()) is None
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
