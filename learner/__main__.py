@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(options: argparse.Namespace) -> int:
     from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
+    from learner.stopping import RunFailed
 
     run_dir = None
     try:
@@ -69,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("learner: stopped", file=sys.stderr, flush=True)
         return 130
+    except RunFailed as error:
+        code, line = 1, str(error)
     except Exception as error:  # noqa: BLE001 - the end of the process: the whole story, then the line for the user
         traceback.print_exc()
         code, line = 1, f"{type(error).__name__}: {error}"

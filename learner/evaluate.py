@@ -18,6 +18,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
 from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
+from learner.stopping import RunFailed
 from learner.types import Group, ProcessedPrompt, PromptSample, RewardParts
 
 log = get_logger(__name__)
@@ -67,7 +68,7 @@ class _Answer:
     group: Group | None
 
 
-class TooManyFailed(RuntimeError):  # noqa: N818 - says what happened
+class TooManyFailed(RunFailed):
     """So many rows have no score that those of the others would be another number."""
 
 

@@ -28,6 +28,7 @@ from learner.batch.packing import pack_batch
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.ledger import Ledger
+from learner.stopping import RunFailed
 from learner.types import Group
 
 # How often the trainer looks, while it waits, whether the run should end.
@@ -36,7 +37,7 @@ _LOOK_S = 0.2
 T = TypeVar("T")
 
 
-class OtherModelError(RuntimeError):
+class OtherModelError(RunFailed):
     """The actors run another model than the learner."""
 
 

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: the first SIGTERM or Ctrl-C asks for the end of the step, the next one insists."""
+"""How a run ends early. The first SIGTERM or Ctrl-C asks for the end of the step, the next one insists; or it fails."""
 
 import contextlib
 import signal
@@ -12,6 +12,10 @@ STEP_END_S = 270
 TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 # torchrun passes on what a scheduler may have sent to every process: two signals within this time are one.
 _SAME_S = 1.0
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - says what happened
+    """The run gives up. Its message is all that a user needs; the cause may pass, so the exit code is 1."""
 
 
 class AgreedStop(KeyboardInterrupt):

@@ -30,7 +30,7 @@ from learner.ledger import Ledger
 from learner.policy import Policy
 from learner.reporting.report import Reporter
 from learner.step import StepStats, merge_stats
-from learner.stopping import AgreedStop, StopRequest
+from learner.stopping import AgreedStop, RunFailed, StopRequest
 
 log = get_logger(__name__)
 
@@ -40,7 +40,7 @@ _MAX_SKIPPED_STEPS = 3
 _MIN_PARITY_TOKENS = 64
 
 
-class ParityError(RuntimeError):
+class ParityError(RunFailed):
     """Learner and actor disagree about the probability of what the current policy sampled."""
 
 
@@ -172,7 +172,7 @@ class Trainer:
             )
         self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
         if self._num_skipped == _MAX_SKIPPED_STEPS:
-            raise RuntimeError(
+            raise RunFailed(
                 f"step {step}: loss or gradient of {self._num_skipped} steps in a row was not finite; lower "
                 "optimizer.lr, or look at rewards and data"
             )

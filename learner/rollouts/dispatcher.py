@@ -30,6 +30,7 @@ from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
+from learner.stopping import RunFailed
 from learner.types import Group, ProcessedPrompt, PromptSample
 
 log = get_logger("learner.rollouts.dispatcher")
@@ -66,7 +67,7 @@ class Processor(Protocol):
         ...
 
 
-class TooManyDrops(RuntimeError):  # noqa: N818 - says what happened
+class TooManyDrops(RunFailed):
     """So many groups failed one after the other that the cause is not the prompts."""
 
 

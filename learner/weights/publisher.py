@@ -24,6 +24,7 @@ from common.threads import to_own_thread
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
+from learner.stopping import RunFailed
 from learner.weights.adapter_forms import AdapterForms
 from learner.weights.deltas import Deltas, Update
 from learner.weights.epoch import Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
@@ -45,7 +46,7 @@ _GIVE_UP_S = 600.0
 _LONGEST_IDLE_S = 120.0
 
 
-class UpdatesFailed(RuntimeError):  # noqa: N818 - says what happened
+class UpdatesFailed(RunFailed):
     """No actor can be brought to a new version."""
 
 

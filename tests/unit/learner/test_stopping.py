@@ -1,10 +1,17 @@
-"""What the signals of a rank do, by raising them."""
+"""What the signals of a rank do, by raising them; and what a rank says that gives up."""
 
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from learner.__main__ import _run, parse
+from learner.config import LearnerConfig
+from learner.evaluate import TooManyFailed
+from learner.rollouts.dispatcher import TooManyDrops
+from learner.run_folder import read_last_words
 from learner.stopping import AgreedStop, StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -73,3 +80,33 @@ def test_a_rank_that_was_not_asked_ends_in_order_with_one_that_was(stop: StopReq
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # a user who insists
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "has_traceback"),
+    [
+        (TooManyDrops("64 groups in a row were dropped"), "64 groups in a row were dropped", False),
+        (TooManyFailed("held-out row 3 has no score"), "held-out row 3 has no score", False),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug", True),
+    ],
+)
+def test_a_run_that_gives_up_says_why_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    line: str,
+    has_traceback: bool,
+) -> None:
+    def fails(_: LearnerConfig) -> int:
+        raise error
+
+    monkeypatch.setattr("learner.run.run", fails)
+    config = tmp_path / "run.yaml"
+    sections = "model: {path: m}\ndata: {train: x}\ntrainer: {total_steps: 1, batch_prompts: 1}\n"
+    config.write_text(f"name: task\nrun_dir: {tmp_path}\n{sections}")
+    assert _run(parse(["--config", str(config)])) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert (said[-1], said[0].startswith("Traceback")) == (f"learner: {line}", has_traceback)
+    assert len(said) == 1 or has_traceback
+    assert read_last_words(tmp_path, os.getppid()) == (1, line)
