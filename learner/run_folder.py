@@ -8,6 +8,7 @@ learner, as the one of a launcher that was killed ends its step.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -28,6 +29,8 @@ Role = Literal["launcher", "learner"]
 # As long as Kubernetes lets a pod take to end.
 _GRACE_S = 300.0
 _LOOK_S = 0.5
+# What no other try will change.
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
 
 @contextlib.contextmanager
@@ -35,16 +38,22 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     """The folder of this run: the one that the configuration names, one to continue, or a new one.
 
     It is this process's own in its role until the block or the process ends, however that happens.
-    Raises NotYet if another process has the role there, and ConfigError if there is something to resume and `resume` is
-    off, or the configuration has other settings than it can go on with.
+    Raises NotYet if another process has the role there or the disk fails, and ConfigError if the place cannot be
+    written, there is something to resume and `resume` is off, or the configuration has other settings than it can go on
+    with.
     """
     if config.run_dir and not config.resume and _has_checkpoints(config.run_dir):
         raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
     # Two launchers are two runs on purpose; a second learner may be what replaces the first.
     patience_s = _GRACE_S if role == "learner" else 0.0
     unfinished = _unfinished(config, role, patience_s) if config.resume and config.run_dir is None else None
-    run_dir = config.run_dir or unfinished or _new(config)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir = config.run_dir or unfinished or _new(config)
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        place = f"run_dir: {config.run_dir}" if config.run_dir else f"runs_dir: {config.runs_dir}"
+        kind = ConfigError if error.errno in _NO_PLACE else NotYet
+        raise kind(f"{place} cannot be written: {error.strerror}") from None
     _gets_free(run_dir, patience_s, role)
     with _lock(run_dir, role):
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.

@@ -342,3 +342,24 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     ):
         pass
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EROFS, ConfigError), (errno.EACCES, ConfigError), (errno.EIO, NotYet)]
+)
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[ConfigError]
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    made = tmp_path / "made"
+    (made / "logs").mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        ConfigError, match=rf"^runs_dir: {tmp_path} cannot be written: {os.strerror(number)}$"
+    ) as caught:
+        _chosen(_config(tmp_path))
+    assert type(caught.value) is kind
+    with pytest.raises(ConfigError, match=rf"^run_dir: {made} cannot be written: {os.strerror(number)}$"):
+        _chosen(_config(tmp_path, run_dir=made))
