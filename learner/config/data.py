@@ -8,7 +8,7 @@ from common.config import Config
 from common.types import ServerLimits
 from learner.types import PixelBounds
 
-Format = Literal["auto", "parquet", "jsonl", "imagefolder", "python"]
+Format = Literal["auto", "parquet", "jsonl", "imagefolder", "arrow", "python"]
 
 
 class DataConfig(Config):

@@ -1,14 +1,15 @@
 """Datasets of prompts, as files or Python code, with a train part and a held-out part.
 
 Read with Hugging Face `datasets`: parquet and jsonl files (one, several by a glob, or a folder of them), a folder of
-images. Or a Python function "package.module:function" that returns rows. Rows are described in `learner.data.rows`.
+images, a data set that it saved to disk. Or a Python function "package.module:function" that returns rows. Rows are
+described in `learner.data.rows`.
 
 No `datasets`, no gRPC and no torch at import.
 """
 
 import importlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,6 +127,8 @@ def _check_columns(config: DataConfig, where: str, image_column: str, columns: l
 def _guess_format(where: str, base_dir: Path) -> Format:
     path = base_dir / where
     if path.is_dir():
+        if _is_saved(path):
+            return "arrow"
         for suffix, kind in _SUFFIXES.items():
             if any(path.glob(f"*{suffix}")):
                 return kind
@@ -156,7 +159,10 @@ def _python_rows(where: str) -> _Rows:
 def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:
     """The rows of files, images still encoded, and the folder that relative image paths start from."""
     datasets = importlib.import_module("datasets")  # 6 s
+    datasets.disable_progress_bars()
     path = base_dir / where
+    if kind == "arrow":
+        return _Encoded(_reading(where, kind, datasets.load_from_disk, str(_split(path, where))), datasets), path
     if kind == "imagefolder":
         if not path.is_dir():
             raise ConfigError(f"data: {where} is no folder of images")
@@ -167,13 +173,32 @@ def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:
             raise ConfigError(f"data: {where} does not exist; give a {kind} file, a glob, or a folder of them")
         arguments = {"data_files": [str(file) for file in files]}
     builder = {"parquet": "parquet", "jsonl": "json", "imagefolder": "imagefolder"}[kind]
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(builder, split="train", **arguments)
-    except Exception as error:  # the readers' own errors, of many kinds: all mean that the files are bad
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ConfigError(f"data: {where} cannot be read as {kind}: {reason}") from error
+    rows = _reading(where, kind, datasets.load_dataset, builder, split="train", **arguments)
     return _Encoded(rows, datasets), (path if path.is_dir() else path.parent)
+
+
+def _reading(where: str, kind: Format, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return read(*arguments, **options)
+    except Exception as error:  # the readers' own errors, of many kinds: all mean that the files are bad
+        reason, _, _ = str(error.__cause__ or error).strip().partition("\n")  # pyarrow adds whole schemas
+        raise ConfigError(f"data: {where} cannot be read as {kind}: {reason[:300]}") from error
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` has made this folder, of one split or of several."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _split(path: Path, where: str) -> Path:
+    """The folder of the rows: of several splits the one for training."""
+    if (path / "state.json").is_file():
+        return path
+    if (path / "train" / "state.json").is_file():
+        return path / "train"
+    others = sorted(state.parent for state in path.glob("*/state.json"))
+    hint = f"name the folder of one, as {others[0]}" if others else "give a folder that `save_to_disk` has made"
+    raise ConfigError(f"data: {where} has no split train; {hint}")
 
 
 def _files(path: Path, kind: Format) -> list[Path]:

@@ -450,3 +450,42 @@ def test_all_rows_may_have_a_system_prompt_and_a_suffix(module: types.ModuleType
 def test_two_ways_of_holding_out_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="not both"):
         parse_config(DataConfig, {"train": "a", "held_out": "b", "held_out_fraction": 0.1}, "run.yaml")
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": "<image>Which digit?", "images": [{"bytes": image(i)}], "answer": str(i)} for i in range(3)]
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "images": datasets.List(datasets.Image()),
+            "answer": datasets.Value("string"),
+        }
+    )
+    saved = datasets.Dataset.from_list(rows, features=features)
+    saved.save_to_disk(tmp_path / "one")
+    dataset = load(tmp_path / "one")
+    assert [(dataset[i].ground_truth, dataset[i].images) for i in range(len(dataset))] == [
+        (str(i), (image(i),)) for i in range(3)
+    ]
+
+    datasets.DatasetDict(train=saved.select([2]), test=saved).save_to_disk(tmp_path / "two")
+    train = load(tmp_path / "two")
+    assert (len(train), train[0].ground_truth) == (1, "2")
+    assert len(load(tmp_path / "two" / "test")) == 3
+    datasets.DatasetDict(test=saved, val=saved).save_to_disk(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"other has no split train; name the folder of one, as .*/other/test$"):
+        load(tmp_path / "other")
+
+
+def test_of_a_reader_s_error_the_first_line_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Couldn't cast\nprompt: string\n-- schema metadata --")
+
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConfigError, match=r"cannot be read as jsonl: Couldn't cast$"):
+        load(tmp_path / "train.jsonl")
