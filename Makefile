@@ -104,6 +104,7 @@ PROGRESS := sed -un -e 's/^ *\(Downloading .*\)/  \1/p' -e 's/^\(Installing coll
 $(BUF):
 	@command -v npm >/dev/null || $(call die,"npm is needed for buf (it lints the proto files): install Node.js.")
 	@npm install --silent --no-audit --no-fund --save-exact --prefix $(NPM) @bufbuild/buf@$(BUF_VERSION)
+	@ln -sf $(abspath $@) $(BIN)/buf
 
 $(GRPC_JS): | $(BUF)
 	@npm install --silent --no-audit --no-fund --save-exact --prefix $(NPM) $(GRPC_JS_PACKAGES)

@@ -88,3 +88,18 @@ def test_another_build_over_the_first_one_is_refused_in_a_line(tmp_path: Path, v
         result = make(tmp_path, *given)
         assert (result.returncode != 0) is is_refused
         assert ("say 'make clean' first" in result.stderr) is is_refused
+
+
+def test_buf_is_beside_the_other_commands(tmp_path: Path) -> None:
+    """A run ends with a line that calls it."""
+    tools, venv = tmp_path / "tools", tmp_path / "venv"
+    for path in (tools, venv / "bin"):
+        path.mkdir(parents=True)
+    place = venv / "npm" / "node_modules" / ".bin"
+    (tools / "npm").write_text(
+        f"#!/bin/sh\nmkdir -p {place}\nprintf '#!/bin/sh\\necho it is buf' >{place}/buf\nchmod +x {place}/buf\n"
+    )
+    (tools / "npm").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    subprocess.run(["make", f"VENV={venv}", str(place / "buf")], cwd=ROOT, env=environment, check=True)
+    assert subprocess.check_output([venv / "bin" / "buf"], text=True) == "it is buf\n"
