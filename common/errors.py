@@ -298,7 +298,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OutriderError:
             return InvalidRequest("", message)
         case code:
             # A server that dies in mid-stream shows as UNAVAILABLE, CANCELLED, UNKNOWN or INTERNAL (RST_STREAM).
-            return Unreachable(f"{code.name}: {message}")
+            cause = message.rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2]
+            return Unreachable(f"{code.name}: {message}" if cause == message else cause)
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:

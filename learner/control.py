@@ -332,6 +332,8 @@ def sampling_params(config: LearnerConfig) -> SamplingParams:
 
 def describe(event: FleetEvent) -> str:
     """One line for the user about an actor."""
+    if event.kind == "unreachable":  # it may still be loading, for minutes
+        return f"waiting for actor {event.address} ({event.reason}) ..."
     what = event.state.value if event.kind == "state" and event.state is not None else event.kind
     return f"actor {event.address} {what}" + (f": {event.reason}" if event.reason else "")
 

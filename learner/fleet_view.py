@@ -52,11 +52,6 @@ async def _ask_all(targets: Sequence[str], tls: Path | None) -> list[tuple[str, 
     return await asyncio.gather(*(_ask(address, tls) for address in await Discovery(targets).addresses()))
 
 
-def _cause(error: Exception) -> str:
-    """The end of what gRPC says: refused, no such name, or another kind of TLS."""
-    return str(error).rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2]
-
-
 async def _ask(address: str, tls: Path | None) -> tuple[str, ...]:
     """One row of the table; a short one for an actor that does not answer."""
     from common.client import GrpcClient
@@ -66,7 +61,7 @@ async def _ask(address: str, tls: Path | None) -> tuple[str, ...]:
     try:
         status = await client.status(timeout_s=_TIMEOUT_S)
     except OutriderError as error:
-        return address, "-", f"no answer: {error.reason}: {_cause(error)}"
+        return address, "-", f"no answer: {error.reason}: {error.message}"
     finally:
         await client.close()
     return (

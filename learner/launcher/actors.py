@@ -91,6 +91,7 @@ class LocalActors:
         for actor in self._actors:
             if not actor.pid:
                 self._spawn(actor)
+                print(f"actor {actor.address} loads the model; its log is {self._log_path(actor)}", flush=True)
         self._write_known()
 
     def restart_dead(self) -> None:

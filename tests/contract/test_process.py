@@ -180,7 +180,7 @@ async def test_ask_prints_the_answers(launch: Launch, tmp_path: Path) -> None:
     ("arguments", "line", "code"),
     [
         (("--image", "no.png", "What?"), "ask: no.png: No such file or directory", 2),
-        (("--address", "127.0.0.1:1", "What?"), "ask: 127.0.0.1:1: UNAVAILABLE", 1),
+        (("--address", "127.0.0.1:1", "What?"), "ask: 127.0.0.1:1: Connection refused", 1),
         (("--n", "100000", "What?"), "sampling.n: is 100000; must be 1 to 256", 1),
     ],
 )

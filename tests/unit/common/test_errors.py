@@ -119,6 +119,17 @@ def test_the_transports_own_failures(code: grpc.StatusCode, expected: type[Outri
     assert "words" in str(error)
 
 
+def test_of_a_connection_that_fails_the_cause_is_told() -> None:
+    ends = {
+        "UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: Connection refused": "Connection refused",
+        "UNKNOWN: Ssl handshake failed": "UNKNOWN: Ssl handshake failed",
+    }
+    for said, cause in ends.items():
+        words = f"failed to connect to all addresses; last error: {said}"
+        received = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), words)
+        assert str(from_rpc_error(received)) == cause
+
+
 def test_hostile_details_are_no_crash() -> None:
     garbage = grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff\xff"))
     received = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), garbage, "words")

@@ -11,9 +11,10 @@ import pytest
 
 from common.config import ConfigError
 from learner.config import LearnerConfig
-from learner.control import Control, own_address
+from learner.control import Control, describe, own_address
 from learner.evaluate import TooManyFailed
 from learner.ledger import Ledger
+from learner.rollouts.members import FleetEvent
 from learner.rollouts.slots import Slots
 from learner.types import ProcessedPrompt, PromptSample
 from tests.helpers.fakes import FakeActor, Rows, make_group
@@ -168,3 +169,8 @@ def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=r"row 7: images\[0\] is too large"):
         control.evaluate(5, lambda: False)
     control.close()
+
+
+def test_an_actor_that_still_loads_is_waited_for() -> None:
+    event = FleetEvent("unreachable", "127.0.0.1:57051", "", None, "Connection refused")
+    assert describe(event) == "waiting for actor 127.0.0.1:57051 (Connection refused) ..."
