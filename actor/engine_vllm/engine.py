@@ -22,6 +22,7 @@ from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
 from actor.validation_sampling import check_prompt_logprobs
+from common.config import ConfigError
 from common.errors import EngineDead, InvalidRequest, Unimplemented, WeightsPending
 from common.types import (
     ChatMessage,
@@ -117,7 +118,10 @@ class VllmEngine:
         return info
 
     async def _warm_up(self) -> None:
-        """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one."""
+        """The first batch compiles kernels, for seconds: let that be ours, with an image if the model takes one.
+
+        Raises ConfigError where there is no room for so little.
+        """
         has_images = bool(self._prompts.placeholder_ids) and self._config.max_images > 0
         parts = ((MediaPart(0),) if has_images else ()) + (TextPart("Hello."),)
         request = EngineRequest(
@@ -126,8 +130,11 @@ class VllmEngine:
             media=(EngineMedia(bytes(32), Image.new("RGB", (64, 64), "gray")),) if has_images else (),
             sampling=SamplingParams(n=2, max_tokens=_WARM_UP_TOKENS, ignore_eos=True),
         )
-        async for _ in self.generate(request):
-            pass
+        try:
+            async for _ in self.generate(request):
+                pass
+        except InvalidRequest as error:
+            raise ConfigError(f"vllm.max_model_len is too small: {error.message}") from error
         await self._require().reset_prefix_cache()
 
     async def check(self) -> None:

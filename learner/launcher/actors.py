@@ -7,6 +7,7 @@ in the run folder remembers them for the next command, should this one be killed
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,8 @@ _MAX_FAILED_STARTS = 3
 _END_S = 10.0
 _POLL_S = 0.05
 _USER_ERROR = 2
+_OWN_LINE = re.compile(r"^actor: (.*)$", re.MULTILINE)
+_TRACEBACK_END = re.compile(r"^Traceback .*\n(?:(?: .*)?\n)*(\S.*)$", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -107,10 +110,9 @@ class LocalActors:
             is_hopeless = actor.num_failed_starts >= _MAX_FAILED_STARTS or actor.num_restarts >= _MAX_RESTARTS
             if code == _USER_ERROR or is_hopeless:
                 raise ConfigError(f"actor {actor.address} does not start: {self._last_words(actor)}")
-            print(
-                f"actor {actor.address} ended with {code}, and is started again; see {self._log_path(actor)}",
-                flush=True,
-            )
+            words = self._last_words(actor)
+            why = "" if words == self._see(actor) else f" ({words})"
+            print(f"actor {actor.address} ended with {code}, and is started again{why}; {self._see(actor)}", flush=True)
             actor.num_restarts += 1
             self._spawn(actor)
             self._write_known()
@@ -188,8 +190,13 @@ class LocalActors:
         return f" ready on {actor.address}" in self._said(actor)
 
     def _last_words(self, actor: _Actor) -> str:
-        lines = [line for line in self._said(actor).splitlines() if line.startswith("actor: ")]
-        return lines[-1].removeprefix("actor: ") if lines else f"see {self._log_path(actor)}"
+        """Its own line, or else the end of a traceback, if there is one."""
+        said = self._said(actor)
+        found = _OWN_LINE.findall(said) or _TRACEBACK_END.findall(said)
+        return found[-1] if found else self._see(actor)
+
+    def _see(self, actor: _Actor) -> str:
+        return f"see {self._log_path(actor)}"
 
     def _said(self, actor: _Actor) -> str:
         """What it has logged since its start."""

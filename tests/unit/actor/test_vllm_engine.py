@@ -15,6 +15,7 @@ from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm import engine as module
 from actor.engine_vllm.engine import VllmEngine
 from actor.engine_vllm.outputs import NothingSampled, top_logprobs
+from common.config import ConfigError
 from common.errors import InvalidRequest, TooLarge
 from common.types import Manifest, ManifestParameter, PromptInfo, SamplingParams, TextPrompt, TopLogprobs
 
@@ -151,3 +152,19 @@ async def test_a_request_is_sampled_once_more_where_a_worker_lacked_its_media(
         seen += "!"
     assert seen == came
     assert inputs == (["short", "whole"] if media and not tries[0] else ["short"])
+
+
+async def test_a_context_without_room_for_the_first_prompt_is_the_users_mistake(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(request: EngineRequest) -> AsyncIterator[Any]:
+        if request.sampling.n:
+            raise InvalidRequest("prompt", "24 tokens leave no room in a context of 20")
+        yield
+
+    engine._prompts = cast("Any", SimpleNamespace(placeholder_ids=()))
+    monkeypatch.setattr(engine, "generate", refuse)
+    with pytest.raises(
+        ConfigError, match=r"^vllm\.max_model_len is too small: .*24 tokens leave no room in a context of 20$"
+    ):
+        await engine._warm_up()

@@ -1,6 +1,7 @@
 """Actors of the single-machine launcher that an earlier command has left."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -86,6 +87,7 @@ def test_one_of_another_base_port_is_not_the_one_of_its_place(
     ("script", "num_starts", "says"),
     [
         ("sys.exit(1)", 3, "does not start: see .*actor-0.log$"),
+        ("int('x')", 3, "does not start: ValueError: invalid literal for int.*: 'x'$"),
         ("print('actor: no memory'); sys.exit(1)", 3, "does not start: no memory$"),
         (
             "print('actor: vllm.max_model_len: too long'); sys.exit(2)",
@@ -107,7 +109,10 @@ def test_one_that_is_never_ready_is_not_started_for_ever(
     with pytest.raises(ConfigError, match=says):
         live(tmp_path, started, num_rounds=10)
     assert len(started) == num_starts
-    assert capsys.readouterr().out.count(f"ended with 1, and is started again; see {tmp_path}") == num_starts - 1
+    again = [line for line in capsys.readouterr().out.splitlines() if "ended with 1, and is started again" in line]
+    reason = says.removeprefix("does not start: ")
+    assert len(again) == num_starts - 1
+    assert all(re.search(reason.removesuffix("$"), line) and str(tmp_path) in line for line in again)
 
 
 def test_one_that_has_been_ready_is_started_again_and_again(
