@@ -24,6 +24,8 @@ from learner.reporting.summary import format_duration
 
 # A smaller share of dropped groups is not shown.
 _MANY_DROPPED = 0.05
+# Nor one of groups with equal rewards.
+_MANY_UNIFORM = 0.5
 _BARS = "▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     ActorState.SERVING: "green",
@@ -48,6 +50,8 @@ class StepReport:
     entropy: float | None = None
     dropped: float = 0.0
     """Share of the groups since the step before that were dropped."""
+    uniform: float = 0.0
+    """Share of its groups whose rewards are all equal, which teach nothing."""
 
 
 class ActorView(Protocol):
@@ -129,10 +133,12 @@ class Display:
     def _show_step(self, report: StepReport) -> None:
         serving = sum(actor.state is ActorState.SERVING for actor in self._actors())
         dropped = f"dropped {report.dropped:.0%}  " if report.dropped >= _MANY_DROPPED else ""
+        uniform = f"uniform {report.uniform:.0%}  " if report.uniform >= _MANY_UNIFORM else ""
         self._print(
             f"step {report.step:>4}/{self._total_steps}  reward {report.reward:.3f}  "
             f"{report.completions_per_s:>5.0f} completions/s  staleness {report.staleness:.2f}  "
-            f"parity {_scientific(report.parity)}  {dropped}actors {serving}/{len(self._actors())}  {self._elapsed()}"
+            f"parity {_scientific(report.parity)}  {dropped}{uniform}"
+            f"actors {serving}/{len(self._actors())}  {self._elapsed()}"
         )
 
     def _elapsed(self) -> str:
@@ -196,6 +202,10 @@ class LiveDisplay(Display):
         parity = _scientific(report.parity) if report else "-"
         if report and report.dropped >= _MANY_DROPPED:
             table.add_row("dropped groups", f"{report.dropped:.0%}", "of those since the step before")
+        if report and report.uniform >= _MANY_UNIFORM:
+            table.add_row(
+                "uniform groups", f"{report.uniform:.0%}", "of the last step: equal rewards, nothing to learn"
+            )
         table.add_row("parity", parity, "largest logprob difference, actor and learner")
         return table
 

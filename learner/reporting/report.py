@@ -98,6 +98,7 @@ class Reporter:
                 loss=stats.loss,
                 entropy=stats.entropy,
                 dropped=new_drops / (new_drops + len(groups)),
+                uniform=rewards["uniform_fraction"],
             )
         )
         self._write(

@@ -1,9 +1,11 @@
 """The display: what it says, on a terminal and elsewhere."""
 
+import dataclasses
 import io
 import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from common.types import ActorState
@@ -76,3 +78,18 @@ def test_sparkline() -> None:
     assert sparkline([], 5) == ""
     assert sparkline([1.0, 1.0], 5) == "▁▁"
     assert sparkline([9.0, 0.0, 0.5, 1.0], 3) == "▁▅█"
+
+
+@pytest.mark.parametrize(("uniform", "shown"), [(0.49, False), (0.94, True)])
+def test_many_groups_that_teach_nothing_are_shown(tmp_path: Path, uniform: float, shown: bool) -> None:
+    stream = io.StringIO()
+    report = dataclasses.replace(REPORT, uniform=uniform)
+    with make_display(name="digits", total_steps=200, run_dir=tmp_path, stream=stream) as display:
+        display.step(report)
+    assert ("uniform 94%" in stream.getvalue()) is shown
+    live = make_display(name="digits", total_steps=200, run_dir=tmp_path, plain=False, stream=io.StringIO())
+    assert isinstance(live, LiveDisplay)
+    live.step(report)
+    console = Console(file=io.StringIO(), width=110)
+    console.print(live._render())
+    assert ("uniform groups" in console.file.getvalue()) is shown  # type: ignore[attr-defined]
