@@ -164,7 +164,8 @@ async def evaluate(
 def _too_many(sample: PromptSample, error: GroupFailed | RewardError, num_failed: int, num_rows: int) -> str:
     return (
         f"held-out row {sample.row} has no score ({error.reason}: {error}), as {num_failed} of {num_rows} by now: more "
-        "than evaluation.max_failed_share. A resumed run asks them again; mend the reward or the rows, or raise it"
+        "than evaluation.max_failed_share allows. A resumed run asks them again; mend the reward or the rows, or "
+        "raise that share"
     )
 
 

@@ -24,6 +24,7 @@ class RewardConfig(Config):
     def _one_weight_for_each(self) -> Self:
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(
-                f"there are {len(self.weights)} weights for {len(self.functions)} functions; give one for each, or none"
+                f"there are {len(self.weights)} weights for {len(self.functions)} functions; give one for each, or "
+                "none (reward.weights='[]')"
             )
         return self

@@ -120,7 +120,10 @@ def test_configuration() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward.weights=[1, 2]", "reward: there are 2 weights for 1 functions; give one for each, or none"),
+        (
+            "reward.weights=[1, 2]",
+            "reward: there are 2 weights for 1 functions; give one for each, or none (reward.weights='[]')",
+        ),
         ("reward.functions=[]", "reward.functions: "),
         ("reward.weights=[.nan]", "reward.weights.0: Input should be a finite number"),
         ("reward.function=exact_match", "reward.function: unknown key; did you mean functions?"),
