@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from learner import last_words
 from learner.__main__ import _run, parse
 from learner.config import LearnerConfig
 from learner.evaluate import TooManyFailed
 from learner.rollouts.dispatcher import TooManyDrops
-from learner.run_folder import read_last_words
 from learner.stopping import AgreedStop, StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -109,4 +109,4 @@ def test_a_run_that_gives_up_says_why_in_one_line(
     said = capsys.readouterr().err.splitlines()
     assert (said[-1], said[0].startswith("Traceback")) == (f"learner: {line}", has_traceback)
     assert len(said) == 1 or has_traceback
-    assert read_last_words(tmp_path, os.getppid()) == (1, line)
+    assert last_words.read(tmp_path, os.getppid()) == (1, line)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launched import ROOT
+from tests.helpers.launched import ROOT
 
 # Asked to stop, it ends as a learner does.
 RANK = """
