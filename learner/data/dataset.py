@@ -9,7 +9,8 @@ No `datasets`, no gRPC and no torch at import.
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,8 +151,10 @@ def _python_rows(where: str) -> _Rows:
     if not callable(function):
         raise ConfigError(f"data: {where} is no function")
     try:
-        rows: Iterable[Mapping[str, Any] | PromptSample] = function()
-        return rows if isinstance(rows, Sequence) else list(rows)
+        rows: Any = function()
+        if (datasets := sys.modules.get("datasets")) is not None and isinstance(rows, datasets.Dataset):
+            return _Encoded(rows, datasets)
+        return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else list(rows)
     except Exception as error:
         raise mistake(f"data: {where} failed", error) from error
 
@@ -228,4 +231,9 @@ class _Encoded:
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         values: dict[str, Any] = self._rows[row]
-        return values | {name: label.int2str(values[name]) for name, label in self._labels.items()}
+        named = {name: values[name] for name in self._labels}
+        # Rows without a label have None, or -1 as test splits of the hub have it.
+        return values | {
+            name: None if label is None or label < 0 else self._labels[name].int2str(label)
+            for name, label in named.items()
+        }

@@ -6,27 +6,20 @@ message.
 """
 
 import dataclasses
-import errno
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from common.config import ConfigError, NotYet
 from common.types import ChatMessage, MediaPart, TextPart
+from learner.data.images import image_file
 from learner.types import PixelBounds, PromptSample
 
 MARKER = "<image>"
 # Of an image that is a dictionary: verl's, beside those of Hugging Face.
 _FILE_KEYS, _BOUND_KEYS = ("bytes", "image", "path"), ("min_pixels", "max_pixels")
-# What is wrong with a path as it is written; with any other error the disk may do better the next time.
-_WRONG_PATH = frozenset(
-    {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
-)
 _DEFAULT_ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "label")
 
 
@@ -216,34 +209,11 @@ class RowReader:
             raise self._error(number, f"image {i}: {error}") from None
 
     def _file(self, number: int, i: int, value: object) -> bytes:
-        if isinstance(value, Image.Image):
-            return _as_png(value)
-        if isinstance(value, str):
-            path = self.base_dir / value.removeprefix("file://")
-            try:
-                value = path.read_bytes()
-            except OSError as error:
-                kind = ConfigError if error.errno in _WRONG_PATH else NotYet
-                raise self._error(number, f"names the image {path}: {error.strerror}", kind) from None
-        if not isinstance(value, bytes):
-            raise self._error(number, f"image {i} is a {type(value).__name__}; give file bytes, a path, or a PIL image")
-        from common.media import FORMATS, JPEG_AND_MORE
-
         try:
-            with Image.open(io.BytesIO(value)) as image:
-                # What actors decode stays as it is; other files are written again.
-                return value if image.format in (*FORMATS, JPEG_AND_MORE) else _as_png(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self._error(number, f"image {i} cannot be read: {error}") from None
+            return image_file(value, self.base_dir)
+        except (ConfigError, NotYet) as error:
+            raise self._error(number, f"image {i} {error}", type(error)) from None
 
 
 def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str | list | tuple)
-
-
-def _as_png(image: Image.Image) -> bytes:
-    from common.media import as_shown
-
-    file = io.BytesIO()
-    as_shown(image).save(file, format="PNG")
-    return file.getvalue()

@@ -1,5 +1,6 @@
 """Datasets: what is read from each format, and that every mistake is one line."""
 
+import base64
 import dataclasses
 import errno
 import io
@@ -243,7 +244,11 @@ def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: 
         ([verl_row(0), verl_row(1, "<image><image>")], {}, "row 1 has 2 <image> markers for 1 images"),
         ([{"prompt": "<image>", "images": image(1)}], {}, r"row 0 has no ground truth \(reward_model.ground_truth or"),
         ([{"prompt": "<image>", "images": b"junk", "answer": 1}], {}, "row 0 image 0 cannot be read"),
-        ([{"prompt": "<image>", "images": "a.png", "answer": 1}], {}, "row 0 names the image .*No such file"),
+        (
+            [{"prompt": "<image>", "images": "a.png", "answer": 1}],
+            {},
+            "row 0 image 0 is the file .*a.png: No such file",
+        ),
         (
             [{"prompt": "<image>", "images": {"bytes": image(1), "resized_height": 28}, "answer": 1}],
             {},
@@ -344,7 +349,7 @@ def test_a_disk_that_fails_is_no_mistake(
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     module.rows = lambda: [{"images": "a.png", "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=f"row 0 names the image a.png: {os.strerror(code)}") as caught:
+    with pytest.raises(ConfigError, match=f"row 0 image 0 is the file a.png: {os.strerror(code)}") as caught:
         load(f"{MODULE}:rows")
     assert isinstance(caught.value, NotYet) == may_come
 
@@ -356,6 +361,85 @@ def test_a_file_that_is_no_image_is_a_mistake(module: types.ModuleType, file: by
     with pytest.raises(ConfigError, match="row 0 image 0 cannot be read") as caught:
         load(f"{MODULE}:rows")
     assert not isinstance(caught.value, NotYet)
+
+
+def _tiff(mode: str) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (4, 4)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (_tiff("F"), "has pixels of mode F; convert it to 8 bits per channel"),
+        (_tiff("I;16"), "has pixels of mode I;16; convert"),
+        (Image.new("I", (4, 4)), "has pixels of mode I; convert"),
+        (b"P6 8 6 255 short", "cannot be read"),
+        (b"P6 x", "cannot be read"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+            "cannot be read: no format of images that is known here",
+        ),
+        ("data:image/png;base64,===" + "A" * 9999, "is a data URL without proper base64: data:image/png.{1,200}$"),
+        ("data:image/svg+xml,<svg/>", "is a data URL without proper base64"),
+        ("https://example.org/a.png", "is https://example.org/a.png; no URL is fetched"),
+        ("a\0.png", "is the file .*: embedded null byte"),
+    ],
+)
+def test_images_that_would_not_be_shown_as_they_are(module: types.ModuleType, value: object, message: str) -> None:
+    """Pillow itself makes a white or a black picture of deep pixels, and starts another program for PostScript."""
+    module.rows = lambda: [{"images": value, "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=f"row 0 image 0 {message}") as caught:
+        load(f"{MODULE}:rows")
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_may_be_a_data_url(module: types.ModuleType) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(image(3)).decode()}"
+    module.rows = lambda: [{"images": url, "prompt": "<image>", "answer": 1}]  # type: ignore[attr-defined]
+    assert load(f"{MODULE}:rows")[0].images == (image(3),)
+
+
+def test_a_function_may_return_a_data_set_that_stays_on_disk(module: types.ModuleType, tmp_path: Path) -> None:
+    """Not decoded: the JPEG that it has is what is sent."""
+    import datasets
+
+    path = write_parquet(tmp_path / "a.parquet", [{"i": {"bytes": image(5, "JPEG"), "path": None}, "label": 1}])
+    features = datasets.Features({"i": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    module.rows = lambda: datasets.load_dataset(  # type: ignore[attr-defined]
+        "parquet", data_files=str(path), split="train", features=features
+    )
+    sample = load(f"{MODULE}:rows", image_column="i", question="Which?")[0]
+    assert (sample.images, sample.ground_truth) == ((image(5, "JPEG"),), "dog")
+
+
+def test_rows_of_a_function_are_read_one_by_one(module: types.ModuleType) -> None:
+    """A map-style data set of torch has a length and items, and is no Sequence."""
+
+    class Rows:
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, row: int) -> dict[str, Any]:
+            return {"images": image(1), "prompt": "<image>", "answer": row}
+
+    module.rows = Rows  # type: ignore[attr-defined]
+    assert load(f"{MODULE}:rows")[10**8].ground_truth == 10**8
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_row_without_its_label_is_one_line(module: types.ModuleType, missing: int | None) -> None:
+    import datasets
+
+    features = datasets.Features({"prompt": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat"])})
+    rows = datasets.Dataset.from_dict({"prompt": ["x"] * 9, "label": [0] * 8 + [missing]}, features=features)
+    module.rows = lambda: rows  # type: ignore[attr-defined]
+    dataset = load(f"{MODULE}:rows", image_column="")
+    assert dataset[7].ground_truth == "cat"
+    with pytest.raises(ConfigError, match="row 8 has no ground truth"):
+        dataset[8]
 
 
 @pytest.mark.parametrize(("error", "may_come"), [(KeyError("x"), False), (ConnectionError("no route"), True)])

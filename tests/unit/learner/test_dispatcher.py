@@ -208,7 +208,9 @@ async def test_a_disk_that_fails_ends_the_run_until_it_is_tried_again(
     monkeypatch.setattr(Path, "read_bytes", fail)
     rows = [{"prompt": "<image>", "images": "a.png", "answer": "1"}] * 10
     async with dispatching(dataset=PromptDataset(rows, RowReader("train.jsonl", base_dir=tmp_path))) as setup:
-        with pytest.raises(NotYet, match=r"train.jsonl: row \d+ names the image .*a.png: Stale file handle") as caught:
+        with pytest.raises(
+            NotYet, match=r"train.jsonl: row \d+ image 0 is the file .*a.png: Stale file handle"
+        ) as caught:
             await setup.take(1)
     monkeypatch.setattr(run_module, "run", lambda _config: _raise(caught.value))
     config = tmp_path / "run.yaml"
