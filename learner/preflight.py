@@ -1,10 +1,14 @@
 """What a run is about, and what of it can be known to be wrong before anything that takes long: the user's mistakes.
 
-`python -m learner.preflight FILE` only tries rows and rewards, for the launcher: what the modules of the user leave
-behind, as the memory of a GPU, ends with the process.
+`python -m learner.preflight FILE` tries rows and rewards, for the launcher: what the modules of the user leave behind,
+as the memory of a GPU, ends with the process. `--all-rows` reads them all, and not only the first.
 """
 
+import argparse
+import itertools
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,9 @@ from learner.rollouts.discovery import SCHEME
 
 if TYPE_CHECKING:
     from learner.data.dataset import PromptDataset
+
+# Between two lines of progress.
+_TELL_S = 10.0
 
 
 def check_checkpoint(path: Path) -> None:
@@ -53,12 +60,38 @@ def load_task(config: LearnerConfig) -> "tuple[PromptDataset, PromptDataset | No
 
 def main() -> int:
     """The exit code is 2 for a mistake of the user, which is the last line, and 1 for what may come yet."""
+    parser = argparse.ArgumentParser(
+        prog="python -m learner.preflight", description="Try the rows and rewards of a run."
+    )
+    parser.add_argument("--all-rows", action="store_true", help="read every row, and print each that is broken")
+    parser.add_argument("config", type=Path, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
+    options = parser.parse_intermixed_args()
     try:
-        load_task(load_config(LearnerConfig, Path(sys.argv[1]), []))
+        parts = load_task(load_config(LearnerConfig, options.config, options.overrides))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
+    return _read_all([part for part in parts if part is not None]) if options.all_rows else 0
+
+
+def _read_all(parts: "Sequence[PromptDataset]") -> int:
+    """Print each broken row; the exit code as of `main`."""
+    codes = [0]
+    num_rows = sum(map(len, parts))
+    told_at = time.monotonic()
+    places = itertools.chain.from_iterable(zip(itertools.repeat(part), range(len(part))) for part in parts)
+    for num_read, (part, row) in enumerate(places, start=1):
+        try:
+            part[row]
+        except ConfigError as error:
+            print(error)
+            codes.append(error.exit_code)
+        if time.monotonic() - told_at > _TELL_S:
+            told_at = time.monotonic()
+            print(f"{num_read} of {num_rows} rows read, {len(codes) - 1} broken", file=sys.stderr)
+    print(f"{num_rows} rows, {len(codes) - 1} broken", file=sys.stderr)
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""`python -m learner.preflight --all-rows`: every broken row is found, and named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "images": None, "answer": 1} for _ in range(12)]
+    rows[5]["answer"] = None
+    rows[9]["images"] = "nowhere.png"
+    rows[9]["prompt"] = "<image>"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text("model: {path: /nowhere}\nreward: {functions: [exact_match]}\ntrainer: {total_steps: 1, batch_prompts: 1}\n")
+    command = [sys.executable, "-m", "learner.preflight", "run.yaml", f"data.train={tmp_path / 'rows.jsonl'}"]
+    all_rows = subprocess.run([*command, "--all-rows"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    told = all_rows.stdout.splitlines()
+    assert all_rows.returncode == 2
+    assert len(told) == 2
+    assert "row 5 has no ground truth" in told[0]
+    assert "row 9 image 0 is the file" in told[1]
+    assert all_rows.stderr.splitlines()[-1] == "12 rows, 2 broken"
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
