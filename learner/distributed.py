@@ -78,7 +78,7 @@ class Ranks:
         return mine
 
     def any(self, flag: bool) -> bool:
-        """Whether any of the ranks, all of which ask, says so."""
+        """True on every rank if any rank passes true. A collective."""
         said = torch.tensor(int(flag))
         dist.all_reduce(said, dist.ReduceOp.MAX)
         return bool(said)

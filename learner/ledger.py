@@ -68,7 +68,7 @@ class Ledger:
             heapq.heappush(self._again, sequence)
 
     def mark_trained(self, sequences: Iterable[int]) -> None:
-        """These groups are part of an optimizer step that has been taken."""
+        """These groups are part of a step that has been taken."""
         with self._lock:
             for sequence in sequences:
                 self._end(sequence)

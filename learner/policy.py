@@ -30,7 +30,7 @@ _NO_CHECKPOINT = "-"
 
 
 class Policy:
-    """What trains. `version` is the number of optimizer steps that it has taken."""
+    """What trains. `version` is the number of batches that it has been trained on: steps of a run."""
 
     def __init__(self, config: LearnerConfig, ranks: Ranks) -> None:
         torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""What a run is about, and what of it can be known to be wrong before anything that takes long: the user's mistakes.
+"""Checks of a run's settings that need no model, so that a mistake of the user shows within seconds.
 
 `python -m learner.preflight FILE` tries rows and rewards, for the launcher: what the modules of the user leave behind,
 as the memory of a GPU, ends with the process. `--all-rows` reads them all, and not only the first.
@@ -25,7 +25,7 @@ _TELL_S = 10.0
 
 
 def check_checkpoint(path: Path) -> None:
-    """Whether it looks like one. Raises ConfigError."""
+    """Whether `path` looks like a checkpoint in Hugging Face format. Raises ConfigError."""
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
@@ -36,7 +36,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_actors(config: RolloutConfig) -> None:
-    """Whether some are named, and certificates can be read where they are asked for. Raises ConfigError."""
+    """Whether actors are named, and certificates can be read where they are asked for. Raises ConfigError."""
     if config.tls is not None:
         read_certificates(config.tls)
     if not config.actors:

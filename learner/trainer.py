@@ -46,7 +46,7 @@ class ParityError(RunFailed):
 
 @dataclass(frozen=True, slots=True)
 class RankZero:
-    """What only rank 0 has: the way to the actors, the ledger of the prompts, and somebody to tell."""
+    """What exists on rank 0 alone: the way to the actors, the ledger of the prompts, and who is told of each step."""
 
     control: Control
     ledger: Ledger

@@ -52,7 +52,7 @@ class ModelConfig(Config):
     use_fused_kernels: bool = False
     """Logprobs straight from hidden states: logits of all tokens never exist at once."""
     cpu_offload: bool = False
-    """Parameters, gradients and the optimizer stay in CPU memory; on a GPU is the layer that it works on."""
+    """Parameters, gradients and the optimizer live in CPU memory; the GPU holds one layer at a time."""
     use_torch_compile: bool = False
     """Layers go through torch.compile: faster on GPUs, after a minute or more in the first steps."""
     lora_rank: int = Field(0, ge=0)

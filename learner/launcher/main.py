@@ -185,7 +185,7 @@ def _say(code: int, line: str) -> int:
 
 
 def _lora_rank(config: "LearnerConfig") -> int:
-    """Of the adapter that the learner will send as it is; 0 if it will send none."""
+    """Rank of the adapter that the learner will send; 0 if it sends none, or sends it merged."""
     adapter = config.model.adapter
     if adapter is None or config.weights.merge_adapter:
         return 0

@@ -13,7 +13,7 @@ _PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
 
 
 def logit_settings(config: Any) -> dict[str, float]:
-    """What a model with this configuration does with the output layer's logits beside nothing."""
+    """How a model with this configuration scales or caps the logits of its output layer; empty: not at all."""
     found = {name: getattr(config.get_text_config(), name, None) for name in _LOGIT_SETTINGS}
     return {name: value for name, value in found.items() if value not in (None, 1)}
 

@@ -37,7 +37,7 @@ _STATE_STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished optimizer step. `reward` is the mean of its completions, `staleness` of its groups, in versions."""
+    """One finished step. `reward` is the mean of its completions, `staleness` that of its groups, in versions."""
 
     step: int
     reward: float

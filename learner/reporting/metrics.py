@@ -7,7 +7,7 @@
 | `outrider_learner_step_tokens` | gauge | its `num_tokens` |
 | `outrider_learner_completions_per_second` | gauge | its `completions_per_s` |
 | `outrider_learner_group_staleness` | histogram | versions that a trained group was behind |
-| `outrider_learner_policy_version` | gauge | optimizer steps taken |
+| `outrider_learner_policy_version` | gauge | batches trained |
 | `outrider_learner_actors` | gauge by `state` | actors in each state, `unreachable` too |
 | `outrider_learner_running_groups` | gauge | being sampled |
 | `outrider_learner_buffered_groups` | gauge | finished, waiting for the trainer |
@@ -19,7 +19,7 @@
 | `outrider_learner_update_failures_total` | counter | weight updates that failed |
 
 Beside these, gauges of the last values in `metrics.jsonl` under their names there, as `outrider_learner_reward`: the
-other keys of `_MEASURED`, and `reward_parts` by `name`. One that was not measured is not shown.
+other keys of `_MEASURED`, and `reward_parts` by `name`. A value that was not measured is not exported.
 """
 
 import threading
@@ -82,7 +82,7 @@ class LearnerMetrics:
         self._staleness = self._histogram("group_staleness", "Versions that a trained group was behind.", _VERSIONS)
         self._stage_s = self._histogram("update_stage_seconds", "Until all actors had staged an update.", _SECONDS)
         self._pause_s = self._histogram("update_pause_seconds", "Longest pause of generation of an update.", _SECONDS)
-        self._version = Gauge(f"{_PREFIX}policy_version", "Optimizer steps taken.", registry=self.registry)
+        self._version = Gauge(f"{_PREFIX}policy_version", "Batches trained.", registry=self.registry)
         self._version.set(version)
         self._failures = Counter(f"{_PREFIX}update_failures", "Weight updates that failed.", registry=self.registry)
         self._events = Counter(f"{_PREFIX}fleet_events", "Transitions of actors.", ["kind"], registry=self.registry)

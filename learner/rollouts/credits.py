@@ -2,7 +2,7 @@
 
     dispatch a group while  accepted + running < (max_staleness + 1 + step) * batch
 
-`step` counts optimizer steps taken, `batch` is groups per step, `accepted` counts the groups that reached the buffer
+`step` counts batches trained, `batch` is groups per step, `accepted` counts the groups that reached the buffer
 (those trained included) and `running` those on their way to it. The k-th group is trained at step `k // batch`, so the
 inequality says: nothing is sampled more than `max_staleness` steps before it is used. `max_staleness = 0` is strictly
 synchronous: a step's groups are sampled after the step before it.
@@ -19,9 +19,9 @@ class Credits:
     """The inequality above, as counters. Belongs to one event loop.
 
     Args:
-        batch: groups of one optimizer step.
+        batch: groups of one step.
         max_staleness: versions that a group may be behind when it is trained.
-        step: optimizer steps taken before this run (a resumed one); their groups count as accepted.
+        step: batches trained before this run (a resumed one); their groups count as accepted.
         total_steps: nothing is dispatched that no step will train; None is endless.
 
     Example: with `batch=4, max_staleness=1`, 8 groups may start at once; after the first step 4 more.

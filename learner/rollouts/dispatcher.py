@@ -170,7 +170,7 @@ class Dispatcher:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def set_version(self, version: int) -> None:
-        """The trainer has taken optimizer steps up to `version`. Call it before publishing them; from any thread."""
+        """The trainer has taken the steps up to `version`. Call it before publishing them; from any thread."""
         self._on_loop(self._set_version, version)
 
     def stats(self) -> DispatchStats:

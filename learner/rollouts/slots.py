@@ -27,7 +27,7 @@ class _Waiter:
     future: asyncio.Future[Member]
 
     def fit(self, free: Iterable[Member]) -> list[Member]:
-        """Those that serve what it needs. A version of -1 is none of ours, whatever the minimum."""
+        """The members that serve a version new enough. -1, which is no version of this run, never is."""
         minimum = max(0, self.min_version())
         return [member for member in free if member.version >= minimum]
 

@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 # Where updates have less: a commit that is given up leaves an actor whose version nobody knows.
 _MIN_COMMIT_TIMEOUT_S = 60.0
-# One that was late says so first, or its neighbours; the others, hung and cut-off ones too, have spoken by then.
+# How long to wait behind the first that was late, so that the others, hung and cut-off ones too, can speak as well.
 _SPEAK_S = 3.0
 # It says so itself, or its engine does not even answer the server.
 _LATE = (StageTimeout, DeadlineExceeded)

@@ -12,7 +12,9 @@ def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     rows[9]["images"] = "nowhere.png"
     rows[9]["prompt"] = "<image>"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "run.yaml").write_text("model: {path: /nowhere}\nreward: {functions: [exact_match]}\ntrainer: {total_steps: 1, batch_prompts: 1}\n")
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: /nowhere}\nreward: {functions: [exact_match]}\ntrainer: {total_steps: 1, batch_prompts: 1}\n"
+    )
     command = [sys.executable, "-m", "learner.preflight", "run.yaml", f"data.train={tmp_path / 'rows.jsonl'}"]
     all_rows = subprocess.run([*command, "--all-rows"], cwd=tmp_path, capture_output=True, text=True, check=False)
     told = all_rows.stdout.splitlines()
