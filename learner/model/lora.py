@@ -41,7 +41,7 @@ def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -
         The number of adapted layers.
 
     Raises:
-        ValueError: no module fits, or the directory holds no adapter for this model.
+        ValueError: no module fits, one is no linear layer of its own, or the directory holds no adapter for this model.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -67,12 +67,24 @@ def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     except ValueError as error:
         raise ValueError(f"no layer for {where}: {error}") from error
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in adapted.items():
+        _require_linear(name, module.get_base_layer(), model.get_input_embeddings())
     if adapter.path is not None:
         _load(model, adapter.path / _WEIGHTS_FILE)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small updates are lost in bfloat16
-    return sum(isinstance(module, LoraLayer) for module in model.modules())
+    return len(adapted)
+
+
+def _require_linear(name: str, layer: nn.Module, embeddings: nn.Module) -> None:
+    """Of the other kinds of layer that PEFT adapts, B A is no change of the weight that can be merged and sent."""
+    advice = "add it to model.exclude_modules, or leave it out of model.target_modules"
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} is a {type(layer).__name__}, and an adapter goes into linear layers; {advice}")
+    if layer.weight is embeddings.weight:
+        raise ValueError(f"{name} has the weight of the embeddings, which an adapter would leave behind; {advice}")
 
 
 def own_name(name: str) -> str | None:

@@ -208,12 +208,15 @@ class Dispatcher:
             sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
         max_staleness = self._credits.max_staleness
         with tracing.span("learner.rollout"):
-            sampled = await self._sampler.sample(
-                build_request(self._group_id(sequence), sample, self._sampling_of(sequence)),
-                # The step that will train it may have moved on while it waited.
-                min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
-                expected=processed,
-            )
+            try:
+                sampled = await self._sampler.sample(
+                    build_request(self._group_id(sequence), sample, self._sampling_of(sequence)),
+                    # The step that will train it may have moved on while it waited.
+                    min_version=lambda: max(0, max(trained_at, self._credits.step) - max_staleness),
+                    expected=processed,
+                )
+            except GroupFailed as error:
+                raise GroupFailed(error.reason, f"row {sample.row}: {error}") from error
         with tracing.span("learner.rewards"):
             scores = await self._rewards.score(sample, sampled.completions)
         return Group(
@@ -247,9 +250,8 @@ class Dispatcher:
         )
 
     def _drop(self, sequence: int, error: GroupFailed | RewardError) -> None:
-        what = str(error) if isinstance(error, RewardError) else f"row {self._ledger.row(sequence)}: {error}"
         log.warning("group dropped", sequence=sequence, reason=error.reason, error=str(error))
-        self._count_drop(sequence, error.reason, what)
+        self._count_drop(sequence, error.reason, str(error))
         self._consecutive_drops += 1
         if self._consecutive_drops >= self._max_consecutive_drops:
             raise TooManyDrops(f"{self._consecutive_drops} groups in a row were dropped; the last: {error}") from error

@@ -14,6 +14,7 @@ import pytest
 import learner.__main__ as learner_main
 import learner.run as run_module
 from common.config import ConfigError, NotYet
+from common.errors import InvalidRequest
 from common.types import SamplingParams
 from learner.data.dataset import PromptDataset
 from learner.data.rows import RowReader
@@ -25,7 +26,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PromptSample
-from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, until
+from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, make_sample, until
 
 
 @dataclasses.dataclass
@@ -258,6 +259,22 @@ async def test_the_user_is_told_once_of_each_reason() -> None:
     )
     assert "Dropped groups" in line
     assert len(lines) == 2
+
+
+async def test_a_dropped_group_is_told_by_the_row_of_its_file() -> None:
+    """Not by its place in the part of the rows that is trained on."""
+
+    class Part(Rows):
+        def __getitem__(self, row: int) -> PromptSample:
+            return make_sample(row + 100)
+
+    lines: list[str] = []
+    actor = FakeActor("one", version=100, failure=InvalidRequest("chat", "too long"))
+    async with dispatching(dataset=Part(10), actor=actor, notify=lines.append) as setup:
+        await until(lambda: bool(setup.dispatcher.stats().dropped))
+    assert [line.partition(";")[0] for line in lines] == [
+        f"group dropped, INVALID_REQUEST: row {Ledger(0, 10).row(0) + 100}: chat: too long"
+    ]
 
 
 async def test_nothing_but_failures_ends_the_run() -> None:

@@ -240,6 +240,11 @@ def test_parts_and_modules_are_left_out(model_dir: Path) -> None:
             {"freeze_language_model": True, "lora_rank": 2},
             r"outside model\.visual, .*, model\.language_model, lm_head: ",
         ),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "lora_rank": 2},
+            "embed_tokens is a Embedding, .*exclude_modules",
+        ),
+        ({"target_modules": ".*visual.*(qkv|proj)", "lora_rank": 2}, "patch_embed.proj is a Conv3d, .*exclude_modules"),
         ({"lora_alpha": 3}, "lora_alpha needs lora_rank"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules needs lora_rank"),
         ({"lora_rank": 2, "lora_adapter_path": "x"}, "set one of them"),
@@ -248,6 +253,14 @@ def test_parts_and_modules_are_left_out(model_dir: Path) -> None:
 def test_mistakes_are_named(model_dir: Path, settings: dict[str, Any], match: str, ranks: Ranks) -> None:
     with pytest.raises(ValueError, match=match):
         Policy(make_config(model_dir, **settings), ranks)
+
+
+def test_an_output_layer_that_is_the_embeddings_is_refused(model_dir: Path) -> None:
+    """Served models tie them again, by their configuration, and would lose the adapter."""
+    model = load_policy(model_dir)[0]
+    model.lm_head.weight = model.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="lm_head has the weight of the embeddings"):
+        add_adapter(model, Adapter(rank=2, target_modules=("q_proj", "lm_head")))
 
 
 def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path, ranks: Ranks) -> None:
