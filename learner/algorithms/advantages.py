@@ -29,8 +29,8 @@ def advantages(
         estimator: a key of `ESTIMATORS`.
 
     Returns:
-        float32 `[n]` for each group. Those that compare within the group sum to 0 there, and are exactly 0 where all
-        rewards of the group are equal.
+        float32 `[n]` for each group. Those that compare within the group alone sum to 0 there, and are exactly 0 where
+        all rewards of the group are equal; `reinforce_plus_plus_baseline` then normalises over the whole batch.
 
     Raises:
         ValueError: fewer than two rewards in a group, or one that is not finite.

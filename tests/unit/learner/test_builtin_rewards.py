@@ -46,6 +46,16 @@ def test_exact_match(completion: str, reward: float) -> None:
         ("<think>A or B?</think><answer>B</answer>", 1.0),
         ("<think>The answer is B</think><answer>A</answer>", 0.0),
         ("\\boxed{A} or rather \\boxed{B}", 1.0),
+        ("B. Cat", 1.0),
+        ("(B) cat", 1.0),
+        ("A. Dog\nB. Cat", 0.0),
+        ("The answer is option B", 1.0),
+        ("Option A is wrong. Choice B is right.", 1.0),
+        ("\\boxed{B. cat}", 1.0),
+        ("\\boxed{\\mathbf{B}}", 1.0),
+        ("\\boxed{big}", 0.0),
+        ("The answer is B because it has four legs", 1.0),
+        ("The answer is A dog. Answer: B", 1.0),
         ("the answer is Berlin", 0.0),
         ("the answer is b dog", 0.0),
         ("A bear, I believe", 0.0),
@@ -55,6 +65,11 @@ def test_exact_match(completion: str, reward: float) -> None:
 def test_multiple_choice(completion: str, reward: float) -> None:
     assert multiple_choice(completion=completion, ground_truth="B") == reward
     assert multiple_choice(completion=completion, ground_truth="(b)") == reward
+
+
+def test_the_letter_a_may_be_an_article() -> None:
+    assert multiple_choice(completion="The answer is A dog", ground_truth="A") == 0.0
+    assert multiple_choice(completion="The answer is A because it barks", ground_truth="A") == 1.0
 
 
 def test_a_ground_truth_that_is_no_letter_is_an_error() -> None:
