@@ -18,7 +18,7 @@ import numpy as np
 
 from common import wire
 from common.config import ConfigError
-from common.errors import MalformedResponse, MediaMissing, QueueFull, Unreachable, from_rpc_error
+from common.errors import MalformedResponse, MediaMissing, Unreachable, from_rpc_error
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -158,15 +158,13 @@ class GrpcClient:
         except MediaMissing:
             # It evicted some, or is not whom it was. Its list may be cut short: send all. Uploads of a burst can push
             # one another out of its store, again and again; what comes with the request needs no store.
-            inline_max_bytes = await self._room_in_message(request)
             self._forget(request.media)
+            inline_max_bytes = await self._room_in_message(request)
         try:
             return await self._try(request, timeout_s, on_progress, inline_max_bytes)
         except MediaMissing:
             self._forget(request.media)
-            if any(item.content is None for item in request.media):
-                raise
-            raise QueueFull("other uploads push those of this group out of the actor's media store") from None
+            raise
 
     async def stream(
         self, request: RolloutRequest, *, timeout_s: float
@@ -247,9 +245,11 @@ class GrpcClient:
     # ------------------------------------------------------------------------------------------------------ media
 
     async def _sent_by_others(self, media: Sequence[MediaItem], timeout_s: float) -> None:
-        """Wait while other groups send any of these."""
-        if others := [sent for item in media if (sent := self._being_sent.get(item.sha256)) is not None]:
-            await asyncio.wait(others, timeout=timeout_s)
+        """Wait while other groups send any of these; where one fails, another sends them."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while others := [sent for item in media if (sent := self._being_sent.get(item.sha256)) is not None]:
+                    await asyncio.wait(others)
 
     @contextlib.contextmanager
     def _sending(self, media: Sequence[MediaItem]) -> Iterator[None]:
@@ -280,7 +280,8 @@ class GrpcClient:
         lacking = {item.sha256: item for item in request.media if item.sha256 not in self._known_media}
         files = {sha256: item.content for sha256, item in lacking.items() if isinstance(item.content, (bytes, Frames))}
         inline = set(lacking)
-        if sum(map(_num_bytes, files.values())) > inline_max_bytes:
+        occurrences = [file for item in request.media if (file := files.get(item.sha256)) is not None]
+        if sum(map(_num_bytes, occurrences)) > inline_max_bytes:
             await self.upload(files, timeout_s=timeout_s)
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)

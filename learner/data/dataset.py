@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -154,9 +154,15 @@ def _python_rows(where: str) -> _Rows:
         rows: Any = function()
         if (datasets := sys.modules.get("datasets")) is not None and isinstance(rows, datasets.Dataset):
             return _Encoded(rows, datasets)
-        return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else list(rows)
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            rows = list(rows)
+        if not isinstance(rows, Mapping):
+            _ = rows[0] if rows else None  # a table of pandas has a length too, and fails here
+            return rows
     except Exception as error:
         raise mistake(f"data: {where} failed", error) from error
+    parts = ", ".join(itertools.islice(map(str, rows), 5))
+    raise ConfigError(f"data: {where} returned a mapping ({parts}); return a list of rows, or one split of a data set")
 
 
 def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:

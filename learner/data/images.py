@@ -35,7 +35,7 @@ def image_file(value: object, base_dir: Path) -> bytes:
     try:
         with Image.open(io.BytesIO(value), formats=_formats()) as image:
             return value if image.format in (*FORMATS, JPEG_AND_MORE) else _as_png(image)
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise ConfigError("cannot be read: no format of images that is known here") from None

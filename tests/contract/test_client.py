@@ -160,21 +160,50 @@ async def test_a_burst_that_the_store_cannot_hold_is_answered(
     assert len(refused) < 16
 
 
-async def test_media_too_large_for_a_message_are_asked_for_again_later(
+async def test_media_that_fit_neither_store_nor_message_are_missing_at_the_second_try(
     start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where others push each upload out before its group comes, the actor is not to blame."""
+    """Not a moment's trouble: a group that pushes its own uploads out must end."""
     images = (png(1, size=500), png(2, size=500))
     actor = await start_actor(limits={"max_message_bytes": sum(map(len, images))})  # and the rest of the request
     client = connect(actor.address)
     monkeypatch.setattr(actor.server._rollouts._intake._store, "get", {}.get)
-    with pytest.raises(QueueFull, match="other uploads push those of this group out"):
+    with pytest.raises(MediaMissing):
         await client.generate(request(images=images), timeout_s=10)
     assert client.uploads == [2, 2]
     small = request()
     client._remember(item.sha256 for item in small.media)
     await client.generate(small, timeout_s=10)
     assert client.sent == [[False, False], [False, False], [False, False], [True, True]]
+
+
+async def test_a_file_named_twice_counts_twice_in_a_message(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    image = png(1, size=500)
+    client = connect((await start_actor()).address)
+    prepared = await client._prepare(request(images=(image, image)), 10, inline_max_bytes=2 * len(image) - 1)
+    assert client.uploads == [1]
+    assert [item.content for item in prepared.media] == [None, None]
+
+
+async def test_where_the_first_group_fails_one_other_sends_the_image(
+    start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect((await start_actor(fake={"token_s": 0.01})).address)
+    collect, fails = client._collect, iter([True])
+
+    async def fail_once(*arguments: Any) -> Any:
+        await asyncio.sleep(0.05)
+        if next(fails, False):
+            raise Unreachable("gone")
+        return await collect(*arguments)
+
+    monkeypatch.setattr(client, "_collect", fail_once)
+    groups = [request() for _ in range(6)]
+    answers = await asyncio.gather(*(client.generate(group, timeout_s=10) for group in groups), return_exceptions=True)
+    assert [type(answer) for answer in answers if isinstance(answer, BaseException)] == [Unreachable]
+    assert client.sent.count([True, True]) == 1
 
 
 async def test_groups_of_one_image_send_it_once(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:

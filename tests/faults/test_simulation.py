@@ -10,6 +10,8 @@ from common.types import EpochSpec
 from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.members import Member
 from learner.weights import epoch
+from learner.weights.adapter_forms import AdapterForms
+from learner.weights.publisher import Publisher
 from tests.simulation.loop import Stuck, VirtualLoop
 from tests.simulation.plan import make_kill_plan, make_scale_plan
 from tests.simulation.world import Broken, simulate
@@ -48,10 +50,35 @@ def answer_the_old_run(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PolicyState, "refuse_unless_of", lambda *_: None)
 
 
+def take_a_form_for_everybodys(patch: pytest.MonkeyPatch) -> None:
+    """An actor that was left out of an update, or current, was sent the adapter alone onto weights that had it."""
+    patch.setattr(
+        AdapterForms,
+        "changes",
+        lambda self, snapshot, _members, merged: snapshot.adapter is not None and merged not in self._merged.values(),
+    )
+
+
+def give_up_on_account_of_one(patch: pytest.MonkeyPatch) -> None:
+    """An actor that refused every update ended the run of the others within one long step."""
+    bring_up_to_date = Publisher._bring_up_to_date
+
+    async def forget_no_failure(self: Publisher) -> None:
+        num_failures, snapshot = self._num_failures, self._snapshot
+        are_current = snapshot is not None and all(m.version >= snapshot.version for m in self._updatable())
+        await bring_up_to_date(self)
+        if are_current:
+            self._num_failures = num_failures
+
+    patch.setattr(Publisher, "_bring_up_to_date", forget_no_failure)
+
+
 # A schedule for each mistake that it finds. Where a change of timing leads it past the mistake, `python -m
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
-    175: update_whoever_answers,
+    36: give_up_on_account_of_one,
+    74: take_a_form_for_everybodys,
+    935: update_whoever_answers,
     176: sample_again_under_the_old_name,
     10017048: finish_the_old_runs_commit,
     410: answer_the_old_run,

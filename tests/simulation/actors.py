@@ -15,6 +15,7 @@ from common.client import SampledGroup
 from common.errors import (
     Draining,
     EngineDead,
+    InvalidRequest,
     NotStaged,
     QueueFull,
     RendezvousUnreachable,
@@ -74,6 +75,10 @@ class SimEngine:
 
     async def stage(self, manifest: Manifest, timeout_s: float) -> tuple[int, ...]:
         self._staged = None
+        if self._actor.refuses_updates:
+            raise InvalidRequest("manifest.parameters", "these are of another model")
+        if manifest.adapter and not self._actor.max_lora_rank:
+            raise InvalidRequest("manifest.adapter", "this actor takes none")
         received = await self._all([peer.receive(len(manifest.buckets)) for peer in self._peers])
         if any(buckets != received[0] for buckets in received):
             raise RuntimeError("workers received different bytes")
@@ -146,10 +151,12 @@ class SimActor:
         self.token_s = rng.uniform(0.02, 0.3)
         self.slowness = 1
         self.incarnation = 0
+        self._number = world.plan.addresses.index(address)
         self.up = False
         self.busy = False
         self.corrupt_next = False
         self.reaches_rendezvous = True
+        self.refuses_updates = False
         self.tasks: set[asyncio.Task[object]] = set()
         self._awake = asyncio.Event()
         self._awake.set()
@@ -159,6 +166,11 @@ class SimActor:
     @property
     def actor_id(self) -> str:
         return f"{self.address}#{self.incarnation}"
+
+    @property
+    def max_lora_rank(self) -> int:
+        """Of every other actor it is set right only before its second life."""
+        return 0 if self.incarnation == 1 and self._number % 2 else 8
 
     # ------------------------------------------------------------------------------------------------ life and death
 
@@ -221,6 +233,9 @@ class SimActor:
     def reach_rendezvous(self) -> None:
         self.reaches_rendezvous = True
 
+    def take_updates(self) -> None:
+        self.refuses_updates = False
+
     def faster(self) -> None:
         self.slowness = 1
 
@@ -252,6 +267,7 @@ class SimActor:
             self._num_running,
             0,
             self.num_workers,
+            self.max_lora_rank,
         )
 
     async def generate(self, request: RolloutRequest) -> SampledGroup:

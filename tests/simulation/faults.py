@@ -82,6 +82,12 @@ def _no_rendezvous(world: "World", actor: SimActor, for_s: float) -> None:
     world.later(for_s, actor.reach_rendezvous)
 
 
+def _refuses_updates(world: "World", actor: SimActor, for_s: float) -> None:
+    """As one with another checkpoint, which answers whoever asks how it is."""
+    actor.refuses_updates = True
+    world.later(for_s, actor.take_updates)
+
+
 def _second_learner(world: "World", actor: SimActor, for_s: float) -> None:
     """The next one begins while the one before it goes on, as where that is cut off from who starts learners."""
     world.replace_learner(for_s)
@@ -95,4 +101,8 @@ KINDS: dict[str, Callable[["World", SimActor, float], None]] = {
     )
 }
 # Not drawn, see `make_plan`.
-OTHER_KINDS = {"no_rendezvous": _no_rendezvous, "second_learner": _second_learner}
+OTHER_KINDS = {
+    "no_rendezvous": _no_rendezvous,
+    "refuses_updates": _refuses_updates,
+    "second_learner": _second_learner,
+}

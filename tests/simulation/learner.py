@@ -19,7 +19,9 @@ from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, PromptSample, Scores
+from learner.weights.deltas import Update
 from learner.weights.publisher import Publisher
+from learner.weights.snapshot import Snapshot
 from tests.helpers.fakes import FakeProcessor, Rows
 from tests.simulation.actors import SimClient
 from tests.simulation.policy import snapshot
@@ -57,6 +59,13 @@ class SimRewards:
             raise RewardError("REWARD_RAISED", "the judge has no opinion")
         equal = rng.random() < 0.2
         return Scores(np.array([0.0 if equal else i for i in range(len(completions))], np.float32), {})
+
+
+class SimPublisher(Publisher):
+    """Merges an adapter at once: a real thread has no place on a virtual clock."""
+
+    async def _whole(self, snapshot: Snapshot, *, full: bool, merged: bool) -> Update:
+        return snapshot.update(full=full, merged=merged)
 
 
 class SimLearner:
@@ -107,7 +116,7 @@ class SimLearner:
         """To the last step, and until every actor that is there serves it."""
         try:
             await self.fleet.start(startup_timeout_s=300.0)
-            publisher = Publisher(
+            publisher = SimPublisher(
                 self.fleet, run_id=self.run_id, host="", backend="sim", timeout_s=5.0, transport=self._world.wire
             )
             self._check_commits()
@@ -125,7 +134,7 @@ class SimLearner:
 
     async def _train(self, publisher: Publisher) -> None:
         plan, world = self._world.plan, self._world
-        publisher.submit(snapshot(self.number, self.version))
+        publisher.submit(snapshot(self.number, self.version, is_adapter=plan.trains_adapter))
         loop = asyncio.get_running_loop()
         last_s = loop.time()
         while self.version < plan.total_steps:
@@ -139,7 +148,7 @@ class SimLearner:
                 self.longest_gap_s = max(self.longest_gap_s, loop.time() - last_s)
             last_s = loop.time()
             self.dispatcher.set_version(self.version)
-            publisher.submit(snapshot(self.number, self.version))
+            publisher.submit(snapshot(self.number, self.version, is_adapter=plan.trains_adapter))
             if self.version % plan.checkpoint_every == 0:
                 world.checkpoint(self)
 

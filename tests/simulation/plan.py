@@ -38,6 +38,8 @@ class Plan:
     poll_s: float = 2.0
     scale: tuple[tuple[float, int], ...] = ()
     """From this time on, so many actors."""
+    trains_adapter: bool = False
+    """Every other actor takes none in its first life."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ def make_plan(rng: random.Random) -> Plan:
     if len(faults) in (2, 6):
         faults[-1] = replace(faults[-1], kind="second_learner")
         faults[0] = replace(faults[0], kind="no_rendezvous" if len(faults) == 6 else faults[0].kind)
-    return Plan(
+    plan = Plan(
         num_actors=num_actors,
         uses_dns=rng.random() < 0.3,
         slots=rng.choice((1, 2, 4)),
@@ -82,6 +84,17 @@ def make_plan(rng: random.Random) -> Plan:
         restart_on_update=num_actors == 3 and len(faults) in (1, 6),
         poll_s=0.5 if batch == 2 else 2.0,
     )
+    if plan.slots == 4 and plan.n == 2:
+        plan = replace(plan, trains_adapter=True)
+    if num_actors > 1 and len(faults) == 9 and plan.slots == 1:
+        plan = _with_long_steps(plan)
+    return plan
+
+
+def _with_long_steps(plan: Plan) -> Plan:
+    """A quarter of an hour each, in which one actor refuses every update."""
+    refuses = replace(plan.faults[0], kind="refuses_updates", for_s=3000.0)
+    return replace(plan, train_s=1800.0, poll_s=20.0, faults=(refuses, *plan.faults[1:]))
 
 
 def make_kill_plan(rng: random.Random, num_kills: int) -> Plan:

@@ -1,6 +1,7 @@
 """Weights as numbers: what a bucket holds, and which policy a set of buckets makes.
 
-A policy has one frozen bucket, which is sent to newcomers only, and two that train.
+A policy has one frozen bucket, which is sent to newcomers only, and two that train. Where these are an adapter, another
+frozen bucket, with the adapter merged into it, can stand for all three.
 """
 
 from collections.abc import Mapping
@@ -8,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from common.types import ManifestParameter
+from common.types import Manifest, ManifestParameter
 from learner.weights.buckets import Buckets
-from learner.weights.snapshot import Snapshot
+from learner.weights.snapshot import AdapterFacts, Snapshot
 
 _FROZEN = 7
+_MERGED = 10_000_000_000
 _NUM_TRAINED = 2
 _PER_RUN = 100_000
 
@@ -26,24 +28,41 @@ class Policy:
 
     @staticmethod
     def parameter(bucket: int) -> dict[str, int]:
-        """What this bucket sets. A corrupt one sets nonsense."""
+        """What this bucket sets. A corrupt one sets nonsense; a merged one takes the adapter away."""
+        if bucket >= _MERGED:
+            return {"frozen": bucket, "trained0": 0, "trained1": 0}
         return {"frozen": bucket} if bucket <= _FROZEN + 1 else {f"trained{bucket % 10}": bucket}
 
     @classmethod
     def of(cls, live: Mapping[str, int]) -> "Policy | None":
-        """The policy that these parameters are, or None if they are none."""
-        trained = [live.get(f"trained{i}", -1) for i in range(_NUM_TRAINED)]
-        if live.get("frozen") != _FROZEN or trained[1] != trained[0] + 1:
+        """The policy that these parameters are, or None if they are none, as with an adapter on a merged one."""
+        frozen, trained = live.get("frozen", 0), [live.get(f"trained{i}", -1) for i in range(_NUM_TRAINED)]
+        if frozen >= _MERGED and trained == [0, 0]:
+            frozen, trained = _FROZEN, [frozen - _MERGED, frozen - _MERGED + 1]
+        if frozen != _FROZEN or trained[1] != trained[0] + 1:
             return None
         return cls(trained[0] // _PER_RUN, trained[0] % _PER_RUN // 10)
 
 
-def snapshot(run: int, version: int) -> Snapshot:
+class AdapterSnapshot(Snapshot):
+    """What trains is an adapter; merged it is one number as well."""
+
+    def update(
+        self, *, full: bool, merged: bool = False, keep: bool = False
+    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
+        if not merged:
+            return super().update(full=full, keep=keep)
+        whole = _buckets("frozen", [_MERGED + int(self.trained.buffers[0])])
+        return Snapshot(self.version, whole, whole, trains_vision=False).update(full=False)
+
+
+def snapshot(run: int, version: int, *, is_adapter: bool) -> Snapshot:
     """What the trainer hands over. Runs count from 1."""
     first = run * _PER_RUN + version * 10
-    return Snapshot(
-        version, _buckets("trained", [first, first + 1]), _buckets("frozen", [_FROZEN]), trains_vision=False
-    )
+    trained, frozen = _buckets("trained", [first, first + 1]), _buckets("frozen", [_FROZEN])
+    if is_adapter:
+        return AdapterSnapshot(version, trained, frozen, trains_vision=False, adapter=AdapterFacts(1, {}))
+    return Snapshot(version, trained, frozen, trains_vision=False)
 
 
 def _buckets(name: str, values: list[int]) -> Buckets:

@@ -61,7 +61,7 @@ def simulate(seed: int, plan: Callable[[random.Random], Plan] = make_plan) -> Re
     rng = random.Random(seed)
     loop = VirtualLoop(lambda: rng.random() * 0.01)
     world = World(rng, loop, plan(rng))
-    loop.run(world.main(), until=LIMIT_S + world.last_s)
+    loop.run(world.main(), until=LIMIT_S + world.last_s + world.plan.total_steps * world.plan.train_s)
     return world.check_end()
 
 

@@ -415,6 +415,23 @@ def test_a_function_may_return_a_data_set_that_stays_on_disk(module: types.Modul
     assert (sample.images, sample.ground_truth) == ((image(5, "JPEG"),), "dog")
 
 
+def test_what_is_no_list_of_rows_is_one_line(module: types.ModuleType) -> None:
+    """Usual mistakes: `load_dataset` without a split, and a table."""
+    import datasets
+    import pandas as pd  # type: ignore[import-untyped]
+
+    row = {"prompt": ["x"], "answer": [1]}
+    split = datasets.Dataset.from_dict(row)
+    for made, message in (
+        (datasets.DatasetDict(train=split, test=split), r"returned a mapping \(train, test\); return a list of rows"),
+        (row, r"returned a mapping \(prompt, answer\)"),
+        (pd.DataFrame(row), "rows_of_a_test:rows failed: "),
+    ):
+        module.rows = lambda made=made: made  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match=message):
+            load(f"{MODULE}:rows", image_column="")
+
+
 def test_rows_of_a_function_are_read_one_by_one(module: types.ModuleType) -> None:
     """A map-style data set of torch has a length and items, and is no Sequence."""
 
