@@ -157,8 +157,8 @@ def _python_rows(where: str) -> _Rows:
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             rows = list(rows)
         if not isinstance(rows, Mapping):
-            _ = rows[0] if rows else None  # a table of pandas has a length too, and fails here
-            return rows
+            _ = [rows[row] for row in range(min(1, len(rows)))]  # a table of pandas has a length too, and fails here
+            return cast("_Rows", rows)
     except Exception as error:
         raise mistake(f"data: {where} failed", error) from error
     parts = ", ".join(itertools.islice(map(str, rows), 5))

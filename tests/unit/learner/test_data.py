@@ -425,7 +425,7 @@ def test_what_is_no_list_of_rows_is_one_line(module: types.ModuleType) -> None:
     for made, message in (
         (datasets.DatasetDict(train=split, test=split), r"returned a mapping \(train, test\); return a list of rows"),
         (row, r"returned a mapping \(prompt, answer\)"),
-        (pd.DataFrame(row), "rows_of_a_test:rows failed: "),
+        (pd.DataFrame(row), "rows_of_a_test:rows failed: KeyError: 0"),
     ):
         module.rows = lambda made=made: made  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match=message):
