@@ -8,10 +8,10 @@ _BOXED = re.compile(r"\\boxed\{\W*(?:(?:text|textbf|textrm|mathbf|mathrm)\{\W*)?
 # "The answer is A dog" chooses nothing, and "the answer is A because" does.
 _STATED = re.compile(
     r"(?i:\b(?:answer|option|choice)\s*(?:\**\s*:|is\b)[\s:*]*(?:(?:option|choice)\s+)?)[(*]*"
-    r"([A-Z])(?![A-Za-z])(?!(?<=A)\s+(?!because|since|as\b|and\b|for\b|with\b)[a-z])"
+    r"([A-Z])(?![A-Za-z])(?!(?<=A)\s+(?!(?:because|since|as|and|for|with|in|from|according|due|which)\b)[a-z])"
     r"|(?i:\b(?:option|choice)\s+)[(*]*([A-Z])[)*]*(?=\s+is\s+(?:right|correct|true)\b)"
 )
-_LISTED = re.compile(r"^\W*([A-Za-z])[.):][^\n]*$")
+_LISTED = re.compile(r"^\W*([A-Za-z])[.):](?![A-Za-z])[^\n]*$")
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
 
 

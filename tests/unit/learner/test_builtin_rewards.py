@@ -70,6 +70,8 @@ def test_multiple_choice(completion: str, reward: float) -> None:
 def test_the_letter_a_may_be_an_article() -> None:
     assert multiple_choice(completion="The answer is A dog", ground_truth="A") == 0.0
     assert multiple_choice(completion="The answer is A because it barks", ground_truth="A") == 1.0
+    assert multiple_choice(completion="The answer is A in the picture", ground_truth="A") == 1.0
+    assert multiple_choice(completion="e.g. a cat", ground_truth="E") == 0.0
 
 
 def test_a_ground_truth_that_is_no_letter_is_an_error() -> None:
