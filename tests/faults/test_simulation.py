@@ -1,6 +1,7 @@
 """Simulated schedules on virtual time: a bounded number here, any number with `python -m tests.simulation`."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,6 +13,7 @@ from learner.rollouts.members import Member
 from learner.weights import epoch
 from learner.weights.adapter_forms import AdapterForms
 from learner.weights.publisher import Publisher
+from learner.weights.snapshot import Snapshot
 from tests.simulation.loop import Stuck, VirtualLoop
 from tests.simulation.plan import make_kill_plan, make_scale_plan
 from tests.simulation.world import Broken, simulate
@@ -51,12 +53,26 @@ def answer_the_old_run(patch: pytest.MonkeyPatch) -> None:
 
 
 def take_a_form_for_everybodys(patch: pytest.MonkeyPatch) -> None:
-    """An actor that was left out of an update, or current, was sent the adapter alone onto weights that had it."""
-    patch.setattr(
-        AdapterForms,
-        "changes",
-        lambda self, snapshot, _members, merged: snapshot.adapter is not None and merged not in self._merged.values(),
-    )
+    """What was sent last was taken for what all had: who was left out got the adapter onto weights with it."""
+    choose, bring_up_to_date = AdapterForms.choose, Publisher._bring_up_to_date
+
+    def choose_and_note(self: AdapterForms, snapshot: Snapshot, members: Sequence[Member]) -> bool:
+        vars(self)["chosen"] = merged = choose(self, snapshot, members)
+        return merged
+
+    def changes(self: AdapterForms, snapshot: Snapshot, _members: Sequence[Member], *, merged: bool) -> bool:
+        return snapshot.adapter is not None and vars(self).pop("last", None) is not merged
+
+    async def note_when_through(self: Publisher) -> None:
+        forms = vars(self._forms)
+        forms.pop("chosen", None)
+        await bring_up_to_date(self)
+        if "chosen" in forms:
+            forms["last"] = forms["chosen"]
+
+    patch.setattr(AdapterForms, "choose", choose_and_note)
+    patch.setattr(AdapterForms, "changes", changes)
+    patch.setattr(Publisher, "_bring_up_to_date", note_when_through)
 
 
 def give_up_on_account_of_one(patch: pytest.MonkeyPatch) -> None:
@@ -77,7 +93,7 @@ def give_up_on_account_of_one(patch: pytest.MonkeyPatch) -> None:
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
     36: give_up_on_account_of_one,
-    74: take_a_form_for_everybodys,
+    901: take_a_form_for_everybodys,
     935: update_whoever_answers,
     176: sample_again_under_the_old_name,
     10017048: finish_the_old_runs_commit,
