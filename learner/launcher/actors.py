@@ -108,9 +108,9 @@ class LocalActors:
                 actor.num_restarts = 0
             actor.num_failed_starts = 0 if self._was_ready(actor) else actor.num_failed_starts + 1
             is_hopeless = actor.num_failed_starts >= _MAX_FAILED_STARTS or actor.num_restarts >= _MAX_RESTARTS
-            if code == _USER_ERROR or is_hopeless:
-                raise ConfigError(f"actor {actor.address} does not start: {self._last_words(actor)}")
             words = self._last_words(actor)
+            if code == _USER_ERROR or is_hopeless:
+                raise ConfigError(f"actor {actor.address} does not start: {words}")
             why = "" if words == self._see(actor) else f" ({words})"
             print(f"actor {actor.address} ended with {code}, and is started again{why}; {self._see(actor)}", flush=True)
             actor.num_restarts += 1

@@ -88,6 +88,17 @@ def qwen2_vl(directory: Path) -> None:
     save(transformers.Qwen2VLForConditionalGeneration(config), processor, directory)
 
 
+def qwen3_processor(tokenizer: Any) -> Any:
+    """Of Qwen3-VL, with experts or without."""
+    pixels: dict[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 64 * 64, "longest_edge": 4 * 64 * 64}}
+    return transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**pixels),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(**pixels),
+        chat_template=template(QWEN_IMAGE, QWEN_VIDEO),
+    )
+
+
 def qwen3_vl(directory: Path) -> None:
     ids, tokenizer = tokenizer_with("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     config = transformers.Qwen3VLConfig(
@@ -95,14 +106,7 @@ def qwen3_vl(directory: Path) -> None:
         vision_config=QWEN3_VISION,
         **qwen_ids(ids),
     )
-    pixels: dict[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 64 * 64, "longest_edge": 4 * 64 * 64}}
-    processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**pixels),
-        tokenizer,
-        transformers.Qwen3VLVideoProcessor(**pixels),
-        chat_template=template(QWEN_IMAGE, QWEN_VIDEO),
-    )
-    save(transformers.Qwen3VLForConditionalGeneration(config), processor, directory)
+    save(transformers.Qwen3VLForConditionalGeneration(config), qwen3_processor(tokenizer), directory)
 
 
 def llava_onevision(directory: Path) -> None:

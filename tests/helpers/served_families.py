@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from tests.helpers import families
-from tests.helpers.families import CLIP, MROPE, QWEN_IMAGE, QWEN_VIDEO, TEXT, qwen_ids, save, template, tokenizer_with
+from tests.helpers.families import CLIP, MROPE, TEXT, qwen_ids, save, template, tokenizer_with
 
 
 def smolvlm(directory: Path) -> None:
@@ -45,14 +45,7 @@ def qwen3_vl_moe(directory: Path) -> None:
         vision_config=families.QWEN3_VISION,
         **qwen_ids(ids),
     )
-    pixels: dict[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 64 * 64, "longest_edge": 4 * 64 * 64}}
-    processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**pixels),
-        tokenizer,
-        transformers.Qwen3VLVideoProcessor(**pixels),
-        chat_template=template(QWEN_IMAGE, QWEN_VIDEO),
-    )
-    save(transformers.Qwen3VLMoeForConditionalGeneration(config), processor, directory)
+    save(transformers.Qwen3VLMoeForConditionalGeneration(config), families.qwen3_processor(tokenizer), directory)
     # As it is published, and as vLLM takes it; transformers loads both.
     families.rewrite(
         directory, lambda name, value: (name, value.transpose(1, 2).contiguous() if ".mlp.experts." in name else value)
