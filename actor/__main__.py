@@ -64,12 +64,15 @@ def _run(options: argparse.Namespace) -> NoReturn:
 
     from actor.process import ActorProcess
     from common.lifecycle import end_process
-    from common.rpc.server import reserve_port
+    from common.rpc.server import check_port, reserve_port
     from common.rpc.tls import read_certificates
 
     if config.tls is not None:
         read_certificates(config.tls)  # mistakes show before the model loads
     reserved = reserve_port(config.listen, insecure=config.insecure, tls=config.tls is not None)
+    for key, listen in (("metrics_listen", config.metrics_listen), ("health_listen", config.health_listen)):
+        if listen is not None:
+            check_port(key, listen)
     process = ActorProcess(config, reserved)
     end_process(process.run())
 

@@ -92,8 +92,6 @@ def _check_pace(item: MediaItem, field: str) -> None:
         return
     if not (math.isfinite(pace) and 0 < pace <= _MAX_FRAMES_PER_SECOND):
         raise InvalidRequest(field, f"is {pace}; must be more than 0 and at most {_MAX_FRAMES_PER_SECOND}")
-    if item.processed:
-        raise InvalidRequest(field, "has no effect on processed tensors")
 
 
 def _check_options(item: MediaItem, field: str, limits: ServerLimits) -> None:
@@ -102,8 +100,6 @@ def _check_options(item: MediaItem, field: str, limits: ServerLimits) -> None:
             raise InvalidRequest(f"{field}.{name}", f"is {value}; must be 1 to {limits.max_media_pixels}")
     if item.min_pixels is not None and item.max_pixels is not None and item.min_pixels > item.max_pixels:
         raise InvalidRequest(f"{field}.min_pixels", f"is {item.min_pixels}, more than max_pixels: {item.max_pixels}")
-    if item.processed and (item.min_pixels is not None or item.max_pixels is not None):
-        raise InvalidRequest(field, "has no effect on processed tensors")
 
 
 def _check_chat(prompt: ChatPrompt, num_media: int, limits: ServerLimits) -> None:

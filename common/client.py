@@ -158,8 +158,8 @@ class GrpcClient:
         except MediaMissing:
             # It evicted some, or is not whom it was. Its list may be cut short: send all. Uploads of a burst can push
             # one another out of its store, again and again; what comes with the request needs no store.
-            self._forget(request.media)
             inline_max_bytes = await self._room_in_message(request)
+            self._forget(request.media)  # now: another group may have sent them meanwhile
         try:
             return await self._try(request, timeout_s, on_progress, inline_max_bytes)
         except MediaMissing:
@@ -254,7 +254,8 @@ class GrpcClient:
     @contextlib.contextmanager
     def _sending(self, media: Sequence[MediaItem]) -> Iterator[None]:
         """Others wait for what of these the actor lacks, until it has come or this block ends."""
-        new = {item.sha256 for item in media} - self._known_media.keys() - self._being_sent.keys()
+        sha256s = {item.sha256 for item in media}
+        new = [sha256 for sha256 in sha256s if not (sha256 in self._known_media or sha256 in self._being_sent)]
         mine: dict[bytes, asyncio.Future[None]] = {sha256: asyncio.get_running_loop().create_future() for sha256 in new}
         self._being_sent |= mine
         try:

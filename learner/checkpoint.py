@@ -39,10 +39,12 @@ from common.config import ConfigError
 from common.log import get_logger
 from learner.distributed import TIMEOUT
 from learner.model.lora import merged_state, save_adapter
+from learner.model.saved import share_weights
 
 log = get_logger(__name__)
 
 _STATE = "state.json"
+_PREFIX = "step-"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is frozen is in `model.path`, as it was.
 _WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -257,6 +259,7 @@ def write_export(
     config = json.loads((partial / "config.json").read_text())
     (partial / "config.json").write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n")
     (partial / "generation_config.json").unlink(missing_ok=True)  # that of the source is copied, if there is one
+    share_weights(partial)
     _copy(source, partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
@@ -305,11 +308,15 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _directory(run_dir: Path, version: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{version:06}"
+    return run_dir / "checkpoints" / f"{_PREFIX}{version:06}"
 
 
 def _all(run_dir: Path) -> list[Path]:
-    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{_STATE}"))
+    """The whole ones, by version. What somebody has copied to a name of their own is not ours to load or to drop."""
+    found = {
+        path.parent.name.removeprefix(_PREFIX): path.parent for path in run_dir.glob(f"checkpoints/{_PREFIX}*/{_STATE}")
+    }
+    return [found[version] for version in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def _sync(directory: Path) -> None:

@@ -15,8 +15,10 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -33,6 +35,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data.dataset import PromptDataset
 from learner.evaluate import Evaluation, evaluate
+from learner.launcher.actors import logs as actor_logs
 from learner.ledger import Ledger
 from learner.reporting.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
@@ -40,6 +43,7 @@ from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import SKIPPED, Dispatcher, DispatchStats, describe_drop
 from learner.rollouts.fleet import Fleet
+from learner.rollouts.limits import check_actors_limits
 from learner.rollouts.members import FleetEvent, Member
 from learner.rollouts.sampler import Sampler
 from learner.types import Group
@@ -51,6 +55,8 @@ log = get_logger(__name__)
 # How long the loop may take to end, and how often a caller looks whether it still runs.
 _CLOSE_S = 10.0
 _LOOK_S = 0.5
+# How often it is said who is waited for at the start.
+_WAITING_S = 20.0
 
 T = TypeVar("T")
 
@@ -142,6 +148,13 @@ class Control:
             port, self._stop_metrics = serve_metrics(self._metrics.registry, self._config.metrics_listen)
             log.info("metrics", port=port)
         self._thread.start()
+        started = time.monotonic()
+        logs = actor_logs(self._config.run_dir) if self._config.run_dir is not None else {}
+        while not concurrent.futures.wait([self._ready], _WAITING_S).done:
+            members = self._fleet.members()
+            missing = {member.address: member.reason for member in members if not member.reachable}
+            if missing or not members:
+                self._notify(still_waiting(missing, time.monotonic() - started, logs))
         self._ready.result()
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -285,6 +298,7 @@ class Control:
             await self._fleet.start(
                 startup_timeout_s=self._config.rollout.startup_timeout_s, min_actors=self._config.rollout.min_actors
             )
+            await check_actors_limits(self._config, self._fleet.members())
             self._publisher = Publisher(
                 self._fleet,
                 run_id=self.run_id,
@@ -336,6 +350,16 @@ def describe(event: FleetEvent) -> str:
         return f"waiting for actor {event.address} ({event.reason}) ..."
     what = event.state.value if event.kind == "state" and event.state is not None else event.kind
     return f"actor {event.address} {what}" + (f": {event.reason}" if event.reason else "")
+
+
+def still_waiting(missing: Mapping[str, str], waited_s: float, logs: Mapping[str, Path]) -> str:
+    """One line about actors that do not answer, `missing`: address to reason. `logs`: of those that have one here."""
+    if not missing:
+        return f"waiting for actors, {waited_s:.0f} s: no address is known yet"
+    loading = [f"still loading ({logs[address]})" for address in missing if address in logs]
+    others = [f"{address} ({reason})" for address, reason in missing.items()]
+    actors = f"{len(missing)} actor{'s' if len(missing) > 1 else ''}"
+    return f"waiting for {actors}, {waited_s:.0f} s: {(loading or others)[0]}"
 
 
 def own_address(actors: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Held-out accuracy: one greedy completion for each row, scored by the run's own reward, on the run's own actors.
+"""Held-out rows: one greedy completion for each row, scored by the run's own reward, on the run's own actors.
 
 With sampled completions also pass@k, the chance that one of k samples passes.
 

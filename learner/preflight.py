@@ -1,7 +1,8 @@
 """Checks of a run's settings that need no model, so that a mistake of the user shows within seconds.
 
-`python -m learner.preflight FILE` tries rows and rewards, for the launcher: what the modules of the user leave behind,
-as the memory of a GPU, ends with the process. `--all-rows` reads them all, and not only the first.
+`python -m learner.preflight FILE` tries model.path, rows and rewards. `--all-rows` reads all rows, and not only the
+first. The launcher tries `--rows-only`: what the modules of the user leave behind, as the memory of a GPU, ends with
+the process.
 """
 
 import argparse
@@ -64,15 +65,26 @@ def main() -> int:
         prog="python -m learner.preflight", description="Try the rows and rewards of a run."
     )
     parser.add_argument("--all-rows", action="store_true", help="read every row, and print each that is broken")
+    parser.add_argument("--rows-only", action="store_true", help="not the model, and say nothing of what is well")
     parser.add_argument("config", type=Path, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
     options = parser.parse_intermixed_args()
     try:
-        parts = load_task(load_config(LearnerConfig, options.config, options.overrides))
+        config = load_config(LearnerConfig, options.config, options.overrides)
+        if not options.rows_only:
+            check_checkpoint(config.model.path)
+        train, held_out = load_task(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return _read_all([part for part in parts if part is not None]) if options.all_rows else 0
+    if options.all_rows:
+        return _read_all([part for part in (train, held_out) if part is not None])
+    if not options.rows_only:
+        print(
+            f"no mistake found: {len(train)} rows, {len(held_out or ())} held out (columns and the first row, or every "
+            f"row with --all-rows), rewards {', '.join(config.reward.functions)} (imported), the files of model.path"
+        )
+    return 0
 
 
 def _read_all(parts: "Sequence[PromptDataset]") -> int:

@@ -22,12 +22,13 @@ from learner.preflight import check_actors, check_checkpoint, load_task
 from learner.rank_watch import watching
 from learner.reporting.completions_log import CompletionsLog
 from learner.reporting.display import make_display
+from learner.reporting.held_out import held_out_of
 from learner.reporting.json_lines import JsonLines
 from learner.reporting.question import write_question
 from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import format_summary, write_summary
 from learner.reporting.trackers import Trackers, check_trackers
-from learner.stopping import StopRequest
+from learner.stopping import StopRequest, is_news
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
@@ -82,7 +83,12 @@ def _run_rank_zero(
         decode = functools.partial(processor.decode, keep_special=True)
         completions = CompletionsLog(run_dir / "completions.jsonl", config.trainer.log_completions, decode)
         stack.callback(completions.close)
-        display = make_display(name=config.name, total_steps=config.trainer.total_steps, run_dir=run_dir)
+        display = make_display(
+            name=config.name,
+            total_steps=config.trainer.total_steps,
+            run_dir=run_dir,
+            held_out=held_out_of(config.reward),
+        )
         control = Control(
             config,
             backend=config.weights.backend or (None if ranks.device.type == "cuda" else "gloo"),
@@ -91,7 +97,7 @@ def _run_rank_zero(
             processor=processor,
             ledger=ledger,
             version=policy.version,
-            notify=display.note,
+            notify=lambda line: display.note(line) if is_news(line, stop) else None,
         )
         stack.enter_context(display)
         trackers = Trackers(config, run_dir, policy.version, display.note)
@@ -110,7 +116,7 @@ def _run_rank_zero(
         summary = reporter.summary(config.name, config.seed, policy.version, export)
     question = write_question(run_dir, (held_out or train)[0], sampling_params(config))
     write_summary(run_dir, summary)
-    print(format_summary(summary, question), flush=True)
+    print(format_summary(summary, question, held_out_of(config.reward)), flush=True)
     return 0
 
 
@@ -124,7 +130,8 @@ def _resume_state(config: LearnerConfig, train: PromptDataset, state: dict[str, 
 
 def _describe(policy: Policy) -> str:
     report = policy.freeze_report
-    frozen = f", {report.num_frozen:,} frozen ({', '.join(report.frozen)})" if report.num_frozen else ""
+    parts = f" ({', '.join(report.frozen)})" if report.frozen else ""
+    frozen = f", {report.num_frozen:,} frozen{parts}" if report.num_frozen else ""
     adapted = f" (LoRA in {report.num_adapted} layers)" if report.num_adapted else ""
     return f"{type(policy.model).__name__}: {report.num_trainable:,} parameters train{adapted}{frozen}"
 

@@ -30,7 +30,15 @@ Role = Literal["launcher", "learner"]
 _GRACE_S = 300.0
 _LOOK_S = 0.5
 # What no other try will change.
-_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+_NO_PLACE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 @contextlib.contextmanager
@@ -52,8 +60,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         place = f"run_dir: {config.run_dir}" if config.run_dir else f"runs_dir: {config.runs_dir}"
-        kind = ConfigError if error.errno in _NO_PLACE else NotYet
-        raise kind(f"{place} cannot be written: {error.strerror}") from None
+        raise _not_written(place, error) from None
     _gets_free(run_dir, patience_s, role)
     with _lock(run_dir, role):
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.
@@ -70,7 +77,10 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(run_dir: Path, role: Role) -> Iterator[None]:
-    descriptor = os.open(run_dir / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        descriptor = os.open(run_dir / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _not_written(str(run_dir), error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,6 +96,16 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _not_written(place: str, error: OSError) -> ConfigError | NotYet:
+    kind = ConfigError if error.errno in _NO_PLACE else NotYet
+    return kind(f"{place} cannot be written: {error.strerror}")
+
+
+def _is_ours(run_dir: Path) -> bool:
+    """Whether this user may work in it."""
+    return all(os.access(path, os.R_OK | os.W_OK) for path in (run_dir, *run_dir.glob("*.lock")))
 
 
 def _is_free(run_dir: Path, *roles: Role) -> bool:
@@ -138,7 +158,7 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
     empty: Path | None = None
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
         begun = _read(run_dir / "config.yaml")
-        if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
+        if begun is None or begun.get("name") != config.name or _is_finished(run_dir) or not _is_ours(run_dir):
             continue
         then = identity(begun)
         odd = differences(then, wanted)

@@ -109,7 +109,7 @@ class Trainer:
             self._leave()
             raise
         except RuntimeError as error:
-            if not self._stop.is_made or self._ranks.num_ranks == 1 or isinstance(error, ParityError):
+            if not self._stop.is_made or self._ranks.num_ranks == 1 or isinstance(error, RunFailed):
                 raise
             # Another rank was not in the loop yet, or has failed: it has ended, and no collective can.
             log.warning("asked to stop, and the step could not end", error=str(error))

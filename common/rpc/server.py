@@ -68,7 +68,7 @@ class RpcServer:
         names = (*services, health_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
         self.set_health(liveness=True, readiness=False)
-        port = _open(self.grpc, listen, self._credentials)
+        port = _open("listen", self.grpc, listen, self._credentials)
         await self.grpc.start()
         return port
 
@@ -76,7 +76,7 @@ class RpcServer:
         """Serve health alone, in plaintext, for probes that have no certificate; the port. Raises ConfigError."""
         self._probes = grpc.aio.server(options=server_options(_MAX_PROBE_BYTES, _MAX_PROBE_STREAMS))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
-        port = _open(self._probes, listen, None)
+        port = _open("health_listen", self._probes, listen, None)
         await self._probes.start()
         return port
 
@@ -91,13 +91,13 @@ class RpcServer:
             await self._probes.stop(0.0)
 
 
-def _open(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> int:
+def _open(key: str, server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
         if credentials is None:
             return server.add_insecure_port(listen)
         return server.add_secure_port(listen, credentials)
     except RuntimeError:
-        raise ConfigError(_taken(listen)) from None
+        raise ConfigError(_taken(key, listen)) from None
 
 
 def reserve_port(listen: str, *, insecure: bool, tls: bool = False) -> socket.socket:
@@ -106,7 +106,7 @@ def reserve_port(listen: str, *, insecure: bool, tls: bool = False) -> socket.so
     The socket does not listen, so clients are refused meanwhile. Raises ConfigError for an address that is malformed,
     taken, or not loopback without `insecure` or `tls`.
     """
-    host, port = split_address(listen)
+    host, _ = split_address(listen)
     if not is_loopback(host) and not tls:
         if not insecure:
             raise ConfigError(
@@ -114,17 +114,29 @@ def reserve_port(listen: str, *, insecure: bool, tls: bool = False) -> socket.so
                 " listen on 127.0.0.1, give certificates with tls=DIR, or set insecure=true if the network is trusted"
             )
         log.warning("plaintext on a network address", listen=listen)
-    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    # As the server itself: connections of a server that has just stopped do not keep the port, one that listens does.
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return _bound("listen", listen)
+
+
+def check_port(key: str, listen: str) -> None:
+    """Raises ConfigError if `host:port` cannot be had now; it says which `key` of the configuration asks for it."""
+    _bound(key, listen).close()
+
+
+def _bound(key: str, listen: str) -> socket.socket:
+    host, port = split_address(listen)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        reserved.bind((host, port))
+        # Connections of a server that has just stopped do not keep the port. Once it is bound the option goes: two
+        # sockets that both have it may both be bound, as long as neither listens.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
-        reserved.close()
+        bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(_taken(listen)) from None
-        raise ConfigError(f"listen: {listen}: {error.strerror or error}") from None
-    return reserved
+            raise ConfigError(_taken(key, listen)) from None
+        raise ConfigError(f"{key}: {listen}: {error.strerror or error}") from None
+    return bound
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -151,5 +163,5 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _taken(listen: str) -> str:
-    return f"listen: {listen} is in use by another process; stop it or choose another port"
+def _taken(key: str, listen: str) -> str:
+    return f"{key}: {listen} is in use by another process; stop it or choose another port"

@@ -18,6 +18,7 @@ def prepare(out_dir: Path, seed: int, report: Callable[[str], object] = print) -
 
     from examples.digits.model import build_model
     from examples.digits.warm_start import warm_start
+    from learner.model.saved import share_weights
 
     logging.disable_progress_bar()  # one for each file that is read or written
     build_model(out_dir, seed)
@@ -28,6 +29,7 @@ def prepare(out_dir: Path, seed: int, report: Callable[[str], object] = print) -
         accuracy = warm_start(out_dir, seed, report=report)
     finally:
         torch.set_num_threads(num_threads)
+    share_weights(out_dir)
     report(f"{out_dir}: reads {accuracy:.0%} of its training scans, made in {time.monotonic() - started_at:.0f} s")
     return out_dir
 

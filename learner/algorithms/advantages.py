@@ -24,7 +24,7 @@ def advantages(
     """Advantages of every completion of a batch.
 
     Args:
-        rewards: of each group, `[n]`, n >= 2, finite.
+        rewards: of each group, float32 `[n]`, n >= 2, finite.
         lengths: tokens of each completion, int `[n]` for each group.
         estimator: a key of `ESTIMATORS`.
 
@@ -50,9 +50,9 @@ def advantages(
 
 
 def _checked(rewards: FloatArray) -> Rewards:
-    if rewards.ndim != 1 or len(rewards) < 2:
-        raise ValueError(f"a group needs at least two rewards to compare, got shape {rewards.shape}")
-    values = rewards.astype(np.float64)
+    if len(rewards) < 2:
+        raise ValueError(f"a group needs at least two rewards to compare, got {len(rewards)}")
+    values = rewards.astype(np.float64)  # so that the mean of equal float32 numbers is exactly that number
     if not np.isfinite(values).all():
         raise ValueError(f"rewards must be finite numbers, got {rewards.tolist()}")
     return values
@@ -60,16 +60,12 @@ def _checked(rewards: FloatArray) -> Rewards:
 
 def grpo(rewards: Rewards) -> Rewards:
     """(r - mean) / (std + 1e-6), std with n - 1. DeepSeekMath, arXiv 2402.03300, section 4.1.2."""
-    if rewards.min() == rewards.max():
-        return np.zeros_like(rewards)
     advantages: Rewards = (rewards - rewards.mean()) / (rewards.std(ddof=1) + _EPSILON)
     return advantages
 
 
 def dr_grpo(rewards: Rewards) -> Rewards:
     """r - mean: without the division, which favours prompts that are nearly solved or hopeless. arXiv 2503.20783."""
-    if rewards.min() == rewards.max():
-        return np.zeros_like(rewards)  # the mean of equal numbers may differ from them by rounding
     advantages: Rewards = rewards - rewards.mean()
     return advantages
 

@@ -85,7 +85,7 @@ def policy_loss(
         entropy: float32 `[N]`, with gradient.
         actor_logprobs: float32 `[N]`, of the distribution that was sampled.
         advantages: float32 `[S]`, one for each completion.
-        sequence_ids: int64 `[N]`, the completion of each token, 0 to S - 1.
+        sequence_ids: int64 `[N]`, the completion of each token, 0 to S - 1; each has a token.
         totals: denominators.
         config: coefficients.
         reference_logprobs: float32 `[N]`; needed if `config.kl_coef` is not 0.
@@ -96,7 +96,7 @@ def policy_loss(
     Raises:
         ValueError: something that the settings need is missing.
     """
-    weights = token_weights(sequence_ids, len(advantages), totals, config, truncated)
+    weights = token_weights(sequence_ids, totals, config, truncated)
     token_advantages = advantages[sequence_ids]
     old = actor_logprobs
     if config.old_policy == "learner":
@@ -153,7 +153,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor,
 
     The completion's ratio is the exponential of the mean of `logprobs - old_logprobs` over its tokens.
     """
-    lengths = torch.bincount(sequence_ids, minlength=num_sequences).clamp(min=1)
+    lengths = torch.bincount(sequence_ids)
     sums = torch.zeros(num_sequences, dtype=logprobs.dtype, device=logprobs.device)
     means = sums.index_add(0, sequence_ids, logprobs.detach() - old_logprobs) / lengths
     return _ratio(means[sequence_ids] + logprobs - logprobs.detach())
@@ -169,11 +169,7 @@ def suffix_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Ten
 
 
 def token_weights(
-    sequence_ids: Tensor,
-    num_sequences: int,
-    totals: BatchTotals,
-    config: AlgorithmConfig,
-    truncated: Tensor | None = None,
+    sequence_ids: Tensor, totals: BatchTotals, config: AlgorithmConfig, truncated: Tensor | None = None
 ) -> Tensor:
     """float32 `[N]`: what each token counts in the batch.
 
@@ -186,7 +182,7 @@ def token_weights(
     if config.aggregation == "token-mean":
         weights = torch.full(sequence_ids.shape, 1 / totals.num_tokens, device=sequence_ids.device)
     elif config.aggregation == "seq-mean-token-mean":
-        lengths = torch.bincount(sequence_ids, minlength=num_sequences)
+        lengths = torch.bincount(sequence_ids)
         weights = 1 / (totals.num_sequences * lengths[sequence_ids].float())
     else:
         assert config.max_completion_tokens is not None  # AlgorithmConfig has checked it

@@ -24,7 +24,8 @@ def balance(num_tokens: Sequence[int], costs: Sequence[float], num_ranks: int, m
         `bins[rank][micro_batch]` = ascending row numbers; bins may be empty when there are fewer rows than bins.
     """
     order = sorted(range(len(num_tokens)), key=lambda row: (-costs[row], row))
-    num_micro_batches = max(1, -(-sum(num_tokens) // (num_ranks * max_tokens)))
+    # With fewer no distribution has room for all; a row over the budget has no more than a bin.
+    num_micro_batches = -(-sum(min(tokens, max_tokens) for tokens in num_tokens) // (num_ranks * max_tokens))
     while True:
         bins = _fill(order, num_tokens, costs, num_ranks * num_micro_batches, max_tokens)
         if bins is not None:
@@ -76,6 +77,4 @@ def _fill(
 def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> Bins:
     """Bins to ranks so that the i-th micro-batches of all ranks are alike: ranks wait for each other at each one."""
     ordered = sorted(bins, key=lambda bin_: -sum(costs[row] for row in bin_))
-    needed = -(-sum(map(bool, bins)) // num_ranks) * num_ranks  # a long row leaves bins that nobody needs
-    ordered = ordered[:needed]
     return [ordered[rank::num_ranks] for rank in range(num_ranks)]

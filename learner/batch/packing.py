@@ -133,7 +133,7 @@ def pack_batch(
 
 
 def pack(rows: Sequence[Row]) -> PackedBatch:
-    """Lay rows end to end. Raises ValueError for a completion without tokens."""
+    """Lay rows end to end. Raises ValueError for version spans that do not cover their completion."""
     input_ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     branches: list[np.ndarray] = []

@@ -29,6 +29,8 @@ from learner.types import PixelBounds, ProcessedPrompt, PromptSample
 _TOO_LARGE = "; make it smaller, or raise data.max_media_pixels and the actors' limits.max_media_pixels"
 # Outputs of a processor that are not inputs of the media.
 _TEXT_OUTPUTS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
+# Where a processor finds its chat template, in its order.
+_TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")
 # Samples whose decoded images are held at once.
 _MAX_DECODED = 4
 
@@ -56,6 +58,7 @@ class PromptProcessor:
         from transformers import AutoConfig, AutoProcessor
 
         self._processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        self._model_dir = Path(model_dir)
         self._has_images = getattr(self._processor, "image_processor", None) is not None
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         self._positions = PositionIndexer(config)
@@ -90,7 +93,7 @@ class PromptProcessor:
                 with self._lock:
                     if known := self._known(key):  # another thread was quicker
                         return known
-                    processed = self._run(render_chat(self._processor, sample.chat), images, sha256, bounds)
+                    processed = self._run(self._rendered(sample), images, sha256, bounds)
                     self._remember(key, processed)
                     return processed
         except (ValueError, InvalidRequest, TooLarge, Unimplemented) as error:
@@ -102,6 +105,17 @@ class PromptProcessor:
         """Ids to text, special tokens left out or kept."""
         with self._tokenizer_lock:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special)
+        return text
+
+    def _rendered(self, sample: PromptSample) -> str:
+        text = render_chat(self._processor, sample.chat)
+        if sample.images and self._has_images and self._processor.image_token not in text:
+            paths = [path for name in _TEMPLATE_FILES if (path := self._model_dir / name).is_file()]
+            where = paths[0] if paths else self._model_dir
+            raise ValueError(
+                f"the chat template ({where}) writes no {self._processor.image_token}, which stands for an image; put "
+                "the one of the vision model there that the checkpoint was made from"
+            )
         return text
 
     def _decoded(self, sample: PromptSample) -> list[Image.Image]:

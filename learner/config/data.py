@@ -14,7 +14,7 @@ Format = Literal["auto", "parquet", "jsonl", "imagefolder", "arrow", "python"]
 class DataConfig(Config):
     """Where the prompts come from."""
 
-    train: str
+    train: str = Field(min_length=1)
     """A file, a glob, a folder, or "package.module:function"."""
     held_out: str = ""
     """As `train`, for the rows that are evaluated; or leave it empty and set `held_out_fraction`."""
@@ -27,7 +27,8 @@ class DataConfig(Config):
     format: Format = "auto"
     """Of `train` and `held_out`. "auto": by the names of their files."""
     prompt_column: str = "prompt"
-    """Holds the question, or messages."""
+    """Holds the question, or messages. `<image>` in them is where an image goes; those of a text without go in front
+    of it, unless the first row has markers: then all rows need them."""
     image_column: str = "images"
     """Holds the images of a row; "" for text only."""
     answer_column: str = ""

@@ -19,8 +19,8 @@ class EvaluationConfig(Config):
     pass_reward: float = 1.0
     """The reward at which a completion passes."""
     max_failed_share: float = Field(0.01, ge=0, lt=1)
-    """Share of the held-out rows that may go without a score because their reward or group fails. Accuracy is then the
-    mean of the others, and the run says of how many; with more the run ends."""
+    """Share of the held-out rows that may go without a score because their reward or group fails. The mean is then
+    that of the others, and the run says of how many; with more the run ends."""
 
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from common.config import ConfigError
 from learner.config.data import DataConfig, Format
-from learner.data.rows import RowReader
+from learner.data.rows import MARKER, RowReader
 from learner.rewards.load import load_object, mistake
 from learner.types import PromptSample
 
@@ -91,7 +91,9 @@ def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
         raise ConfigError(f"data: {where} has no rows")
     image_column = config.image_column
     first = rows[0]
+    needs_markers = False
     if not isinstance(first, PromptSample):
+        needs_markers = MARKER in str(first.get(config.prompt_column))
         if kind == "imagefolder" and image_column == "images":
             image_column = "image"
         _check_columns(config, where, image_column, list(first))
@@ -106,6 +108,7 @@ def _load(config: DataConfig, where: str, base_dir: Path) -> PromptDataset:
         base_dir=folder,
         bounds=config.bounds,
         template_arguments=config.chat_template_arguments,
+        needs_markers=needs_markers,
     )
     dataset = PromptDataset(rows, reader)
     for row in range(min(_NUM_CHECKED_ROWS, len(dataset))):

@@ -2,7 +2,7 @@
 
 Two shapes of prompt are read: verl's, a list of `{"role", "content"}` with an `<image>` marker in the content for each
 image, and Hugging Face's, with a list of `{"type": "text" | "image", ...}` as the content. A plain string is a user's
-message.
+message; one that has no marker gets its images in front, as in TRL.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class RowReader:
         base_dir: image paths in rows are relative to it.
         bounds: of images that have none of their own.
         template_arguments: of the chat template.
+        needs_markers: a text without a marker is a mistake, and its images do not go in front.
     """
 
     source: str
@@ -50,6 +51,7 @@ class RowReader:
     base_dir: Path = Path()
     bounds: PixelBounds = field(default_factory=PixelBounds)
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    needs_markers: bool = False
 
     def read(self, number: int, row: Mapping[str, Any] | PromptSample) -> PromptSample:
         """The sample of row `number`. Raises `ConfigError`, a line that names the row; `NotYet` if the disk fails."""
@@ -96,18 +98,19 @@ class RowReader:
     # ----------------------------------------------------------------------------------------------------- prompt
 
     def _messages(self, number: int, row: Mapping[str, Any], num_images: int) -> tuple[ChatMessage, ...]:
-        prompt = row.get(self.prompt_column)
+        prompt, needs_markers = row.get(self.prompt_column), self.needs_markers
         if prompt is None:
             if not self.question:
                 raise self._error(number, f"has no {self.prompt_column!r}; name the column, or give a question")
-            markers = "" if MARKER in self.question else MARKER * num_images
-            prompt = markers + self.question
+            prompt, needs_markers = self.question, False
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or not prompt or not all(_is_message(message) for message in prompt):
             raise self._error(
                 number, f"has a {self.prompt_column!r} that is neither text nor a list of role and content"
             )
+        if not needs_markers and _is_one_text(prompt) and MARKER not in prompt[0]["content"]:
+            prompt = [{"role": "user", "content": MARKER * num_images + prompt[0]["content"]}]
         next_image = 0
         messages = []
         for message in prompt:
@@ -165,7 +168,7 @@ class RowReader:
             raise self._error(
                 number,
                 f"has {len(indices)} {MARKER} markers for {num_images} images; "
-                "write one marker into the prompt for each image, in order",
+                "write one marker, or part of type image, into the prompt for each image, in order",
             )
 
     def _answer(self, number: int, row: Mapping[str, Any]) -> Any:
@@ -176,7 +179,7 @@ class RowReader:
             if value is not None:
                 return value
         wanted = self.answer_column or " or ".join(_DEFAULT_ANSWERS)
-        raise self._error(number, f"has no ground truth ({wanted}); set answer_column")
+        raise self._error(number, f"has no ground truth ({wanted}; it has {', '.join(row)}); set data.answer_column")
 
     # ----------------------------------------------------------------------------------------------------- images
 
@@ -217,3 +220,8 @@ class RowReader:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str | list | tuple)
+
+
+def _is_one_text(prompt: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all of it is one text of the user."""
+    return len(prompt) == 1 and prompt[0]["role"] == "user" and isinstance(prompt[0]["content"], str)

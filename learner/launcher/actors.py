@@ -55,6 +55,11 @@ def addresses(config: LocalConfig) -> tuple[str, ...]:
     return tuple(f"{_HOST}:{config.base_port + i}" for i in range(config.num_actors))
 
 
+def logs(run_dir: Path) -> dict[str, Path]:
+    """The log of each actor that a launcher has started for this run, by its address."""
+    return {address: _log_path(run_dir, index) for index, address in enumerate(_read_known(run_dir))}
+
+
 class LocalActors:
     """`config.num_actors` actors on ascending ports of the loopback interface."""
 
@@ -80,10 +85,11 @@ class LocalActors:
 
         Of those, the ones that are too many, or were started with other settings, are ended.
         """
-        left = {address: pid for address, pid in self._read_known().items() if _is_actor(pid, address)}
+        left = {address: pid for address, pid in _read_known(self._run_dir).items() if _is_actor(pid, address)}
         for actor in self._actors:
             if actor.address in left and self._is_as_wanted(actor):
                 actor.pid = left.pop(actor.address)
+                actor.log_offset = self._log_path(actor).stat().st_size  # what others before it said is over
                 print(f"actor {actor.address} is still running (pid {actor.pid}) and is used again", flush=True)
         for address, pid in left.items():
             print(f"actor {address} is of an earlier command (pid {pid}) and is ended", flush=True)
@@ -111,7 +117,8 @@ class LocalActors:
             words = self._last_words(actor)
             if code == _USER_ERROR or is_hopeless:
                 raise ConfigError(f"actor {actor.address} does not start: {words}")
-            why = "" if words == self._see(actor) else f" ({words})"
+            # By a signal it ends without words: the last ones would be of something else.
+            why = f" ({words})" if code > 0 and words != self._see(actor) else ""
             print(f"actor {actor.address} ended with {code}, and is started again{why}; {self._see(actor)}", flush=True)
             actor.num_restarts += 1
             self._spawn(actor)
@@ -135,7 +142,7 @@ class LocalActors:
                 _kill_group(actor.pid)
             if actor.process is not None:
                 actor.process.wait()
-        self._known_path.unlink(missing_ok=True)
+        _known_path(self._run_dir).unlink(missing_ok=True)
 
     def __str__(self) -> str:
         return ", ".join(f"{actor.address} (pid {actor.pid})" for actor in self._actors)
@@ -187,7 +194,7 @@ class LocalActors:
         return None if _is_actor(actor.pid, actor.address) else -1
 
     def _was_ready(self, actor: _Actor) -> bool:
-        return f" ready on {actor.address}" in self._said(actor)
+        return actor.process is None or f" ready on {actor.address}" in self._said(actor)
 
     def _last_words(self, actor: _Actor) -> str:
         """Its own line, or else the end of a traceback, if there is one."""
@@ -208,21 +215,27 @@ class LocalActors:
         return self._run_dir / f"actor-{actor.index}.yaml"
 
     def _log_path(self, actor: _Actor) -> Path:
-        return self._run_dir / "logs" / f"actor-{actor.index}.log"
-
-    @property
-    def _known_path(self) -> Path:
-        return self._run_dir / "actors.json"
-
-    def _read_known(self) -> dict[str, int]:
-        try:
-            known: dict[str, int] = json.loads(self._known_path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return known
+        return _log_path(self._run_dir, actor.index)
 
     def _write_known(self) -> None:
-        self._known_path.write_text(json.dumps({actor.address: actor.pid for actor in self._actors}))
+        _known_path(self._run_dir).write_text(json.dumps({actor.address: actor.pid for actor in self._actors}))
+
+
+def _log_path(run_dir: Path, index: int) -> Path:
+    return run_dir / "logs" / f"actor-{index}.log"
+
+
+def _known_path(run_dir: Path) -> Path:
+    return run_dir / "actors.json"
+
+
+def _read_known(run_dir: Path) -> dict[str, int]:
+    """Address to process id, in the order of the actors."""
+    try:
+        known: dict[str, int] = json.loads(_known_path(run_dir).read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
 
 
 def _is_actor(pid: int, address: str) -> bool:

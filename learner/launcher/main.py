@@ -78,6 +78,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     from learner.launcher.gpus import share_gpus
     from learner.preflight import check_actors, check_checkpoint
     from learner.reporting.trackers import check_trackers
+    from learner.rollouts.limits import check_local_limits
 
     signal.signal(signal.SIGTERM, _interrupt)
     actors = addresses(config.local) or config.rollout.actors
@@ -85,7 +86,8 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     # A mistake leaves neither a run folder nor an actor behind.
     if (words := _try_actor(listed)) is not None:
         return _say(*words)
-    gpus = share_gpus(listed)  # reads local.actor
+    check_local_limits(listed)  # reads local.actor, as the next
+    gpus = share_gpus(listed)
     if prepare is None:
         check_checkpoint(listed.model.path)
     check_actors(listed.rollout)
@@ -107,11 +109,17 @@ def _try_actor(config: "LearnerConfig") -> tuple[int, str] | None:
 def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
     """Load rows and rewards as the learner will; its last words if that fails."""
     return _try(
-        "rows and rewards", "learner.preflight", config.model_dump(mode="json"), learner_environment(config, gpus)
+        "rows and rewards",
+        "learner.preflight",
+        config.model_dump(mode="json"),
+        learner_environment(config, gpus),
+        "--rows-only",
     )
 
 
-def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str, str]) -> tuple[int, str] | None:
+def _try(
+    what: str, module: str, settings: dict[str, Any], environment: dict[str, str], *options: str
+) -> tuple[int, str] | None:
     """`python -m MODULE FILE` with a file of these settings, in a process that ends with what it loads.
 
     Its last words if it fails, with `what` in the place of the file's name.
@@ -122,7 +130,7 @@ def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str
         yaml.safe_dump(settings, file)
         file.flush()
         tried = subprocess.run(
-            [sys.executable, "-m", module, file.name],
+            [sys.executable, "-m", module, *options, file.name],
             env=environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -133,7 +141,8 @@ def _try(what: str, module: str, settings: dict[str, Any], environment: dict[str
     if tried.returncode == 0:
         return None
     lines = tried.stderr.splitlines() or [f"{what}: the process ended with {tried.returncode}"]
-    return abs(tried.returncode), lines[-1].replace(f"{file.name}: ", f"{what}: ", 1)
+    own = [line for line in lines if line.startswith(f"{file.name}: ")] or lines[-1:]  # one for each unknown key
+    return abs(tried.returncode), "\n".join(line.replace(f"{file.name}: ", f"{what}: ", 1) for line in own)
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.types import ActorState
+from learner.reporting.held_out import ACCURACY, HeldOut
 from learner.reporting.summary import format_duration
 
 # A smaller share of dropped groups is not shown.
@@ -73,11 +74,21 @@ class Display:
     Use it as a context manager. `watch_actors` gives it something to ask for the actors' states.
     """
 
-    def __init__(self, *, name: str, total_steps: int, run_dir: Path, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        total_steps: int,
+        run_dir: Path,
+        stream: TextIO | None = None,
+        held_out: HeldOut = ACCURACY,
+    ) -> None:
         self._name = name
         self._total_steps = total_steps
         self._run_dir = run_dir
         self._stream = stream or sys.stdout
+        self.held_out = held_out
+        """How `accuracy` is told."""
         self._lock = threading.RLock()
         self._started = time.monotonic()
         self._report: StepReport | None = None
@@ -118,10 +129,10 @@ class Display:
             self._print(text)
 
     def accuracy(self, step: int, value: float) -> None:
-        """Held-out accuracy (0 to 1) after `step` steps."""
+        """Mean reward of the held-out rows after `step` steps."""
         with self._lock:
             self._accuracies.append((step, value))
-            self._print(f"step {step:>4}/{self._total_steps}  held-out accuracy {value:.1%}")
+            self._print(f"step {step:>4}/{self._total_steps}  {self.held_out.name} {self.held_out.show(value)}")
 
     def step(self, report: StepReport) -> None:
         """A step is done."""
@@ -151,8 +162,16 @@ class Display:
 class LiveDisplay(Display):
     """A panel that is redrawn in place; notes scroll above it."""
 
-    def __init__(self, *, name: str, total_steps: int, run_dir: Path, stream: TextIO | None = None) -> None:
-        super().__init__(name=name, total_steps=total_steps, run_dir=run_dir, stream=stream)
+    def __init__(
+        self,
+        *,
+        name: str,
+        total_steps: int,
+        run_dir: Path,
+        stream: TextIO | None = None,
+        held_out: HeldOut = ACCURACY,
+    ) -> None:
+        super().__init__(name=name, total_steps=total_steps, run_dir=run_dir, stream=stream, held_out=held_out)
         self._console = Console(file=self._stream)
         self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._render)
 
@@ -196,7 +215,8 @@ class LiveDisplay(Display):
         table = Table.grid(padding=(0, 2))
         history = [value for _, value in self._accuracies]
         table.add_row("reward", f"{report.reward:.3f}" if report else "-", sparkline(self._rewards, 40))
-        table.add_row("held-out accuracy", f"{history[-1]:.1%}" if history else "-", sparkline(history, 40))
+        latest = self.held_out.show(history[-1]) if history else "-"
+        table.add_row(self.held_out.name, latest, sparkline(history, 40))
         table.add_row("completions/s", f"{report.completions_per_s:,.0f}" if report else "-")
         table.add_row("staleness", f"{report.staleness:.2f}" if report else "-", "versions, mean of the last step")
         parity = _scientific(report.parity) if report else "-"
@@ -223,13 +243,19 @@ class LiveDisplay(Display):
 
 
 def make_display(
-    *, name: str, total_steps: int, run_dir: Path, plain: bool | None = None, stream: TextIO | None = None
+    *,
+    name: str,
+    total_steps: int,
+    run_dir: Path,
+    plain: bool | None = None,
+    stream: TextIO | None = None,
+    held_out: HeldOut = ACCURACY,
 ) -> Display:
     """The live panel on a terminal, plain lines elsewhere; `plain` decides it."""
     if plain is None:
         plain = not (stream or sys.stdout).isatty()
     kind = Display if plain else LiveDisplay
-    return kind(name=name, total_steps=total_steps, run_dir=run_dir, stream=stream)
+    return kind(name=name, total_steps=total_steps, run_dir=run_dir, stream=stream, held_out=held_out)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

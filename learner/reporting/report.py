@@ -148,7 +148,7 @@ class Reporter:
             reasons = ", ".join(f"{reason} {count}" for reason, count in result.failed.items())
             num_asked = result.num_rows + sum(result.failed.values())
             self._display.note(
-                f"held-out accuracy is of {result.num_rows} of {num_asked} rows; without a score: {reasons}"
+                f"{self._display.held_out.name} is of {result.num_rows} of {num_asked} rows; without a score: {reasons}"
             )
         if rates:
             self._display.note("  ".join(f"pass@{k} {rate:.1%}" for k, rate in rates.items()))

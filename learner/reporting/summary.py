@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from learner.reporting.held_out import ACCURACY, HeldOut
 from learner.reporting.json_lines import plain
 from learner.run_folder import write_whole
 
@@ -15,7 +18,7 @@ SERVE_ADDRESS = "127.0.0.1:50051"
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The result of a run. Accuracies are shares (0 to 1) of the held-out rows; None where there are none."""
+    """The result of a run. Accuracies are mean rewards of the held-out rows; None where there are none."""
 
     name: str
     steps: int
@@ -43,12 +46,16 @@ def write_summary(run_dir: Path, summary: Summary) -> Path:
     return path
 
 
-def format_summary(summary: Summary, question: Path | None = None) -> str:
+def format_summary(summary: Summary, question: Path | None = None, held_out: HeldOut = ACCURACY) -> str:
     """The end of a run in words, with the commands that serve its checkpoint and ask it about an image."""
+    before, after = (
+        "not measured" if value is None else held_out.show(value)
+        for value in (summary.accuracy_before, summary.accuracy_after)
+    )
     lines = [
         "",
-        f"{summary.name}: {summary.steps} steps in {format_duration(summary.wall_s)}",
-        f"  held-out accuracy  {_percent(summary.accuracy_before)} before, {_percent(summary.accuracy_after)} after",
+        f"{summary.name}: {summary.steps} steps in {format_duration(summary.wall_s)}, without the wait for actors",
+        f"  {held_out.name:<17}  {before} before, {after} after",
         f"  throughput         {summary.completions_per_s:,.0f} completions/s",
         f"  logprob parity     {_number(summary.parity_max_abs_diff)} (largest difference between actor and learner)",
         f"  checkpoint         {summary.checkpoint}",
@@ -62,9 +69,18 @@ def format_summary(summary: Summary, question: Path | None = None) -> str:
         lines += [
             "and ask it about the image beside question.json:",
             f"  grpcurl -plaintext -d @ {SERVE_ADDRESS} {method} < {file}",
-            f"  buf curl --protocol grpc --http2-prior-knowledge -d @{file} http://{SERVE_ADDRESS}/{method}",
         ]
+        if (buf := _buf()) is not None:
+            curl = f"{shlex.quote(buf)} curl --protocol grpc --http2-prior-knowledge"
+            lines.append(f"  {curl} -d @{file} http://{SERVE_ADDRESS}/{method}")
     return "\n".join(lines)
+
+
+def _buf() -> str | None:
+    """How to call it: `make setup` puts it beside the interpreter, where there is npm. None: it is not installed."""
+    if shutil.which("buf") is not None:
+        return "buf"
+    return shutil.which("buf", path=Path(sys.executable).parent)
 
 
 def format_duration(seconds: float) -> str:
@@ -72,10 +88,6 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{share:.1%}"
 
 
 def _number(value: float | None) -> str:

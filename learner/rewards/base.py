@@ -19,11 +19,14 @@ class RewardError(Exception):
     """A group has no rewards.
 
     `reason` says why: REWARD_RAISED, REWARD_TIMEOUT, REWARD_CRASHED, REWARD_NOT_A_NUMBER or REWARD_NOT_FINITE.
+    `trace` is the traceback of what a function raised at `place`; empty for other reasons.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, trace: str = "", place: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.trace = trace
+        self.place = place
 
 
 class Rewards(Protocol):
@@ -82,6 +85,10 @@ def as_number(value: Any, returned: object, where: str) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real):
         raise RewardError("REWARD_NOT_A_NUMBER", f"{where}: the reward returned {returned!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int, as long as what the model wrote
+        number = math.inf
+    if not math.isfinite(number):
         raise RewardError("REWARD_NOT_FINITE", f"{where}: the reward returned {returned!r}")
-    return float(value)
+    return number

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.types import ChatMessage, TextPart
 from learner.rewards.base import Judgement, RewardError, ScoringTask, as_number
+from learner.rewards.raised import raised
 from learner.types import PromptSample
 
 ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
@@ -36,8 +37,7 @@ def score_group(call: Callable[..., Any], name: str, task: ScoringTask) -> list[
             **{column: [value] * num for column, value in _columns(task.sample).items()},
         )
     except Exception as error:  # a user's code: whatever it raises costs this group
-        message = f"{where}: {type(error).__name__}: {error} ({name})"
-        raise RewardError("REWARD_RAISED", message) from error
+        raise raised(error, where, name) from error
     values = list(returned) if isinstance(returned, Iterable) else None
     if values is None or len(values) != num:
         got = f"{returned!r}" if values is None else f"{len(values)} rewards"

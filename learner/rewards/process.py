@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from learner.rewards import worker
 from learner.rewards.base import RewardError
@@ -17,6 +17,8 @@ from learner.types import Scores
 
 # A new process imports the user's modules before it takes up a group.
 _START_S = 120.0
+# Reward processes take no notice of SIGTERM: pebble's SIGKILL comes at once.
+CONSTS.term_timeout = 0
 
 
 class RewardProcess:
@@ -64,7 +66,7 @@ class RewardProcess:
             if not has_answered:
                 await asyncio.to_thread(self._end)
         if isinstance(answer, worker.Failure):
-            raise RewardError(answer.reason, answer.message)
+            raise RewardError(answer.reason, answer.message, trace=answer.trace, place=answer.place)
         return answer
 
     def stop(self) -> None:
@@ -89,7 +91,7 @@ class RewardProcess:
             self._join()
             if self._is_closed:
                 raise RuntimeError("the rewards are closed")
-            with _sigint_blocked():
+            with _signals_blocked():
                 self._pool = ProcessPool(
                     1, initializer=worker.start, initargs=(os.getpid(),), context=multiprocessing.get_context("spawn")
                 )
@@ -108,10 +110,13 @@ class RewardProcess:
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Threads and processes that are started here never see Ctrl-C: they inherit the mask of this thread."""
-    resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    """Threads and processes that are started here never see Ctrl-C: they inherit the mask of this thread.
+
+    Nor SIGTERM, which a process unblocks once it has its own handler.
+    """
+    resource_tracker.ensure_running()  # when it starts, it unblocks both
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

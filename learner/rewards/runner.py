@@ -4,12 +4,18 @@ import asyncio
 import pickle
 from collections.abc import Callable, Sequence
 
+from common import log as logging
 from common.config import ConfigError
 from common.types import Completion
 from learner.rewards.base import RewardError, ScoringTask
 from learner.rewards.load import load_rewards
 from learner.rewards.process import RewardProcess
 from learner.types import PromptSample, Scores
+
+log = logging.get_logger(__name__)
+
+# A function whose code is made at run time has a place of its own each time.
+_MAX_TRACES = 20
 
 
 class RewardRunner:
@@ -46,6 +52,7 @@ class RewardRunner:
             RewardProcess(tuple(names), tuple(weights or [1.0] * len(names)), timeout_s=timeout_s)
             for _ in range(num_processes)
         ]
+        self._logged: set[str] = set()
         self._idle: asyncio.Queue[RewardProcess] = asyncio.Queue()
         for process in self._processes:
             self._idle.put_nowait(process)
@@ -56,6 +63,9 @@ class RewardRunner:
         process = await self._idle.get()
         try:
             return await process.score(pickled, f"row {sample.row}")
+        except RewardError as error:
+            self._log(error)
+            raise
         finally:
             self._idle.put_nowait(process)
 
@@ -65,6 +75,12 @@ class RewardRunner:
             process.stop()
         for process in self._processes:
             process.close()
+
+    def _log(self, error: RewardError) -> None:
+        """The traceback, once for each place that it comes from."""
+        if error.trace and error.place not in self._logged and len(self._logged) < _MAX_TRACES:
+            self._logged.add(error.place)
+            log.warning("reward raised", place=error.place, exception=error.trace)
 
     def _pickle(self, sample: PromptSample, completions: Sequence[Completion]) -> bytes:
         task = ScoringTask.of(sample, completions, self._decode)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from learner.rewards.base import SCORE, Judgement, RewardError, ScoringTask, as_number
+from learner.rewards.raised import raised
 
 KEYWORDS = (
     "completion",
@@ -45,8 +46,7 @@ def _score_one(call: Callable[..., Any], name: str, task: ScoringTask, index: in
             finish_reason=task.finish_reasons[index],
         )
     except Exception as error:  # a user's code: whatever it raises costs this group
-        message = f"{task.where(index)}: {type(error).__name__}: {error} ({name})"
-        raise RewardError("REWARD_RAISED", message) from error
+        raise raised(error, task.where(index), name) from error
     where = f"{task.where(index)} ({name})"
     if not (is_verl and isinstance(returned, Mapping)):
         return as_number(returned, returned, where)

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from dataclasses import dataclass
+from types import FrameType
 
 from common.lifecycle import end_with_parent
 from learner.rewards.base import GroupReward, RewardError, ScoringTask
@@ -22,14 +23,25 @@ class Failure:
 
     reason: str
     message: str
+    trace: str = ""
+    place: str = ""
 
 
 def start(learner: int) -> None:
     """Call it first in the process. `learner` is the process id of the parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python would wait for a call in C to return
+    # The learner, whose group this is, ends its step when it hears it, and needs the rewards for that. A handler, since
+    # programs that a reward starts would inherit that it is ignored.
+    signal.signal(signal.SIGTERM, _go_on)
+    signal.siginterrupt(signal.SIGTERM, False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked until here, see `RewardProcess`
+    os.register_at_fork(after_in_child=functools.partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
     end_with_parent(signal.SIGKILL)
     if os.getppid() != learner:  # it died before the kernel knew
         os._exit(1)
+
+
+def _go_on(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 @functools.cache
@@ -55,6 +67,6 @@ def run(names: tuple[str, ...], weights: tuple[float, ...], pickled: bytes, wher
         task: ScoringTask = pickle.loads(pickled)  # noqa: S301 - from the parent process
         return score(task, names, rewards, weights)
     except RewardError as error:
-        return Failure(error.reason, str(error))
+        return Failure(error.reason, str(error), error.trace, error.place)
     except BaseException as error:  # noqa: BLE001 - sys.exit() too would otherwise be raised in the learner
         return Failure("REWARD_RAISED", f"{where}: {type(error).__name__}: {error}")

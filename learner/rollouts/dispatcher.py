@@ -76,9 +76,6 @@ class DispatchStats:
     """Counts since the start of this process."""
 
     running: int
-    num_groups: int
-    num_completions: int
-    num_tokens: int
     dropped: dict[str, int]
     """Reason -> groups."""
     retries: dict[str, int]
@@ -141,7 +138,6 @@ class Dispatcher:
         self._notify = notify
         self._dropped: collections.Counter[str] = collections.Counter()
         self._taken_back: set[int] = set()  # sequence numbers of stale groups that are not handed out again yet
-        self._num_groups = self._num_completions = self._num_tokens = 0
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
@@ -177,9 +173,6 @@ class Dispatcher:
         """Counts, from any thread."""
         return DispatchStats(
             self._credits.running,
-            self._num_groups,
-            self._num_completions,
-            self._num_tokens,
             dict(self._dropped),
             dict(self._sampler.retries),
         )
@@ -199,9 +192,6 @@ class Dispatcher:
         else:
             self._credits.accept()
             self._buffer.put(group)
-            self._num_groups += 1
-            self._num_completions += len(group.completions)
-            self._num_tokens += sum(len(completion.token_ids) for completion in group.completions)
 
     async def _make_group(self, sequence: int, trained_at: int) -> Group:
         with tracing.span("learner.prepare"):

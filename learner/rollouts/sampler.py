@@ -14,6 +14,7 @@ from common.client import SampledGroup
 from common.errors import (
     Draining,
     InvalidRequest,
+    MediaMissing,
     OutriderError,
     Paused,
     QueueFull,
@@ -129,7 +130,8 @@ class Sampler:
                 except _HOPELESS as error:
                     raise GroupFailed(error.reason, error.message) from error
                 except OutriderError as error:
-                    self.fleet.report_failure(member, error)
+                    if not isinstance(error, MediaMissing):  # those of others pushed them out: the actor is well
+                        self.fleet.report_failure(member, error)
                     self.retries[error.reason] += 1
                     if not isinstance(error, _NOT_NOW):
                         failures += 1

@@ -55,7 +55,7 @@ def choose(members: Sequence[Member], *, avoid: AbstractSet[str] = frozenset(), 
 
 
 def _pace(member: Member, fastest_s: float) -> float:
-    ratio = member.group_s / fastest_s if member.group_s and fastest_s else 1.0
+    ratio = member.group_s / fastest_s if fastest_s else 1.0
     return min(ratio, _SLOWEST) if ratio >= _SLOW else 1.0
 
 

@@ -50,7 +50,7 @@ class AdapterForms:
         """It has this form."""
         self._merged[member.actor_id] = merged
 
-    def failed(self, member: Member) -> None:
+    def unknown(self, member: Member) -> None:
         """Nobody knows what it has: a commit whose answer was lost may be through."""
         self._merged.pop(member.actor_id, None)
 

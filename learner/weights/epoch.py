@@ -52,6 +52,10 @@ class TooSlow(EpochFailed):
     """
 
 
+class CommitFailed(EpochFailed):
+    """All had staged the update. Whether the culprits serve it is not known: an answer may have been lost."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateTimes:
     """Seconds of one update: until all members had staged it, and the longest pause of generation. Bytes sent."""
@@ -80,8 +84,9 @@ class Epoch:
         whatever becomes of the rest.
 
         Raises:
-            EpochFailed: a member, or the broadcast, failed before all were through (`TooSlow`: was late). A member is
-                either at the new version or untouched at its old one.
+            EpochFailed: a member, or the broadcast, failed before all were through (`TooSlow`: was late;
+                `CommitFailed`: after all had staged it). A member is either at the new version or untouched at its old
+                one.
         """
         loop = asyncio.get_running_loop()
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
@@ -99,7 +104,7 @@ class Epoch:
         behind = [member for member in self.members if member.version < version]
         commit_s = max(timeout_s, _MIN_COMMIT_TIMEOUT_S)
         commits = [member.client.commit(run_id, epoch, version, timeout_s=commit_s) for member in behind]
-        pauses = await _each(f"committing version {version}", behind, commits, on_commit)
+        pauses = await _commit_each(version, behind, commits, on_commit)
         num_bytes = sum(bucket.wire_bytes for bucket in manifest.buckets)
         return UpdateTimes(staged_at - started_at, max(pauses), num_bytes)
 
@@ -206,29 +211,32 @@ async def _all_or_fail(
             future.add_done_callback(_look_at)
 
 
-async def _each(
-    what: str,
+async def _commit_each(
+    version: int,
     members: Sequence[Member],
-    calls: Sequence[Coroutine[Any, Any, Any]],
-    on_answer: Callable[[Member], None],
-) -> list[Any]:
-    """Wait for one call to each member, which has nothing to do with those to the others; then say who failed."""
+    commits: Sequence[Coroutine[Any, Any, float]],
+    on_commit: Callable[[Member], None],
+) -> list[float]:
+    """Wait for the commit of each member, which has nothing to do with those of the others; then say who failed."""
 
-    async def answer(member: Member, call: Coroutine[Any, Any, Any]) -> Any:
-        result = await _while_there(member, call)
-        on_answer(member)
-        return result
+    async def answer(member: Member, commit: Coroutine[Any, Any, float]) -> float:
+        pause_s: float = await _while_there(member, commit)
+        on_commit(member)
+        return pause_s
 
-    answers = await asyncio.gather(*map(answer, members, calls), return_exceptions=True)
+    answers = await asyncio.gather(*map(answer, members, commits), return_exceptions=True)
+    pauses = []
     culprits = []
     for member, said in zip(members, answers, strict=True):
         if isinstance(said, OutriderError):
             culprits.append((member, said))
         elif isinstance(said, BaseException):
             raise said
+        else:
+            pauses.append(said)
     if culprits:
-        raise EpochFailed(f"{what} failed: {culprits[0][1]}", culprits)
-    return answers
+        raise CommitFailed(f"committing version {version} failed: {culprits[0][1]}", culprits)
+    return pauses
 
 
 async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:

@@ -27,7 +27,7 @@ from learner.rollouts.members import FleetEvent, Member
 from learner.stopping import RunFailed
 from learner.weights.adapter_forms import AdapterForms
 from learner.weights.deltas import Deltas, Update
-from learner.weights.epoch import Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
+from learner.weights.epoch import CommitFailed, Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
 
@@ -133,6 +133,8 @@ class Publisher:
     async def _bring_up_to_date(self) -> None:
         snapshot = self._snapshot
         members = self._updatable()
+        if not self._fleet.live():
+            self._num_failures = 0  # nobody is behind any more; whoever comes next has failed at nothing
         if snapshot is None or not members:
             return
         if self._is_epoch_over(members, snapshot):
@@ -218,7 +220,8 @@ class Publisher:
             await self._epoch.abort()
             self._epoch = None
         for member, error in failure.culprits:
-            self._forms.failed(member)
+            if isinstance(failure, CommitFailed):
+                self._forms.unknown(member)
             if isinstance(failure, TooSlow):
                 self._rest(member)
             if not self._forms.is_refusal(error) and not self._deltas.is_refusal(error):

@@ -1,17 +1,11 @@
 """Actors with the fake engine on real sockets: in the test's own event loop, or as a process of their own."""
 
 import asyncio
-import io
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
-import numpy as np
 import pytest
-from PIL import Image
 
 from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
@@ -20,24 +14,8 @@ from common.pb.admin.v1.admin_pb2_grpc import AdminServiceStub
 from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class FakeActor:
-    """A running actor and a client of it."""
-
-    address: str
-    engine: FakeEngine
-    server: ActorServer
-    channel: grpc.aio.Channel
-    rollouts: Any
-    weights: Any
-    admin: Any
-
-
-StartActor = Callable[..., Awaitable[FakeActor]]
+from tests.helpers.fake_actors import FakeActor, Launch, Running, StartActor
+from tests.helpers.launched import ROOT
 
 
 @pytest.fixture
@@ -61,19 +39,6 @@ async def start_actor() -> AsyncIterator[StartActor]:
         await actor.channel.close()
         await actor.server.stop(grace_s=0)
         await actor.engine.stop()
-
-
-@dataclass
-class Running:
-    process: asyncio.subprocess.Process
-    address: str = ""
-
-    async def exit_code(self, timeout_s: float = 10) -> int:
-        async with asyncio.timeout(timeout_s):
-            return await self.process.wait()
-
-
-Launch = Callable[..., Awaitable[Running]]
 
 
 @pytest.fixture
@@ -103,11 +68,3 @@ async def launch() -> AsyncIterator[Launch]:
         if process.returncode is None:
             process.kill()
         await process.communicate()
-
-
-def png(seed: int = 0, size: int = 8, image_format: str = "PNG") -> bytes:
-    """A small image that is another one for each seed."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format)
-    return buffer.getvalue()

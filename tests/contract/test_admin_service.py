@@ -12,7 +12,7 @@ from common.errors import OutriderError, from_rpc_error
 from common.pb.admin.v1 import admin_pb2 as pb
 from common.pb.rollout.v1 import rollout_pb2
 from common.pb.weights.v1 import weights_pb2
-from tests.contract.conftest import FakeActor, StartActor
+from tests.helpers.fake_actors import FakeActor, StartActor
 from tests.helpers.fakes import until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

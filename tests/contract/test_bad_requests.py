@@ -12,7 +12,7 @@ from common.client import GrpcClient
 from common.media import content_hash
 from common.rpc.channel import open_channel
 from common.types import ActorState, MediaItem, RolloutRequest, SamplingParams, ServerLimits, TextPrompt
-from tests.contract.conftest import Launch, png
+from tests.helpers.fake_actors import Launch, png
 from tests.hostile.calls import send
 from tests.hostile.requests import KINDS, bad_calls
 

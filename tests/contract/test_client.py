@@ -35,11 +35,12 @@ from common.types import (
     PromptInfo,
     RolloutRequest,
     SamplingParams,
+    ServerInfo,
     TextPart,
 )
 from learner.rollouts.sampler import build_request
 from learner.types import PromptSample
-from tests.contract.conftest import StartActor, png
+from tests.helpers.fake_actors import StartActor, png
 from tests.helpers.fakes import make_completion, until
 
 IMAGES = (png(1), png(2))
@@ -404,3 +405,20 @@ async def test_a_connection_that_is_closed_under_its_calls_fails_them(connect: C
         with pytest.raises(Unreachable, match="the connection was closed"):
             await call
     await server.stop(None)
+
+
+async def test_the_second_try_sends_what_another_group_has_sent_meanwhile(
+    start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect((await start_actor()).address)
+    sha256s = [item.sha256 for item in request().media]
+    client._remember(sha256s)
+    info = client.server_info
+
+    async def server_info(**options: float) -> ServerInfo:
+        client._remember(sha256s)  # which the actor may have lost again
+        return await info(**options)
+
+    monkeypatch.setattr(client, "server_info", server_info)
+    await client.generate(request(), timeout_s=10)
+    assert client.sent == [[False, False], [True, True]]

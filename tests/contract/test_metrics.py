@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import urllib.request
 from typing import Any
 
 import pytest
@@ -11,16 +10,10 @@ from common.config import ConfigError
 from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.stalls import Longest
-from tests.contract.conftest import StartActor, png
+from tests.helpers.fake_actors import StartActor, png
 from tests.helpers.fakes import until
 from tests.helpers.launched import free_ports
-
-
-def scrape(port: int) -> dict[str, float]:
-    """Samples by name and labels, as they stand in the text format."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+from tests.helpers.scrape import scrape
 
 
 async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:

@@ -9,7 +9,7 @@ from common.types import Manifest, ManifestBucket, ManifestParameter
 from learner.weights.snapshot import Snapshotter
 from tests.audit.everything import every_request, use_everything
 from tests.audit.watch import WatchedActor, watched_actor
-from tests.contract.conftest import png
+from tests.helpers.fake_actors import png
 
 FAKE = ("--engine", "fake", "fake.token_s=0", "fake.first_token_s=0", "fake.max_videos=1", "fake.max_lora_rank=4")
 

@@ -22,8 +22,8 @@ from common.rpc.tls import ACTOR, LEARNER, READER
 from common.types import EpochSpec
 from learner.weights.snapshot import Snapshotter
 from learner.weights.transport import TorchTransport
-from tests.contract.conftest import Launch, png
-from tests.contract.test_tls import OURS, PUBLIC, Authority
+from tests.helpers.authority import OURS, PUBLIC, Authority
+from tests.helpers.fake_actors import Launch, png
 from tests.helpers.launched import ROOT
 from tests.helpers.other_clients import BufClient, NodeClient, OtherClient, Refused, node, require_node
 

@@ -11,7 +11,7 @@ from common.client import GrpcClient, SampledGroup
 from common.errors import DeadlineExceeded, InvalidRequest, Unreachable
 from common.pool import RolloutPool, _first_answer
 from common.types import PromptInfo, RolloutRequest, SamplingParams, TextPrompt
-from tests.contract.conftest import FakeActor, StartActor
+from tests.helpers.fake_actors import FakeActor, StartActor
 from tests.helpers.fakes import until
 
 NOBODY = "127.0.0.1:1"

@@ -18,7 +18,9 @@ from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.pb.weights.v1 import weights_pb2
 from common.pb.weights.v1.weights_pb2_grpc import WeightServiceStub
 from common.rpc.channel import open_channel
-from tests.contract.conftest import ROOT, Launch, png
+from common.rpc.server import join_address, reserve_port
+from tests.helpers.fake_actors import Launch, png
+from tests.helpers.launched import ROOT
 
 
 def _slow_request(max_tokens: int) -> pb.GenerateRequest:
@@ -146,11 +148,21 @@ async def test_a_mistake_is_one_line_and_exit_code_2(launch: Launch, arguments: 
     assert (actor.process.returncode, stdout, stderr.decode()) == (2, b"", line + "\n")
 
 
-async def test_a_port_in_use_is_told_before_the_engine_loads(launch: Launch) -> None:
+@pytest.mark.parametrize("key", ["listen", "metrics_listen", "health_listen"])
+async def test_a_port_in_use_is_told_before_the_engine_loads(launch: Launch, key: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
+        actor = await launch(*FAKE, "fake.start_s=600", f"{key}={address}", wait_ready=False)
+        stdout, stderr = await actor.process.communicate()
+    expected = f"actor: {key}: {address} is in use by another process; stop it or choose another port\n"
+    assert (actor.process.returncode, stdout, stderr.decode()) == (2, b"", expected)
+
+
+async def test_a_port_of_an_actor_that_loads_is_told_before_the_engine_loads(launch: Launch) -> None:
+    with reserve_port("127.0.0.1:0", insecure=False) as held:
+        address = join_address(*held.getsockname())
         actor = await launch("--engine", "fake", "--listen", address, "fake.start_s=600", wait_ready=False)
         stdout, stderr = await actor.process.communicate()
     expected = f"actor: listen: {address} is in use by another process; stop it or choose another port\n"

@@ -15,8 +15,16 @@ from common.client import GrpcClient
 from common.errors import InvalidRequest, MediaMissing, OutriderError, QueueFull, TooLarge
 from common.media import content_hash
 from common.tensors import NamedTensor, Tensor, pixels_hash, tensor_of, tensors_hash
-from common.types import MediaItem, PlaceholderRange, RolloutRequest, SamplingParams, TextPrompt, TokenPrompt
-from tests.contract.conftest import StartActor, png
+from common.types import (
+    MediaItem,
+    Modality,
+    PlaceholderRange,
+    RolloutRequest,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+from tests.helpers.fake_actors import StartActor, png
 from tests.helpers.fakes import until
 
 FAST = {"token_s": 0.0, "tokens_per_image": 3}
@@ -133,11 +141,6 @@ async def test_pixels_and_tensors_cross_once(start_actor: StartActor) -> None:
             "media[0].processed.tensors[0].tensor.data: has a value that is not finite",
         ),
         (
-            MediaItem(b"", processed=TENSORS, max_pixels=9),
-            InvalidRequest,
-            "media[0].processor: has no effect on processed tensors",
-        ),
-        (
             MediaItem(b"", encoded=png(1), max_pixels=257),
             InvalidRequest,
             "media[0].processor.max_pixels: is 257; must be 1 to 256",
@@ -164,11 +167,22 @@ async def test_what_is_wrong_is_named(
     assert len(await _ask(actor.address, _request(MediaItem(b"", pixels=PIXELS)))) == 2
 
 
-async def test_options_on_stored_tensors(start_actor: StartActor) -> None:
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"min_pixels": 5}, "processor"),
+        ({"max_pixels": 5}, "processor"),
+        ({"modality": Modality.VIDEO, "frames_per_second": 1.0}, "frames_per_second"),
+    ],
+)
+async def test_options_on_tensors(start_actor: StartActor, options: dict[str, Any], field: str) -> None:
+    """As they come, and stored."""
     actor = await start_actor(fake=FAST)
     await _ask(actor.address, _request(MediaItem(b"", processed=TENSORS)))
-    with pytest.raises(InvalidRequest, match=r"media\[0\]\.processor: has no effect"):
-        await _ask(actor.address, _request(MediaItem(tensors_hash(TENSORS), min_pixels=5)))
+    for content in ({"sha256": b"", "processed": TENSORS}, {"sha256": tensors_hash(TENSORS)}):
+        with pytest.raises(InvalidRequest) as refused:
+            await _ask(actor.address, _request(MediaItem(**content, **options)))
+        assert str(refused.value) == f"media[0].{field}: has no effect on processed tensors"
 
 
 async def test_expanded_prompts(start_actor: StartActor) -> None:

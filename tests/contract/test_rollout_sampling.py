@@ -11,7 +11,7 @@ from common.client import GrpcClient
 from common.errors import TooLarge, Unimplemented
 from common.types import Constraint, PromptInfo, RolloutRequest, SamplingParams, StructuredOutput, TextPrompt
 from common.wire import response_to_proto
-from tests.contract.conftest import FakeActor, StartActor
+from tests.helpers.fake_actors import FakeActor, StartActor
 
 FAST = {"token_s": 0.0}
 

@@ -14,7 +14,7 @@ from common import errors
 from common.errors import OutriderError, from_rpc_error
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import ActorState
-from tests.contract.conftest import StartActor, png
+from tests.helpers.fake_actors import StartActor, png
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = {"token_s": 0.0}

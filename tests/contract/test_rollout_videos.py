@@ -28,7 +28,7 @@ from common.types import (
     TextPrompt,
     TokenPrompt,
 )
-from tests.contract.conftest import StartActor, png
+from tests.helpers.fake_actors import StartActor, png
 
 FAST = {"token_s": 0.0, "tokens_per_image": 3, "max_videos": 2, "max_video_frames": 4}
 FRAMES = Frames(tuple(png(seed) for seed in range(3)))

@@ -22,9 +22,9 @@ from common.pb.weights.v1.weights_pb2_grpc import (
     add_WeightServiceServicer_to_server,
 )
 from common.rpc.channel import open_channel
-from common.rpc.server import RpcServer, is_loopback, join_address, reserve_port, split_address
+from common.rpc.server import RpcServer, check_port, is_loopback, join_address, reserve_port, split_address
 from common.types import ActorState
-from tests.contract.conftest import FakeActor, StartActor
+from tests.helpers.fake_actors import FakeActor, StartActor
 from tests.helpers.fakes import until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -168,6 +168,39 @@ async def test_a_reserved_port_refuses_clients_and_goes_to_the_server() -> None:
     server = RpcServer()
     assert await server.start(f"127.0.0.1:{port}", []) == port
     await server.stop(0)
+
+
+def _port_in_time_wait() -> int:
+    """Of a server that closed its connection first, and then stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    with socket.socket() as plain, pytest.raises(OSError, match="Address already in use"):
+        plain.bind(("127.0.0.1", port))
+    return port
+
+
+async def test_a_port_with_connections_in_time_wait_is_free() -> None:
+    port = _port_in_time_wait()
+    reserve_port(f"127.0.0.1:{port}", insecure=False).close()
+    check_port("health_listen", f"127.0.0.1:{port}")
+    server = RpcServer()
+    assert await server.start(f"127.0.0.1:{port}", []) == port
+    await server.stop(0)
+
+
+@pytest.mark.parametrize("was_used", [False, True])
+def test_a_reserved_port_has_one_holder(was_used: bool) -> None:
+    """Neither of two that load listens, and both allow for connections in TIME_WAIT."""
+    with reserve_port(f"127.0.0.1:{_port_in_time_wait() if was_used else 0}", insecure=False) as reserved:
+        address = join_address(*reserved.getsockname())
+        with pytest.raises(ConfigError, match=f"^listen: {address} is in use by another process"):
+            reserve_port(address, insecure=False)
+        with pytest.raises(ConfigError, match=f"^metrics_listen: {address} is in use by another process"):
+            check_port("metrics_listen", address)
+    reserve_port(address, insecure=False).close()
 
 
 def test_plaintext_is_for_loopback() -> None:

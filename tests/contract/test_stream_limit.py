@@ -14,7 +14,7 @@ from common.pb.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from common.rpc import interceptors
 from common.rpc.peers import StreamLimit
 from common.types import ActorState, RolloutRequest, SamplingParams, TextPrompt
-from tests.contract.conftest import StartActor
+from tests.helpers.fake_actors import StartActor
 from tests.helpers.fakes import until
 
 REQUEST = RolloutRequest("g", TextPrompt("hello"), (), SamplingParams(max_tokens=2))

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import datetime as dt
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import trustme
 from cryptography import x509
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
 
 from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
@@ -22,29 +20,14 @@ from actor.server import ActorServer
 from common.client import GrpcClient
 from common.config import ConfigError
 from common.errors import OutriderError, PermissionDenied, Unreachable
-from common.pb.admin.v1 import admin_pb2
-from common.pb.rollout.v1 import rollout_pb2
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.rpc.server import reserve_port
 from common.rpc.tls import ACTOR, LEARNER, READER, Certificates, channel_credentials, read_certificates
 from common.types import ActorState, ChatMessage, ChatPrompt, RolloutRequest, SamplingParams, TextPart
-from tests.contract.conftest import png
+from tests.helpers.authority import OURS, PUBLIC, Authority
+from tests.helpers.fake_actors import png
 
 REQUEST = RolloutRequest("g", ChatPrompt((ChatMessage("user", (TextPart("hello"),)),)), (), SamplingParams(n=2))
-OURS = {
-    method.full_name: method
-    for file in (rollout_pb2, weights_pb2, admin_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
-# Health and reflection; the Python server does not have grpc.health.v1.Health/List.
-PUBLIC = {
-    method.full_name: method
-    for file in (health_pb2, reflection_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-    if method.name != "List"
-}
 READ = {
     "rollout.v1.RolloutService.Generate",
     "rollout.v1.RolloutService.GetServerInfo",
@@ -52,29 +35,6 @@ READ = {
     "weights.v1.WeightService.GetStatus",
 }
 BEHIND_THE_DOOR = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
-
-
-class Authority:
-    """A CA, and the directories of certificates that it gives out."""
-
-    def __init__(self, directory: Path) -> None:
-        self.ca = trustme.CA()
-        self._directory = directory
-
-    def directory(self, *names: str, place: str | None = None, **options: Any) -> Path:
-        """A directory for the holder of these names; written anew where there is one."""
-        directory = self._directory / (place or names[0])
-        directory.mkdir(parents=True, exist_ok=True)
-        leaf = self.ca.issue_cert(*names, **options)
-        for name, blob in (
-            ("tls.key", leaf.private_key_pem),
-            ("tls.crt", leaf.cert_chain_pems[0]),
-            ("ca.crt", self.ca.cert_pem),
-        ):
-            partial = directory / f".{name}"
-            blob.write_to_path(str(partial))
-            os.replace(partial, directory / name)  # noqa: PTH105 - as short as it gets
-        return directory
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from learner.rollouts.sampler import Sampler
 from learner.types import ProcessedPrompt, PromptSample
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import Snapshotter
-from tests.contract.conftest import Launch, StartActor, png
+from tests.helpers.fake_actors import Launch, StartActor, png
 from tests.helpers.fakes import InlineRewards, Rows, until
 
 GENERATE = "rollout.v1.RolloutService/Generate"

@@ -14,7 +14,7 @@ from common.errors import InvalidRequest, TooLarge
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
 from common.types import Frames, ServerLimits
-from tests.contract.conftest import png
+from tests.helpers.fake_actors import png
 
 put = pb.PutMediaRequest
 CONTENTS = (png(0), png(1, image_format="JPEG"), Frames((png(2), png(3))))

@@ -19,10 +19,10 @@ from common.pb.rollout.v1 import rollout_pb2
 from common.pb.weights.v1 import weights_pb2 as pb
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter
 from common.wire import epoch_to_proto, manifest_to_proto
-from tests.contract.conftest import FakeActor, StartActor
-from tests.contract.test_metrics import scrape
+from tests.helpers.fake_actors import FakeActor, StartActor
 from tests.helpers.fakes import until
 from tests.helpers.launched import free_ports
+from tests.helpers.scrape import scrape
 
 VALUES = torch.arange(6, dtype=torch.float32)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from common import wire
 from common.errors import InvalidRequest, MalformedResponse, OutriderError
 from common.pb.rollout.v1 import rollout_pb2 as pb
+from common.types import PlaceholderRange, PromptInfo
 
 HASH = bytes(range(32))
 IMAGE = pb.MODALITY_IMAGE
@@ -62,6 +63,12 @@ def _processed(*names: str) -> pb.GenerateRequest:
             "INVALID_ARGUMENT",
             "media[1].pixels.data",
         ),
+        # No elements, and a size that no array has.
+        (
+            _item(modality=IMAGE, pixels=_tensor(shape=[0, 2**62, 2], data=b"")),
+            "INVALID_ARGUMENT",
+            "media[1].pixels.shape",
+        ),
         (
             _item(modality=IMAGE, pixels=_tensor(dtype=pb.DTYPE_BOOL, data=b"\0\1\0\1\0\2")),
             "INVALID_ARGUMENT",
@@ -70,6 +77,8 @@ def _processed(*names: str) -> pb.GenerateRequest:
         (_item(modality=IMAGE, processed=pb.ProcessedMedia()), "INVALID_ARGUMENT", "media[1].processed.tensors"),
         (_processed("pixel values"), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
         (_processed(""), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
+        (_processed("größe"), "INVALID_ARGUMENT", "media[1].processed.tensors[0].name"),
+        (_processed("a" * 128, "a" * 129), "INVALID_ARGUMENT", "media[1].processed.tensors[1].name"),
         (_processed("a", "a"), "INVALID_ARGUMENT", "media[1].processed.tensors[1].name"),
         (_processed(*(f"t{i}" for i in range(65))), "INVALID_ARGUMENT", "media[1].processed.tensors"),
         (
@@ -163,6 +172,13 @@ def test_a_refused_request_names_the_field(message: pb.GenerateRequest, code: st
 def test_a_malformed_response(broken: pb.GenerateResponse) -> None:
     with pytest.raises(MalformedResponse):
         wire.response_from_proto(broken)
+
+
+def test_an_image_may_end_with_the_prompt() -> None:
+    use = pb.MediaUse(sha256=HASH, modality=1, num_tokens=2, placeholder=pb.PlaceholderRange(offset=1, length=2))
+    info = wire.response_from_proto(pb.GenerateResponse(prompt=pb.PromptInfo(expanded_ids=[1, 2, 2], media=[use])))
+    assert isinstance(info, PromptInfo)
+    assert info.media[0].placeholder == PlaceholderRange(1, 2)
 
 
 @pytest.mark.parametrize("spans", [[], [(0, 1)], [(0, 1), (0, 2)], [(1, 2)], [(0, 2), (2, 2)], [(0, 3)]])

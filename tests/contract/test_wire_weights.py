@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,68 @@ def test_a_bucket_that_nobody_fills() -> None:
     assert raised.value.field == "manifest.buckets[1].num_bytes"
 
 
+# What leads from version 0 to version 9: the largest delta and the smallest.
+DELTA = dataclasses.replace(
+    MANIFEST,
+    buckets=(
+        dataclasses.replace(MANIFEST.buckets[0], delta_bytes=40 + 1024, word_bytes=4),
+        dataclasses.replace(MANIFEST.buckets[1], delta_bytes=1, word_bytes=2),
+    ),
+    base_version=0,
+)
+
+
+@pytest.mark.parametrize("word_bytes", [1, 2, 4, 8])
+def test_a_manifest_of_deltas(word_bytes: int) -> None:
+    buckets = (dataclasses.replace(DELTA.buckets[0], word_bytes=word_bytes), DELTA.buckets[1])
+    manifest = dataclasses.replace(DELTA, buckets=buckets)
+    assert wire.manifest_from_proto(wire.manifest_to_proto(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("index", "values", "field"),
+    [
+        (0, {"delta_bytes": 0}, "manifest.buckets[0].delta_bytes"),
+        (0, {"delta_bytes": 40 + 1025}, "manifest.buckets[0].delta_bytes"),
+        (1, {"word_bytes": 0}, "manifest.buckets[1].word_bytes"),
+        (0, {"word_bytes": 5}, "manifest.buckets[0].word_bytes"),  # divides 40
+        (1, {"word_bytes": 4}, "manifest.buckets[1].word_bytes"),  # does not divide 18
+    ],
+)
+def test_deltas_that_cannot_be(index: int, values: dict[str, int], field: str) -> None:
+    buckets = list(DELTA.buckets)
+    buckets[index] = dataclasses.replace(buckets[index], **values)
+    with pytest.raises(InvalidRequest) as raised:
+        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(DELTA, buckets=tuple(buckets))))
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize("values", [{"delta_bytes": 1}, {"word_bytes": 2}])
+def test_a_delta_from_no_version_is_refused(values: dict[str, int]) -> None:
+    buckets = (MANIFEST.buckets[0], dataclasses.replace(MANIFEST.buckets[1], **values))
+    with pytest.raises(InvalidRequest, match=r"without manifest\.base_version") as raised:
+        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(MANIFEST, buckets=buckets)))
+    assert raised.value.field == "manifest.buckets[1].delta_bytes"
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"policy_version": -1}, "manifest.policy_version"),
+        ({"base_version": -1}, "manifest.base_version"),
+        ({"parameters": []}, "manifest.parameters"),
+    ],
+)
+def test_a_manifest_from_or_to_no_version_or_of_nothing(values: dict[str, Any], field: str) -> None:
+    message = wire.manifest_to_proto(DELTA)
+    for name, value in values.items():
+        message.ClearField(name)  # type: ignore[arg-type]
+        message.MergeFrom(weights_pb2.Manifest(**{name: value}))
+    with pytest.raises(InvalidRequest) as raised:
+        wire.manifest_from_proto(message)
+    assert raised.value.field == field
+
+
 def _adapter(*shapes: tuple[str, tuple[int, ...]]) -> Manifest:
     """A manifest of float32 matrices of one byte count, and so of one bucket each."""
     parameters = tuple(ManifestParameter(name, "F32", shape, i, 0) for i, (name, shape) in enumerate(shapes))
@@ -135,3 +198,14 @@ def test_an_epoch_with_a_rank_outside_the_world() -> None:
     message = wire.epoch_to_proto(dataclasses.replace(EPOCH, rank=3))
     with pytest.raises(InvalidRequest, match="rank: must be 1 to world_size - 1 = 2"):
         wire.epoch_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("field", "largest", "beyond"), [("run_id", "r" * 128, "r" * 129), ("master_port", 65535, 65536)]
+)
+def test_an_epoch_at_its_limits(field: str, largest: Any, beyond: Any) -> None:
+    epoch = dataclasses.replace(EPOCH, **{field: largest})
+    assert wire.epoch_from_proto(wire.epoch_to_proto(epoch)) == epoch
+    with pytest.raises(InvalidRequest) as raised:
+        wire.epoch_from_proto(wire.epoch_to_proto(dataclasses.replace(EPOCH, **{field: beyond})))
+    assert raised.value.field == field

@@ -7,6 +7,8 @@ outcome.
 
 import asyncio
 import contextlib
+import functools
+import json
 import multiprocessing
 import os
 import random
@@ -28,7 +30,7 @@ from common.types import Completion, PromptInfo
 from examples.digits.model import build_model
 from learner.checkpoint import latest_checkpoint
 from tests.helpers.digits_engine import DigitsEngine, DigitsPrompt
-from tests.helpers.launched import launching, read_metrics
+from tests.helpers.launched import Launched, launching, read_metrics
 
 BATCH = 2
 # Of a learner without a kill, on a busy machine.
@@ -267,6 +269,42 @@ async def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
             await asyncio.to_thread(launched.exit_code, STOP_S)
             check_stopped_at(last_step(runs_dir), runs_dir, launched.stdout)
             assert launched.stderr.count("learner: stopped") == 2
+
+
+async def test_a_stop_that_every_process_hears_loses_no_prompt(tmp_path: Path) -> None:
+    """As torchrun sends it: a step is trained, and a group of the next one is being scored."""
+    model_dir = build_model(tmp_path / "model", seed=0)
+    runs_dir, file = tmp_path / "runs", tmp_path / "run.yaml"
+    async with serving(model_dir) as address:
+        configuration = settings(model_dir, runs_dir, address, num_steps=3)
+        configuration["trainer"]["max_staleness"] = 1
+        configuration["reward"]["functions"] = ["tests.helpers.reward_functions:takes_a_while"]
+        file.write_text(yaml.safe_dump(configuration))
+        with launching(tmp_path / "output") as launch:
+            launched = launch("--config", str(file), module="learner")
+            scores_ahead = functools.partial(_scores_ahead, launched)
+            await asyncio.to_thread(launched.until, scores_ahead, START_S, "a group of the second step")
+            os.killpg(launched.process.pid, signal.SIGTERM)
+            assert await asyncio.to_thread(launched.exit_code, STOP_S) == 130, launched.said()
+            check_stopped_at(1, runs_dir, launched.stdout)
+            assert ledger_of(only_run(runs_dir))["dropped"] == {}
+        await run_to_the_end(configuration, 0, seed=0)
+    lines, ledger = read_metrics(only_run(runs_dir)), ledger_of(only_run(runs_dir))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    trained = [sequence for line in lines for sequence in line["sequences"]]
+    assert sorted(trained + ledger["in_flight"]) == list(range(ledger["cursor"]))
+    assert ledger["dropped"] == {}
+
+
+def _scores_ahead(launched: Launched) -> bool:
+    return launched.stdout.count("begun") > BATCH
+
+
+def ledger_of(run_dir: Path) -> dict[str, Any]:
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    ledger: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())["ledger"]
+    return ledger
 
 
 async def steps_done(runs_dir: Path, step: int) -> None:

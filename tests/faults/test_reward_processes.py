@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from common.types import FloatArray
 from learner.rewards import RewardError, RewardRunner
@@ -90,6 +91,39 @@ async def test_a_failure_costs_its_group_only(ending: str, reason: str, message:
         assert message in str(caught.value)
         assert (await score(rewards, "4")).tolist() == [1.0, 1.0, 1.0]
         assert len(reward_processes()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_to_the_learners_group_costs_no_reward(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The learner ends its step first. One that starts, one that waits, and one at work."""
+    with running("takes_a_while") as rewards:
+        [starts] = reward_processes()
+        os.kill(starts, number)
+        scoring = asyncio.create_task(score(rewards))
+        await until(lambda: f"begun in {starts}" in capfd.readouterr().out, pause_s=0.01)
+        os.kill(starts, number)
+        assert (await scoring).tolist() == [1.0, 2.0, 3.0]
+        os.kill(starts, number)
+        assert (await score(rewards)).tolist() == [1.0, 2.0, 3.0]
+        assert reward_processes() == {starts}
+    assert not is_alive(starts)
+
+
+async def test_a_function_that_raises_is_logged_once_for_each_place() -> None:
+    place = "at reward_functions.py:"
+    with running("fails") as rewards, capture_logs() as logged:
+        for _ in range(2):
+            with pytest.raises(RewardError, match=rf"RuntimeError: judge is down \(.*:fails\) {place}\d+$"):
+                await score(rewards, "raise")
+    [entry] = [entry for entry in logged if entry["event"] == "reward raised"]
+    assert 'raise RuntimeError("judge is down")' in entry["exception"]
+
+
+async def test_what_a_reward_starts_can_be_ended_by_it() -> None:
+    with running("ends_others", timeout_s=5) as rewards:
+        assert (await score(rewards)).tolist() == [1.0, 1.0, 1.0]
 
 
 async def test_mathematics_that_never_ends_is_a_timeout() -> None:

@@ -30,6 +30,7 @@ from common.types import (
     PromptInfo,
     RolloutRequest,
     ServerInfo,
+    ServerLimits,
     TextPart,
     VersionSpan,
 )
@@ -170,6 +171,7 @@ class FakeActor:
     num_running: int = 0
     gate: asyncio.Event | None = None
     """Groups wait for it, if given."""
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     @property
     def actor_id(self) -> str:
@@ -250,7 +252,8 @@ class FakeClient:
         self.num_forgotten += 1
 
     async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
-        raise NotImplementedError
+        self._check(self.actor.incarnation)
+        return ServerInfo(self.actor.actor_id, "model", "Fake", "fake", "0", "0", self.actor.version, self.actor.limits)
 
     async def open_epoch(self, spec: EpochSpec) -> None:
         raise NotImplementedError

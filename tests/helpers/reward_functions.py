@@ -3,7 +3,9 @@
 import itertools
 import os
 import signal
+import subprocess
 import sys
+import time
 from typing import Any
 
 
@@ -52,6 +54,25 @@ def says_and_hangs(**_: Any) -> float:
     print(f"hanging in {os.getpid()}", flush=True)
     while True:
         signal.pause()
+
+
+def takes_a_while(completions: list[Any]) -> list[float]:
+    print(f"begun in {os.getpid()}", flush=True)
+    time.sleep(2)
+    return [float(place) for place, _ in enumerate(completions, start=1)]
+
+
+def ends_others(**_: Any) -> bool:
+    """Whether SIGTERM ends a program, and a copy of this process, that the reward starts."""
+    with subprocess.Popen(["sleep", "600"]) as program:
+        program.terminate()
+    runs, says = os.pipe()
+    if (copy := os.fork()) == 0:
+        os.write(says, b"!")
+        time.sleep(600)
+    os.read(runs, 1)
+    os.kill(copy, signal.SIGTERM)
+    return program.returncode == -signal.SIGTERM == -os.WTERMSIG(os.waitpid(copy, 0)[1])
 
 
 def has_no_opinion(ground_truth: str) -> bool:

@@ -4,6 +4,7 @@ Everything is as in a run but for gRPC: the broadcast goes through a real proces
 """
 
 import asyncio
+import copy
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -34,6 +35,8 @@ from common.types import (
     SamplingParams,
 )
 from learner.batch.processing import PromptProcessor
+from learner.config.model import Adapter
+from learner.model.load import load_policy
 from learner.model.parts import find_modules
 from learner.rollouts.members import Member
 from learner.types import Group, PromptSample
@@ -241,3 +244,38 @@ def largest_difference(model: Any, hf_processor: Any, group: Group, span: slice 
         expected = masked_logprobs(model, hf_processor, group, completion).gather(1, ids).squeeze(1)
         worst = max(worst, float((expected - torch.from_numpy(completion.logprobs)).abs()[span].max()))
     return worst
+
+
+class Trained:
+    """A policy whose adapter has random weights, and the same model as PEFT puts it together."""
+
+    def __init__(self, model_dir: Path, seed: int, targets: str | tuple[str, ...] = "all-linear") -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from transformers import AutoModelForImageTextToText
+
+        adapter = Adapter(rank=4, alpha=8, target_modules=targets)
+        policy, _ = load_policy(model_dir, frozen=["vision_tower"], adapter=adapter)
+        self.base = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+        self.model = copy.deepcopy(self.base)
+        config: Any = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=".*visual.*",
+        )
+        inject_adapter_in_model(config, self.model)
+        generator = torch.Generator().manual_seed(seed)
+        matrices = dict(policy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                    matrices.pop(name).copy_(parameter)
+        assert not any(".lora_" in name for name in matrices)
+        self._snapshotter = Snapshotter(policy, ["model.visual"], is_sender=True, bucket_bytes=2**19)
+
+    def snapshot(self, version: int, name: str = "policy") -> Snapshot:
+        taken = self._snapshotter.take(version)
+        assert taken is not None
+        assert taken.adapter is not None
+        return replace(taken, adapter=replace(taken.adapter, name=name))

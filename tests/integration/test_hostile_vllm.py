@@ -17,8 +17,7 @@ from tests.audit.watch import WatchedActor, watched_actor
 from tests.helpers.groups import image_bytes
 from tests.hostile.calls import send
 from tests.hostile.requests import KINDS, bad_calls
-from tests.integration.live_actor import CONFIG, snapshot
-from tests.integration.test_vllm_adapters import Trained
+from tests.integration.live_actor import CONFIG, Trained, snapshot
 
 # Two of each kind of bad call.
 NUM_CALLS = 2 * len(KINDS)

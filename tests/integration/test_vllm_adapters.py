@@ -1,22 +1,18 @@
 """LoRA adapters on the real vLLM engine: what is sampled with one is what transformers and PEFT compute."""
 
 import asyncio
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from common.errors import InvalidRequest, WeightsPending
-from learner.config.model import Adapter
-from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
-from learner.weights.snapshot import Snapshot, Snapshotter
+from learner.weights.snapshot import Snapshot
 from tests.helpers.fakes import until
 from tests.helpers.groups import image_bytes, sample
-from tests.integration.live_actor import LiveActor, WeightSource, largest_difference
+from tests.integration.live_actor import LiveActor, Trained, WeightSource, largest_difference
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -27,41 +23,6 @@ SAMPLES = [sample(0, "what is this?", [image_bytes(4, 300, 280)]), sample(1, "on
 @pytest.fixture(scope="module")
 def engine_settings() -> dict[str, Any]:
     return {"max_lora_rank": 4, "max_loras": 2}
-
-
-class Trained:
-    """A policy whose adapter has random weights, and the same model as PEFT puts it together."""
-
-    def __init__(self, model_dir: Path, seed: int, targets: str | tuple[str, ...] = "all-linear") -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from transformers import AutoModelForImageTextToText
-
-        adapter = Adapter(rank=4, alpha=8, target_modules=targets)
-        policy, _ = load_policy(model_dir, frozen=["vision_tower"], adapter=adapter)
-        self.base = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
-        self.model = copy.deepcopy(self.base)
-        config: Any = LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            exclude_modules=".*visual.*",
-        )
-        inject_adapter_in_model(config, self.model)
-        generator = torch.Generator().manual_seed(seed)
-        matrices = dict(policy.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if ".lora_" in name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-                    matrices.pop(name).copy_(parameter)
-        assert not any(".lora_" in name for name in matrices)
-        self._snapshotter = Snapshotter(policy, ["model.visual"], is_sender=True, bucket_bytes=2**19)
-
-    def snapshot(self, version: int, name: str = "policy") -> Snapshot:
-        taken = self._snapshotter.take(version)
-        assert taken is not None
-        assert taken.adapter is not None
-        return replace(taken, adapter=replace(taken.adapter, name=name))
 
 
 def moved(taken: Snapshot, old: str, new: str) -> Snapshot:

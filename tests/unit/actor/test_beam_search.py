@@ -89,6 +89,16 @@ async def test_without_ends_it_goes_to_the_last_token() -> None:
     assert found[0].cumulative_logprob >= found[1].cumulative_logprob > -math.inf
 
 
+@pytest.mark.parametrize("num_beams", [2, 8])
+async def test_when_no_beam_lives_on_the_search_ends(num_beams: int) -> None:
+    """As where only ids that end a sequence may be sampled."""
+    model = Model(1)
+    found = await _search(model, num_beams, 5, 1.0, eos=tuple(range(VOCABULARY))).run(model.extend)
+    likeliest = np.argsort(-model.logprobs(()))[:num_beams]
+    assert [beam.token_ids for beam in found] == [(token_id,) for token_id in likeliest]
+    assert model.num_steps == 1
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -2.0])
 async def test_a_narrow_search_is_the_one_written_out(penalty: float) -> None:
     def rank(ids: tuple[int, ...]) -> float:

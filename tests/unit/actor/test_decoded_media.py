@@ -92,8 +92,40 @@ def test_an_error_is_kept_for_nobody() -> None:
         with pytest.raises(InvalidRequest) as refused:
             cache.get(b"a", damaged(field))
         assert refused.value.field == field
-    cache.get(b"a", counted(calls, "whole"))
+    for _ in range(2):
+        cache.get(b"a", counted(calls, "whole"))
     assert calls == ["media[0]", "media[1]", "whole"]
+
+
+def test_who_waits_for_a_decoding_that_fails_decodes_on_its_own() -> None:
+    cache = DecodedMedia(1000 + ITEM_BYTES)
+    calls: list[str] = []
+    other = threading.Thread(target=lambda: cache.get(b"a", counted(calls, "other")), daemon=True)
+
+    def damaged() -> Image.Image:
+        other.start()
+        other.join(0.2)  # for ever, if it could
+        assert not calls
+        raise InvalidRequest("media[0]", "damaged")
+
+    with pytest.raises(InvalidRequest):
+        cache.get(b"a", damaged)
+    other.join(10)
+    assert calls == ["other"]
+
+
+def test_what_lost_its_place_while_it_was_decoded_takes_no_room() -> None:
+    cache = DecodedMedia(40 + 2 * ITEM_BYTES)
+    calls: list[str] = []
+
+    def slow() -> Image.Image:
+        for name in ("b", "c"):
+            cache.get(name.encode(), counted(calls, name, 6))
+        return Image.new("RGB", (6, 1))
+
+    cache.get(b"a", slow)
+    cache.get(b"c", counted(calls, "c", 6))
+    assert calls == ["b", "c"]
 
 
 def test_what_another_thread_evicts_has_been_counted(monkeypatch: pytest.MonkeyPatch) -> None:

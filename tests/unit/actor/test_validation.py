@@ -6,7 +6,7 @@ import pytest
 from actor.validation import check_request
 from actor.validation_sampling import check_prompt_logprobs
 from common.errors import InvalidRequest, OutriderError, TooLarge
-from common.tensors import NamedTensor, Tensor
+from common.tensors import Tensor
 from common.types import (
     ChatMessage,
     ChatPrompt,
@@ -27,7 +27,6 @@ from common.types import (
 )
 
 LIMITS = ServerLimits(max_group_size=8, max_context_tokens=100, max_media_items=2, max_media_bytes=10, max_videos=1)
-GRID = NamedTensor("video_grid_thw", Tensor("U8", (1,), b"1"))
 HASH = bytes(32)
 
 
@@ -54,6 +53,10 @@ def test_good_requests_pass() -> None:
     for greedy in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, n=2, num_beams=2)):
         check_request(_request(sampling=greedy), LIMITS, 320)
     check_request(_request(prompt=TokenPrompt(tuple(range(100)))), LIMITS, 320)
+    at_its_end = TokenPrompt((7, 1, 1), (PlaceholderRange(1, 2),))
+    check_request(_request(prompt=at_its_end, media=(MediaItem(HASH),)), LIMITS, 320)
+    pixels = MediaItem(HASH, pixels=Tensor("U8", (1, 3, 3), bytes(9)))
+    check_request(_request(media=(pixels,)), dataclasses.replace(LIMITS, max_media_pixels=3), 320)
     for text in (TextPrompt("\u00e9" * 6400), _chat(TextPart("x" * 6000), TextPart("x" * 396))):
         check_request(_request(prompt=text), LIMITS, 320)
 
@@ -105,10 +108,6 @@ def test_good_requests_pass() -> None:
             for pace in (0.0, -1.0, 1001.0, float("inf"), float("nan"))
         ),
         (
-            {"media": (MediaItem(HASH, modality=Modality.VIDEO, processed=(GRID,), frames_per_second=1.0),)},
-            "media[0].frames_per_second: has no effect on processed tensors",
-        ),
-        (
             {"media": (MediaItem(HASH, modality=Modality.VIDEO, frames=Frames((b"01234", b"56789a"))),)},
             "media[0].frames: 11 bytes; the limit is 10",
         ),
@@ -132,9 +131,10 @@ def test_the_field_is_named(values: dict[str, Any], problem: str) -> None:
 
 
 def test_logprobs_of_one_group_are_bounded() -> None:
-    limits = dataclasses.replace(LIMITS, max_context_tokens=2**17, max_group_size=64)
+    limits = dataclasses.replace(LIMITS, max_context_tokens=2**17, max_group_size=65)
     sampling = SamplingParams(n=64, max_tokens=2**13, top_logprobs=15)
     check_request(_request(sampling=sampling), limits, 320)
+    check_request(_request(sampling=SamplingParams(n=65, max_tokens=2**17)), limits, 320)  # of the sampled ids only
     for change in ({"n": 64, "max_tokens": 2**13 + 1}, {"max_tokens": 0}, {"top_logprobs": 16}):
         with pytest.raises(TooLarge, match=r"sampling\.top_logprobs: n \* max_tokens"):
             check_request(_request(sampling=dataclasses.replace(sampling, **change)), limits, 320)
@@ -157,6 +157,7 @@ def test_logprobs_of_one_prompt_are_bounded() -> None:
         ({"temperature": 2.5}, "sampling.temperature: is 2.5; must be 0 to 2"),
         ({"temperature": 0.0, "n": 2}, "sampling.n: is 2; greedy completions would all be the same"),
         ({"top_p": 0.0}, "sampling.top_p: is 0; must be 1e-06 to 1"),
+        ({"top_k": 321}, "sampling.top_k: is 321; must be 0 to 320"),
         ({"min_p": 1.5}, "sampling.min_p: is 1.5; must be 0 to 1"),
         ({"max_tokens": 101}, "sampling.max_tokens: is 101; must be 0 to 100"),
         ({"max_tokens": 5, "min_tokens": 6}, "sampling.min_tokens: is 6; must be 0 to 5"),

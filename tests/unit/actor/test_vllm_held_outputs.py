@@ -83,6 +83,29 @@ def test_wide_rows_are_not_kept() -> None:
         assert len(held.pass_on([token("a", place, rows=1000)], requests("a"))) == 1
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        "new_prompt_logprobs_tensors",
+        "prompt_token_id_logprobs",
+        "new_sampling_mask",
+        "routed_experts",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "events",
+        "num_nans_in_logits",
+    ],
+)
+def test_what_comes_beside_a_token_is_told_of_at_once(field: str) -> None:
+    """Behind the tokens before it; joined with others it would be lost."""
+    held, more = HeldOutputs(), token("a", 3)
+    setattr(more, field, [object()])
+    told = [output for place in range(3) for output in held.pass_on([token("a", place)], requests("a"))]
+    told += held.pass_on([more], requests("a"))
+    assert told[-1] is more
+    check_whole(told, 4)
+
+
 def test_what_is_aborted_is_forgotten() -> None:
     held = HeldOutputs()
     for place in range(3):

@@ -62,3 +62,22 @@ async def test_a_prompt_leaves_room_for_a_token(prompts: Callable[[int], VllmPro
         with pytest.raises(InvalidRequest) as refused:
             await prompts(num_added).understand(request, with_tensors=True)
         assert str(refused.value) == f"prompt: {num_tokens} tokens leave no room in a context of 16"
+
+
+async def test_placeholders_without_media_are_refused(prompts: Callable[[int], VllmPrompts]) -> None:
+    own = prompts(2)
+    own.placeholder_ids = (7, 8)
+    with pytest.raises(InvalidRequest) as refused:
+        await own.understand(EngineRequest("g", TokenPrompt((5, 8)), (), SamplingParams()), with_tensors=True)
+    assert str(refused.value) == "prompt: 3 placeholder tokens, for which there are no media"
+
+
+async def test_what_vllm_refuses_is_the_callers_mistake_in_one_line(
+    prompts: Callable[[int], VllmPrompts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise ValueError("is too\n long")
+
+    monkeypatch.setattr(Renderer, "render_cmpl_async", refuse)
+    with pytest.raises(InvalidRequest, match=r"^prompt: is too long$"):
+        await prompts(0).understand(EngineRequest("g", TokenPrompt((5,)), (), SamplingParams()), with_tensors=True)

@@ -103,6 +103,8 @@ async def test_an_item_whose_first_request_was_cancelled_on_its_way(
     first = asyncio.create_task(prompts.understand(request, with_tensors=False))
     await asyncio.to_thread(renderer.begun.wait, 10)
     second = asyncio.create_task(prompts.understand(request, with_tensors=False))
+    while not renderer._mm_executor._work_queue.qsize():  # noqa: ASYNC110 - it comes before the item is forgotten
+        await asyncio.sleep(0.001)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     prompts.forget(request.media)

@@ -43,6 +43,7 @@ MANY_TENSORS = pb.GenerateRequest(
                 )
             ]
         ),
+        pb.GenerateRequest(media=[pb.MediaItem()] * MAX_FIELDS),
         pb.PutMediaRequest(chunk=bytes(2**20)),
         weights_pb2.StageRequest(
             manifest=weights_pb2.Manifest(
@@ -71,6 +72,12 @@ def test_honest_messages_pass(message: Message) -> None:
         # Within a group, which the parser reads through.
         (b"\x7b" + length_delimited(2, EMPTY_MESSAGES * (MAX_STRUCTURE_BYTES // 2)) + b"\x7c", "bytes beside media"),
         (MANY_TENSORS + length_delimited(5, b"\x80"), "more than 8192 fields"),  # a damaged part ends only itself
+        # A length of two bytes; numbers of any length, of eight and of four bytes: what follows is measured where the
+        # parser finds it.
+        (length_delimited(3, bytes(200)) + MANY_TENSORS, "more than 8192 fields"),
+        (b"\x78\xff\x01" + MANY_TENSORS, "more than 8192 fields"),
+        (b"\x79" + bytes(8) + MANY_TENSORS, "more than 8192 fields"),
+        (b"\x7d" + bytes(4) + MANY_TENSORS, "more than 8192 fields"),
         # What is in a group is no field of ours: it is skipped by its length, here behind and before what counts.
         (MANY_TENSORS + b"\x7b" + length_delimited(5, b"\x80") + b"\x7c", "more than 8192 fields"),
         (b"\x7b\x7b\x7c" + length_delimited(5, b"\x80") + b"\x7c" + MANY_TENSORS, "more than 8192 fields"),

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Self
 
 import pydantic
 import pytest
@@ -11,9 +12,15 @@ class Optimizer(Config):
     weight_decay: float = 0.0
 
 
+class Data(Config):
+    held_out: str = "rows"
+    listen: str | None = "here"
+
+
 class Run(Config):
     name: str = "run"
     steps: int
+    data: Data = Data()
     optimizer: Optimizer = Optimizer()
     teacher: Optimizer | None = None
 
@@ -35,6 +42,13 @@ def test_override_values_are_yaml() -> None:
     assert config.name == "7"
 
 
+def test_an_empty_override_of_a_text_is_empty() -> None:
+    """As a shell writes it; other keys have YAML's null then."""
+    config = load_config(Run, None, ["steps=1", "name=", "data.held_out=", "data.listen=", "teacher="])
+    assert config == Run(name="", steps=1, data=Data(held_out="", listen=None))
+    assert load_config(Run, None, ["steps=1", "data.held_out=''"]).data.held_out == ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -46,7 +60,18 @@ def test_override_values_are_yaml() -> None:
         (["steps=1", "teacher.wd=1"], "configuration: teacher.wd: unknown key; known keys: lr, weight_decay"),
         ([], "configuration: steps: Field required"),
         (["steps=1", "optimizer.lr=-1"], "configuration: optimizer.lr: Input should be greater than 0 (got -1)"),
+        (["steps="], "configuration: steps: Input should be a valid integer (got None)"),
+        (["steps=1", "data.heldout="], "configuration: data.heldout: unknown key; did you mean held_out?"),
+        (["steps=1", "data.held_out=null"], "configuration: data.held_out: Input should be a valid string (got None)"),
         (["steps"], "'steps': an override is written key.path=value"),
+        (["steps=1", "optimizer..lr=1"], "'optimizer..lr=1': an override is written key.path=value"),
+        # The unknown key alone: it is why the other one is missing.
+        (["step=3", "optimizer.lr=-1"], "configuration: step: unknown key; did you mean steps?"),
+        (
+            ["steps=x", "optimizer.lr=-1"],
+            "configuration: steps: Input should be a valid integer, unable to parse string as an integer (got 'x')"
+            " (and 1 more)",
+        ),
         (["steps=1", "name.first=x"], "configuration: name: Input should be a valid string (got {'first': 'x'})"),
         (["steps=1", "steps.more=2"], "'steps.more=2': steps is a value, it has no keys"),
         (["steps={"], "'steps={': the value is not YAML"),
@@ -56,6 +81,35 @@ def test_a_mistake_is_one_line(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(Run, None, overrides)
     assert str(raised.value) == expected
+
+
+def test_each_unknown_key_has_a_line() -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(Run, None, ["steps=x", "optimizer.lrr=1", "nmae=x"])
+    assert sorted(str(raised.value).splitlines()) == [
+        "configuration: nmae: unknown key; did you mean name?",
+        "configuration: optimizer.lrr: unknown key; did you mean lr?",
+    ]
+    with pytest.raises(ConfigError) as raised:
+        load_config(Run, None, [f"optimizer.lr{number}=1" for number in range(13)])
+    assert len(str(raised.value).splitlines()) == 11
+    assert str(raised.value).endswith("\nconfiguration: 3 more unknown keys")
+
+
+def test_what_is_wrong_with_a_section_does_not_print_the_section() -> None:
+    class Section(Config):
+        low: int = 1
+
+        @pydantic.model_validator(mode="after")
+        def _check(self) -> Self:
+            raise ValueError("low is too high")
+
+    class Whole(Config):
+        section: Section
+
+    with pytest.raises(ConfigError) as raised:
+        load_config(Whole, None, ["section.low=5"])
+    assert str(raised.value) == "configuration: section: low is too high"
 
 
 def test_file_mistakes_name_the_file(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def _with_parts(image_format: str, num_parts: int, part: bytes = b"") -> bytes:
             return data[:33] + chunk * num_parts + data[33:]
         case _:
             extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\6\0\0" + b"\4\0\0"
-            chunks = extended + data[12:] + (b"abcd" + bytes(4)) * num_parts
+            padded = b"abcd" + struct.pack("<I", 1) + bytes(2)
+            chunks = extended + data[12:] + padded + (b"abcd" + bytes(4)) * (num_parts - 1)
             return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
 
 
@@ -181,21 +182,22 @@ def test_too_many_parts_are_refused_before_the_header_is_read(data: bytes, monke
         check_image(data, "f", 1000)
 
 
-def _in_scans(num_scans: int) -> bytes:
-    """A good file that sends its pixels in so many scans, by hand: the last one again and again."""
+def _in_scans(num_scans: int, before: bytes = b"") -> bytes:
+    """A good file that sends its pixels in so many scans, by hand: the last one again and again, with `before` it."""
     data = _encode(Image.fromarray(PIXELS), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xc4") : -2]  # with the table that it refers to
     assert last.count(b"\xff\xda") == 1
-    return data[:-2] + last * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+    return data[:-2] + (before + last) * (num_scans - data.count(b"\xff\xda")) + data[-2:]
 
 
-def test_too_many_scans_are_refused_before_the_header_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Image.open(io.BytesIO(_in_scans(65))) as image:  # or this would say nothing
+@pytest.mark.parametrize("before", [b"", b"\xff\x01"], ids=["scans", "and markers without a length"])
+def test_too_many_scans_are_refused_before_the_header_is_read(before: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Image.open(io.BytesIO(_in_scans(65, before))) as image:  # or this would say nothing
         image.load()
     assert decode_image(_in_scans(64), "f", 1000).size == (7, 5)
     monkeypatch.delattr(Image, "open")
     with pytest.raises(InvalidRequest) as refused:
-        check_image(_in_scans(65), "f", 1000)
+        check_image(_in_scans(65, before), "f", 1000)
     assert str(refused.value) == "f: 65 scans, more than the limit of 64; save the image again"
     with pytest.raises(InvalidRequest, match="f: more than 300 segments or chunks beside the pixels"):
         check_image(_in_scans(10_000), "f", 1000)
@@ -206,7 +208,7 @@ def test_what_looks_like_a_scan_in_or_behind_a_picture_is_none(progressive: bool
     """As in a profile, and in the film that a phone puts behind a photo."""
     noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
     options = {"progressive": progressive, "restart_marker_blocks": 1, "icc_profile": b"\xff\xda" * 1000}
-    data = _encode(Image.fromarray(noise), "JPEG", **options) + b"\xff\xda\0\2" * 1000
+    data = _encode(Image.fromarray(noise), "JPEG", **options) + b"\0\2" + b"\xff\xda\0\2" * 1000
     assert decode_image(data, "f", 10**6).size == (400, 400)
 
 
@@ -258,6 +260,11 @@ def test_metadata_is_fine(image_format: str) -> None:
     profile = _encode(Image.fromarray(PIXELS), image_format, icc_profile=bytes(2**20), exif=b"Exif\0\0" + bytes(50))
     for data in (profile, profile + bytes(5000)):
         assert check_image(data, "f", 35) == ImageHeader(image_format, width=7, height=5)
+
+
+@pytest.mark.parametrize("part", [b"\xff", b"\xff\xd0"], ids=["fill", "restart"])
+def test_what_is_in_no_segment_is_fine_in_small_numbers(part: bytes) -> None:
+    assert check_image(_with_parts("JPEG", 101, part), "f", 35) == ImageHeader("JPEG", width=7, height=5)
 
 
 @pytest.mark.parametrize(

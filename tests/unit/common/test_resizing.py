@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers.image_utils import SizeDict
 
-from common.errors import Unimplemented
+from common.errors import InvalidRequest, Unimplemented
 from common.resizing import resize_options
 from common.types import Modality
 
@@ -16,8 +16,8 @@ class _Bounded:
     max_pixels: int
 
 
-def _processor(size: Any) -> Any:
-    return SimpleNamespace(image_processor=SimpleNamespace(valid_kwargs=_Bounded, size=size))
+def _processor(size: Any, valid_kwargs: type = _Bounded) -> Any:
+    return SimpleNamespace(image_processor=SimpleNamespace(valid_kwargs=valid_kwargs, size=size))
 
 
 def test_a_bound_that_is_left_out_is_the_models_own() -> None:
@@ -31,3 +31,23 @@ def test_a_processor_whose_size_is_no_number_of_pixels_says_so(size: Any) -> Non
     for bounds in ((None, 8), (8, None), (1, 8)):
         with pytest.raises(Unimplemented, match=r"^x: the processor of this model does not resize by a number of pix"):
             resize_options(_processor(size), Modality.IMAGE, *bounds, "x")
+
+
+@pytest.mark.parametrize("bound", [None, "min_pixels", "max_pixels"])
+def test_edges_that_are_lengths_are_no_numbers_of_pixels(bound: str | None) -> None:
+    """Processors whose edges are lengths have the same two keys; those that count pixels take both bounds by name."""
+    takes = type("_Takes", (), {"__annotations__": {bound: int} if bound else {}})
+    with pytest.raises(Unimplemented):
+        resize_options(_processor({"shortest_edge": 4, "longest_edge": 9}, takes), Modality.IMAGE, 5, 8, "x")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((None, 3), "x.max_pixels: makes the bounds 4 to 3 with the model's own"),
+        ((10, None), "x.min_pixels: makes the bounds 10 to 9 with the model's own"),
+    ],
+)
+def test_a_bound_beyond_the_models_other_one_is_named(bounds: tuple[int | None, int | None], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        resize_options(_processor({"shortest_edge": 4, "longest_edge": 9}), Modality.IMAGE, *bounds, "x")

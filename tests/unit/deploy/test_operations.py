@@ -88,7 +88,7 @@ def _words(cpus: int, gib: int, gpus: int) -> str:
     return f"{cpus} CPU{'s' if cpus > 1 else ''}, {gib} GiB" + (f", {gpus} GPUs" if gpus else "")
 
 
-@pytest.mark.parametrize("name", ["operations.md", "your-task.md", "metrics.md"])
+@pytest.mark.parametrize("name", ["operations.md", "runs.md", "your-task.md", "metrics.md"])
 def test_links_lead_somewhere(name: str) -> None:
     for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", (ROOT / "docs" / name).read_text()):
         titles = re.findall(r"^#+ (.+)$", (ROOT / "docs" / (path or name)).read_text(), re.MULTILINE)

@@ -66,7 +66,7 @@ def test_a_change_of_form_is_a_full_update_also_after_a_failure() -> None:
     forms.committed(one, merged=False)
     assert not forms.changes(taken, [one], merged=False)
     assert forms.changes(taken, [one], merged=True)
-    forms.failed(one)  # half-way: it may have it merged
+    forms.unknown(one)  # half-way: it may have it merged
     assert forms.changes(taken, [one], merged=False)
     forms.committed(one, merged=False)
     assert not forms.changes(taken, [one], merged=False)

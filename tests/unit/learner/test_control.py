@@ -1,17 +1,20 @@
 """Rank 0's loop thread, from outside."""
 
 import asyncio
+import re
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 
-from common.config import ConfigError
+from common.config import ConfigError, NotYet
+from common.types import ServerLimits
 from learner.config import LearnerConfig
-from learner.control import Control, describe, own_address
+from learner.control import Control, describe, own_address, still_waiting
 from learner.evaluate import TooManyFailed
 from learner.ledger import Ledger
 from learner.rollouts.members import FleetEvent
@@ -91,6 +94,36 @@ def test_a_start_that_fails_can_be_closed() -> None:
             control.start()
         control.close()
         assert control._loop.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"rollout": {"max_tokens": 500}}, "rollout.max_tokens is 500, but vllm.max_model_len of {} is 128; lower the"),
+        ({"rollout": {"n": 9, "max_tokens": 128}}, "rollout.n is 9, but limits.max_group_size of {} is 8; lower the"),
+        (
+            {"rollout": {"max_tokens": 128}, "evaluation": {"samples": 16}, "data": {"held_out": "h"}},
+            "evaluation.samples is 16, but limits.max_group_size of {} is 8; lower the",
+        ),
+    ],
+)
+def test_what_no_actor_can_take_ends_the_start(values: dict[str, dict[str, Any]], line: str) -> None:
+    base: dict[str, dict[str, Any]] = {"rollout": {"actors": ["127.0.0.1:1"]}, "data": {"train": "t"}}
+    control = make_control(**{key: base.get(key, {}) | values.get(key, {}) for key in {**base, **values}})
+    actor = FakeActor("127.0.0.1:1", limits=ServerLimits(max_context_tokens=128, max_group_size=8))
+    control._fleet._connect = lambda _: actor.connect()
+    with pytest.raises(ConfigError, match=re.escape(line.format("actor 127.0.0.1:1"))) as caught:
+        control.start()
+    assert caught.value.exit_code == 2
+    control.close()
+
+
+def test_what_an_actor_just_takes_begins() -> None:
+    control = make_control(rollout={"actors": ["127.0.0.1:1"], "max_tokens": 128, "n": 8})
+    actor = FakeActor("127.0.0.1:1", limits=ServerLimits(max_context_tokens=128, max_group_size=8))
+    control._fleet._connect = lambda _: actor.connect()
+    control.start()
+    control.close()
 
 
 @pytest.mark.parametrize(
@@ -174,3 +207,33 @@ def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyP
 def test_an_actor_that_still_loads_is_waited_for() -> None:
     event = FleetEvent("unreachable", "127.0.0.1:57051", "", None, "Connection refused")
     assert describe(event) == "waiting for actor 127.0.0.1:57051 (Connection refused) ..."
+
+
+def test_who_is_waited_for_is_said_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the log of one that the launcher has started; nobody listens at these ports."""
+    monkeypatch.setattr("learner.control._WAITING_S", 0.05)
+    (tmp_path / "actors.json").write_text('{"127.0.0.1:1": 10, "127.0.0.1:2": 11}')
+    lines: list[str] = []
+    actors = [f"127.0.0.1:{port}" for port in (1, 2, 3)]
+    rollout = {"actors": actors, "startup_timeout_s": 1.0}
+    control = make_control(lines.append, rollout=rollout, run_dir=tmp_path)
+    with pytest.raises(NotYet, match="no answer within 1 s"):
+        control.start()
+    control.close()
+    again = [line for line in lines if "waiting for 3 actors" in line]
+    assert len(again) > 2
+    log = tmp_path / "logs" / "actor-0.log"
+    assert set(again) <= {f"waiting for 3 actors, {seconds} s: still loading ({log})" for seconds in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        ({}, "waiting for actors, 40 s: no address is known yet"),
+        ({"10.0.0.1:1": "Connection refused"}, "waiting for 1 actor, 40 s: 10.0.0.1:1 (Connection refused)"),
+        ({"10.0.0.1:1": "x", "h:2": "y"}, "waiting for 2 actors, 40 s: 10.0.0.1:1 (x)"),
+        ({"10.0.0.1:1": "x", "127.0.0.1:2": "y"}, "waiting for 2 actors, 40 s: still loading (r/logs/actor-1.log)"),
+    ],
+)
+def test_the_first_that_is_waited_for_has_its_log_named(missing: dict[str, str], line: str) -> None:
+    assert still_waiting(missing, 40.4, {"127.0.0.1:2": Path("r/logs/actor-1.log")}) == line

@@ -37,6 +37,8 @@ def test_misuse_is_refused() -> None:
         tokens.accept()
     with pytest.raises(ValueError, match="has been trained"):
         tokens.take_back()
+    with pytest.raises(ValueError, match="has been trained"):
+        Credits(batch=4, max_staleness=0, step=2).take_back()
     tokens.start()
     with pytest.raises(ValueError, match="no credit"):
         tokens.start()

@@ -118,6 +118,44 @@ def test_image_folder_asks_one_question_and_answers_with_the_class(tmp_path: Pat
     assert dataset[0].messages == (ChatMessage("user", (MediaPart(0), TextPart("Which animal?"))),)
 
 
+@pytest.mark.parametrize("prompt", ["Which?", [{"role": "user", "content": "Which?"}]])
+@pytest.mark.parametrize("pictures", [[1], [1, 2]])
+def test_images_stand_before_a_text_without_markers(
+    prompt: str | list[dict[str, str]], pictures: list[int], tmp_path: Path
+) -> None:
+    """Columns of data sets of the hub, as TRL reads them."""
+    row = {"problem": prompt, "image": [{"bytes": image(value), "path": None} for value in pictures], "solution": "7"}
+    path = write_parquet(tmp_path / "t.parquet", [row])
+    sample = load(path, prompt_column="problem", image_column="image", answer_column="solution", suffix=" Think.")[0]
+    parts = (*(MediaPart(i) for i in range(len(pictures))), TextPart("Which? Think."))
+    assert sample.messages == (ChatMessage("user", parts),)
+    assert sample.images == tuple(image(value) for value in pictures)
+
+
+def test_rows_with_markers_may_follow_rows_without(module: types.ModuleType) -> None:
+    rows = [{"prompt": text, "images": image(1), "answer": 1} for text in ("What?", "This: <image>", "<image><image>")]
+    module.rows = lambda: rows  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="row 2 has 2 <image> markers for 1 images"):
+        load(f"{MODULE}:rows")
+    del rows[2]
+    dataset = load(f"{MODULE}:rows")
+    assert dataset[0].messages == (ChatMessage("user", (MediaPart(0), TextPart("What?"))),)
+    assert dataset[1].messages == (ChatMessage("user", (TextPart("This: "), MediaPart(0))),)
+
+
+def test_a_marker_in_the_first_row_asks_for_them_in_all(module: types.ModuleType) -> None:
+    """A row without is then a mistake; one that asks the common question is not."""
+    first = {"prompt": "<image>?", "images": image(1), "answer": 1}
+    rows: list[dict[str, Any]] = [first, first | {"prompt": None}]
+    module.rows = lambda: rows  # type: ignore[attr-defined]
+    assert load(f"{MODULE}:rows", question="What?")[1].messages == (
+        ChatMessage("user", (MediaPart(0), TextPart("What?"))),
+    )
+    rows[1] = first | {"prompt": "What?"}
+    with pytest.raises(ConfigError, match="row 1 has 0 <image> markers for 1 images; write"):
+        load(f"{MODULE}:rows")
+
+
 @pytest.fixture
 def module() -> Iterator[types.ModuleType]:
     module = types.ModuleType(MODULE)
@@ -166,7 +204,14 @@ def test_images_have_their_own_bounds_or_those_of_all(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image(7))
     row = verl_row(0, "<image><image><image>") | {
         "images": [
-            {"bytes": image(1), "path": None, "image": None, "min_pixels": None, "max_pixels": None},
+            {
+                "bytes": image(1),
+                "path": None,
+                "image": None,
+                "min_pixels": None,
+                "max_pixels": None,
+                "resized_height": None,
+            },
             {"bytes": None, "path": None, "image": f"file://{tmp_path}/a.png", "min_pixels": None, "max_pixels": 500},
             {"bytes": None, "path": "a.png", "image": None, "min_pixels": 100, "max_pixels": 300},
         ]
@@ -240,9 +285,37 @@ def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: 
     [
         ([{"prompt": "x", "answer": 1}], {}, "no image column 'images' .it has prompt, answer.; set data.image_column"),
         ([{"images": image(1), "answer": 1}], {}, "no prompt column 'prompt' .* or data.question"),
+        ([{"prompt": None, "images": image(1), "answer": 1}], {}, "row 0 has no 'prompt'; name the column, or give"),
         ([verl_row(0, "no marker")], {}, "row 0 has 0 <image> markers for 1 images; write one marker"),
         ([verl_row(0), verl_row(1, "<image><image>")], {}, "row 1 has 2 <image> markers for 1 images"),
+        (
+            [{"prompt": "<image> or?", "images": [image(1), image(2)], "answer": 1}],
+            {},
+            "row 0 has 1 <image> markers for 2 images; write one marker",
+        ),
+        (
+            [
+                {
+                    "prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}],
+                    "images": image(1),
+                    "answer": 1,
+                }
+            ],
+            {},
+            "row 0 has 0 <image> markers for 1 images; write one marker, or part of type image, into the prompt",
+        ),
+        ([{"prompt": "No picture: <image>", "images": None, "answer": 1}], {}, "row 0 has 1 <image> markers for 0 im"),
         ([{"prompt": "<image>", "images": image(1)}], {}, r"row 0 has no ground truth \(reward_model.ground_truth or"),
+        (
+            [{"prompt": "<image>", "images": image(1), "loesung": 7}],
+            {"answer_column": "antwort"},
+            r"row 0 has no ground truth \(antwort; it has prompt, images, loesung\); set data.answer_column",
+        ),
+        (
+            [{"prompt": "<image>", "images": image(1), "meta": {"solution": 7, "level": 1}}],
+            {"answer_column": "meta.answer"},
+            r"row 0 has no ground truth \(meta.answer; it has prompt, images, meta\); set data.answer_column",
+        ),
         ([{"prompt": "<image>", "images": b"junk", "answer": 1}], {}, "row 0 image 0 cannot be read"),
         (
             [{"prompt": "<image>", "images": "a.png", "answer": 1}],
@@ -285,6 +358,11 @@ def test_a_part_of_the_held_out_rows_is_of_all_of_them(tmp_path: Path, options: 
             [{"prompt": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text"}]}], "answer": 1}],
             {"image_column": ""},
             "row 0 has a content part of type 'image_url'",
+        ),
+        (
+            [{"prompt": [{"role": "assistant", "content": [{"type": "thinking", "text": "x"}]}], "answer": 1}],
+            {"image_column": ""},
+            "row 0 has a content part of type 'thinking'",
         ),
         (
             [{"prompt": [{"role": "user", "content": ["hello"]}], "answer": 1}],

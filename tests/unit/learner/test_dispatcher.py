@@ -25,7 +25,7 @@ from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
-from learner.types import PromptSample
+from learner.types import Group, PromptSample
 from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, make_sample, until
 
 
@@ -39,10 +39,12 @@ class Setup:
     task: "asyncio.Task[None]"
 
     async def take(self, batch: int, version: int = 0, max_staleness: int = 0) -> list[int]:
-        groups = await asyncio.to_thread(
+        return [group.sequence for group in await self.groups(batch, version, max_staleness)]
+
+    async def groups(self, batch: int, version: int = 0, max_staleness: int = 0) -> list[Group]:
+        return await asyncio.to_thread(
             self.buffer.take, batch, version=version, max_staleness=max_staleness, timeout_s=20
         )
-        return [group.sequence for group in groups]
 
 
 def one(**_: Any) -> float:
@@ -89,9 +91,10 @@ async def test_synchronous_training_samples_one_batch_per_step() -> None:
         assert len(setup.actor.requests) == 2
         setup.ledger.mark_trained([0, 1])
         setup.dispatcher.set_version(1)
-        assert await setup.take(2, version=1, max_staleness=100) == [2, 3]
-        stats = setup.dispatcher.stats()
-        assert (stats.num_groups, stats.num_completions, stats.num_tokens, stats.running) == (4, 12, 24, 0)
+        groups = await setup.groups(2, version=1, max_staleness=100)
+        assert [group.sequence for group in groups] == [2, 3]
+        assert [len(completion.token_ids) for group in groups for completion in group.completions] == [2] * 6
+        assert setup.dispatcher.stats().running == 0
 
 
 async def test_it_never_runs_further_ahead_than_allowed() -> None:

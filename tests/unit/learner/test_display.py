@@ -10,6 +10,7 @@ from rich.console import Console
 
 from common.types import ActorState
 from learner.reporting.display import Display, LiveDisplay, StepReport, make_display, sparkline
+from learner.reporting.held_out import REWARD
 from learner.rollouts.members import Member
 from tests.helpers.fakes import FakeActor
 
@@ -44,6 +45,17 @@ def test_plain_is_one_line_per_event(tmp_path: Path) -> None:
     ):
         assert part in lines[2]
     assert lines[3] == "actor 10.0.0.1:50051 left: refused"
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_weighted_sum_is_shown_as_a_reward(tmp_path: Path, plain: bool) -> None:
+    stream = io.StringIO()
+    display = make_display(name="x", total_steps=9, run_dir=tmp_path, plain=plain, stream=stream, held_out=REWARD)
+    display.accuracy(3, 1.25)
+    if isinstance(display, LiveDisplay):
+        Console(file=stream, width=110).print(display._render())
+    assert re.search(r"held-out reward +1\.250", stream.getvalue())
+    assert "accuracy" not in stream.getvalue()
 
 
 def test_the_panel_shows_everything(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@ import asyncio
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from common.client import ActorClient
 from common.errors import (
     DeadlineExceeded,
     OutriderError,
@@ -18,34 +17,11 @@ from common.errors import (
     StageTimeout,
     Unreachable,
 )
-from common.types import ActorState, ActorStatus, EpochSpec, Manifest
-from learner.rollouts.members import Member
+from common.types import EpochSpec, Manifest
 from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
+from tests.helpers.epoch_clients import Client, member
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
-
-
-class Client:
-    """Joins when it `answers`, or fails with `error`; is `actor_id` by now."""
-
-    def __init__(self, actor_id: str, error: Exception | None = None) -> None:
-        self.actor_id = actor_id
-        self.error = error
-        self.aborted = 0
-        self.answers = asyncio.Event()
-        self.answers.set()
-
-    async def open_epoch(self, spec: EpochSpec) -> None:
-        await asyncio.sleep(0)
-        await self.answers.wait()
-        if self.error is not None:
-            raise self.error
-
-    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
-        return ActorStatus(self.actor_id, ActorState.SERVING, 0, "run", 1, -1, 0, 0, 1)
-
-    async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
-        self.aborted += 1
 
 
 class After(Client):
@@ -90,10 +66,6 @@ class Transport:
 
     def abort(self) -> None:
         pass
-
-
-def member(client: Client) -> Member:
-    return Member("one:1", cast("ActorClient", client), 1, "one#1", ActorState.SERVING)
 
 
 async def test_the_process_that_the_fleet_knows_comes_in() -> None:

@@ -35,7 +35,7 @@ class Rows:
 
 
 class CountingSampler:
-    """Answers at once and remembers what it was asked."""
+    """Answers at once and remembers what it was asked. The k-th group's completions have k tokens."""
 
     def __init__(self) -> None:
         self.requests: list[RolloutRequest] = []
@@ -44,8 +44,9 @@ class CountingSampler:
         assert min_version() == 7
         assert expected.media == {}  # nothing looks at it, and it is large
         self.requests.append(request)
-        n = request.sampling.n
-        return SimpleNamespace(prompt=None, completions=[make_completion(request.group_id, i, "a") for i in range(n)])
+        n, spans = request.sampling.n, ((7, len(self.requests)),)
+        completions = [make_completion(request.group_id, i, "a", spans) for i in range(n)]
+        return SimpleNamespace(prompt=None, completions=completions)
 
 
 class RowsOftenPass:
@@ -96,7 +97,7 @@ async def run(
 async def test_greedy_accuracy_alone_asks_once_per_row() -> None:
     result, requests = await run(EvaluationConfig())
     assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)
-    assert (result.num_rows, result.pass_at_k) == (ROWS, {})
+    assert (result.num_rows, result.mean_tokens, result.pass_at_k) == (ROWS, (1 + 2 + 3 + 4) / 4, {})
     assert sorted(request.group_id for request in requests) == [f"r.held-out.7.{row}" for row in range(ROWS)]
     told = [(group.sample.row, group.completions[0].index, group.reward_parts) for group in result.groups]
     assert told == [(row, 0, {"judge": [row / ROWS]}) for row in range(ROWS)]

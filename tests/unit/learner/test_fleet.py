@@ -228,14 +228,18 @@ async def test_cancelled_waiters_leave_no_slot_behind() -> None:
     actor = FakeActor("one")
     async with running(actor, slots=1) as (fleet, _):
         async with fleet.slot(any_version):
-            waiters = [asyncio.ensure_future(anext(aiter_slot(fleet, 0))) for _ in range(3)]
+            waiters = [asyncio.ensure_future(anext(aiter_slot(fleet, 0))) for _ in range(4)]
             await asyncio.sleep(0)
             waiters[0].cancel()
             await asyncio.gather(waiters[0], return_exceptions=True)
-        # The slot went to the second waiter in this very turn; it is cancelled before it runs.
+        # The slot is free, and goes to a waiter at the loop's next turn.
         waiters[1].cancel()
-        await asyncio.gather(waiters[1], return_exceptions=True)
-        assert (await waiters[2]).in_flight == 1
+        await asyncio.sleep(0)
+        # It went to the third one, which is cancelled before it runs.
+        waiters[2].cancel()
+        await asyncio.gather(*waiters[:3], return_exceptions=True)
+        assert all(waiter.cancelled() for waiter in waiters[:3])
+        assert (await waiters[3]).in_flight == 1
 
 
 @pytest.mark.parametrize(("num_actors", "polls_of_each"), [(1, 20), (64, 20), (128, 10), (256, 5)])

@@ -12,7 +12,7 @@ from learner.rollouts.members import FleetEvent, Member
 from learner.weights.epoch import UpdateTimes
 from tests.helpers.fakes import FakeActor, make_group
 
-STATS = DispatchStats(3, 10, 20, 200, {"STALE": 4}, {"HUNG": 2, "UNREACHABLE": 1})
+STATS = DispatchStats(3, {"STALE": 4}, {"HUNG": 2, "UNREACHABLE": 1})
 
 
 def members() -> tuple[Member, ...]:

@@ -23,9 +23,20 @@ last_words.leave(pathlib.Path(sys.argv[1]), 1, "OSError: [Errno 28] No space lef
 @pytest.mark.parametrize(
     ("actor", "words"),
     [
-        ({"vlm": {"max_model_len": 5}}, "vlm: unknown key; did you mean vllm?"),
-        ({"vllm": {"tensor_parallel_size": "two"}}, "vllm.tensor_parallel_size: "),  # read where GPUs are shared
-        ({"vllm": 5}, "vllm: "),
+        ({"vlm": {"max_model_len": 5}}, "local.actor: vlm: unknown key; did you mean vllm?"),
+        (
+            {"vllm": {"tensor_parallel_size": "two"}},
+            "local.actor: vllm.tensor_parallel_size: ",
+        ),  # read where GPUs are shared
+        ({"vllm": 5}, "local.actor: vllm: "),
+        (
+            {"vllm": {"max_model_len": 128}},
+            "rollout.max_tokens is 256, but vllm.max_model_len of local.actor is 128; lower the one or raise the other",
+        ),
+        (
+            {"limits": {"max_group_size": 4}},
+            "rollout.n is 8, but limits.max_group_size of local.actor is 4; lower the one or raise the other",
+        ),
     ],
 )
 def test_a_mistake_in_the_configuration_of_actors_is_told_before_anything_is_made(
@@ -50,7 +61,7 @@ def test_a_mistake_in_the_configuration_of_actors_is_told_before_anything_is_mad
     finally:
         signal.signal(signal.SIGTERM, handler)
     told = capsys.readouterr().err
-    assert told.startswith(f"outrider: local.actor: {words}")
+    assert told.startswith(f"outrider: {words}")
     assert told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 

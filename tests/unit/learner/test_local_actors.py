@@ -55,6 +55,11 @@ def test_those_that_are_wanted_still_are_used_again(tmp_path: Path, started: lis
     first = start(tmp_path, port)
     assert start(tmp_path, port) == first == {one: started[0].pid, two: started[1].pid}
 
+    logs = actors.logs(tmp_path)
+    assert logs == {one: tmp_path / "logs" / "actor-0.log", two: tmp_path / "logs" / "actor-1.log"}
+    assert all(path.exists() for path in logs.values())
+    assert actors.logs(tmp_path / "of nobody") == {}
+
     # The second one is too many: it does not keep its memory.
     assert start(tmp_path, port, num_actors=1) == {one: started[0].pid}
     assert (len(started), started[0].poll(), started[1].wait(10)) == (2, None, -9)
@@ -113,6 +118,21 @@ def test_one_that_is_never_ready_is_not_started_for_ever(
     reason = says.removeprefix("does not start: ")
     assert len(again) == num_starts - 1
     assert all(re.search(reason.removesuffix("$"), line) and str(tmp_path) in line for line in again)
+
+
+def test_one_that_is_killed_is_not_told_of_with_words_of_another_time(
+    tmp_path: Path,
+    started: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "print('Traceback (most recent call last):\\nValueError: a bad request', flush=True)"
+    script = f"import os, sys; print('actor a ready on', sys.argv[-1]); {words}; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(f"{__name__}.SLEEPER", script)
+    live(tmp_path, started, num_rounds=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "is started again" in line]
+    assert "ended with -9" in line
+    assert "a bad request" not in line
 
 
 def test_one_that_has_been_ready_is_started_again_and_again(

@@ -13,8 +13,11 @@ def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     rows[9]["prompt"] = "<image>"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "run.yaml").write_text(
-        "model: {path: /nowhere}\nreward: {functions: [exact_match]}\ntrainer: {total_steps: 1, batch_prompts: 1}\n"
+        "model: {path: model}\nreward: {functions: [exact_match]}\ntrainer: {total_steps: 1, batch_prompts: 1}\n"
     )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
     command = [sys.executable, "-m", "learner.preflight", "run.yaml", f"data.train={tmp_path / 'rows.jsonl'}"]
     all_rows = subprocess.run([*command, "--all-rows"], cwd=tmp_path, capture_output=True, text=True, check=False)
     told = all_rows.stdout.splitlines()
@@ -23,4 +26,15 @@ def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     assert "row 5 has no ground truth" in told[0]
     assert "row 9 image 0 is the file" in told[1]
     assert all_rows.stderr.splitlines()[-1] == "12 rows, 2 broken"
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    first_row = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (first_row.returncode, first_row.stderr) == (0, "")
+    [line] = first_row.stdout.splitlines()
+    assert line.startswith("no mistake found: 12 rows, 0 held out (")
+    assert "rewards exact_match" in line
+    no_model = subprocess.run([*command, "model.path=nope"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert no_model.returncode == 2
+    assert no_model.stderr.startswith("model.path: nope holds no checkpoint")
+    rows_only = subprocess.run(
+        [*command, "--rows-only", "model.path=nope"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (rows_only.returncode, rows_only.stdout, rows_only.stderr) == (0, "", "")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.dtypes import tensor_in
-from common.errors import Draining, InvalidRequest, OutriderError
+from common.errors import Draining, InvalidRequest, OutriderError, StageTimeout, Unreachable
 from common.types import LORA_A, LORA_B, ActorState, ActorStatus, EpochSpec, Manifest
 from learner.model.lora import FILE_PREFIX, merge
 from learner.rollouts.members import FleetEvent, Member
@@ -233,3 +233,39 @@ async def test_after_a_long_step_an_update_has_connections_of_its_own(monkeypatc
             await fleet.all_at(version, "one")
             epochs.append(fleet.publisher._last_epoch)
         assert epochs == [1, 1, 2, 2]
+
+
+@pytest.mark.timeout(20)
+async def test_who_was_late_for_an_adapter_gets_the_adapter_alone() -> None:
+    async with running() as (fleet, _):
+        await fleet.add("one")
+        late = await fleet.add("late")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "one", "late")
+        late.refusal["stage"] = StageTimeout("late")
+        fleet.publisher.submit(snapshot(1))
+        await fleet.all_at(1, "one")
+        late.refusal.clear()
+        fleet.recover("late")
+        await fleet.all_at(1, "late")
+        assert len(fleet.wire.buffers) == 1  # the model, which it has, would be another
+        assert late.weight == 3.0
+
+
+@pytest.mark.timeout(20)
+async def test_time_without_any_actor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GIVE_UP_S", 0.2)
+    async with running() as (fleet, task):
+        gone = await fleet.add("gone")
+        gone.refusal["stage"] = Unreachable("preempted")
+        fleet.publisher.submit(snapshot(0))
+        await until(lambda: fleet.member("gone").held, 0.001)
+        fleet.drop("gone")
+        await asyncio.sleep(0.4)  # longer than updates may fail
+        new = await fleet.add("new")
+        new.refusal["stage"] = Unreachable("preempted too")
+        await until(lambda: fleet.member("new").held or task.done(), 0.001)
+        new.refusal.clear()
+        fleet.recover("new")
+        await until(lambda: fleet.member("new").version == 0 or task.done(), 0.001)
+        assert not task.done(), task.exception()

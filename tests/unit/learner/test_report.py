@@ -24,7 +24,7 @@ METRICS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 GROUP = dataclasses.replace(
     make_group(0), rewards=np.array([0.25, 0.75], np.float32), reward_parts={"right": (0, 1), "short": (None, 0.5)}
 )
-NO_GROUPS = DispatchStats(0, 0, 0, 0, {"STALE": 1}, {"HUNG": 2})
+NO_GROUPS = DispatchStats(0, {"STALE": 1}, {"HUNG": 2})
 
 
 def _stats(parity_tokens: int = 8) -> StepStats:
@@ -132,7 +132,7 @@ def test_the_share_of_dropped_groups_is_that_of_the_step_and_shown_unless_small(
     batch = [make_group(i) for i in range(30)]
     drops: list[dict[str, int]] = [{"A": 20}, {"A": 21, "STALE": 99}, {"A": 21, "B": 30, "STALE": 99}]
     for step, dropped in enumerate(drops, 1):
-        stats = DispatchStats(0, 0, 0, 0, dropped, {})
+        stats = DispatchStats(0, dropped, {})
         reporter.step(step, batch, _stats(), stats, wait_s=0.0)
     assert [re.findall(r"dropped (\S+)", line) for line in stream.getvalue().splitlines()] == [["40%"], [], ["50%"]]
 

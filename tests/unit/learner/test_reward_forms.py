@@ -1,6 +1,7 @@
 """The three forms of a reward function, the weighted sum, and that a failure is never a number."""
 
 import io
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image, ImageFile
 
 from common.types import ChatMessage, MediaPart, TextPart
@@ -93,7 +95,11 @@ def test_the_parts_are_what_each_function_said() -> None:
     """Of verl's dictionaries also the other numbers, where there are some."""
 
     def compute_score(solution_str: str) -> dict[str, Any]:
-        more = {"tries": np.int64(3), "note": "first", "worst": float("nan")} if solution_str == "a" else {}
+        more = (
+            {"tries": np.int64(3), "note": "first", "worst": float("nan"), "guess": 10**400}
+            if solution_str == "a"
+            else {}
+        )
         return {"score": 0.25, "acc": solution_str == "b", **more}
 
     def some(completions: Any) -> list[float | None]:
@@ -106,6 +112,29 @@ def test_the_parts_are_what_each_function_said() -> None:
         "reward 0.tries": [3.0, None],
         "reward 1": [None, 2.0],
     }
+
+
+def test_only_a_dictionary_says_more_than_the_reward() -> None:
+    def compute_score(solution_str: str) -> Any:
+        return {"score": 0.5, "acc": 1.0} if solution_str == "a" else 0.25
+
+    assert scores(compute_score).parts == {"reward 0": [0.5, 0.25], "reward 0.acc": [1.0, None]}
+
+
+def test_arguments_with_a_default_may_have_any_name() -> None:
+    def ours(completion: str, scale: float = 3.0) -> float:
+        return scale * len(completion)
+
+    def trls(completions: list[Any], trainer_state: object = None, **_: Any) -> list[float]:
+        return [float(trainer_state is None)] * len(completions)
+
+    assert total(ours, trls) == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("returned", [True, 1, np.float32(1), np.bool_(True), np.array(1.0), torch.tensor(1.0)])
+def test_every_scalar_is_a_number(returned: object) -> None:
+    [value] = scores(lambda **_: returned, task=make_task("a")).parts["reward 0"]
+    assert (type(value), value) == (float, 1.0)
 
 
 def test_trls_is_called_once_with_lists() -> None:
@@ -239,6 +268,7 @@ def test_none_leaves_a_function_out() -> None:
         (None, "REWARD_NOT_A_NUMBER", "returned None"),
         (np.ones(2), "REWARD_NOT_A_NUMBER", "returned array"),
         (1e300, "REWARD_NOT_FINITE", "the rewards add up to 1e+300"),
+        (10**400, "REWARD_NOT_FINITE", "completion 0 (reward 0): the reward returned 1000"),
     ],
 )
 def test_what_is_no_number(returned: object, reason: str, message: str) -> None:
@@ -268,6 +298,14 @@ def test_what_a_function_raises_is_told() -> None:
     check_failure(lambda **_: 1 / 0, "REWARD_RAISED", "completion 0: ZeroDivisionError: division by zero (reward 0)")
     check_failure(needs_a_column, "REWARD_RAISED", "row 4: TypeError: ")
     check_failure(needs_a_column, "REWARD_RAISED", "missing 1 required positional argument: 'difficulty' (reward 0)")
+
+
+def test_the_innermost_line_of_the_users_code_is_told() -> None:
+    def reward(completion: str) -> float:
+        return float(json.loads(completion))
+
+    line = reward.__code__.co_firstlineno + 1
+    check_failure(reward, "REWARD_RAISED", f"(reward 0) at test_reward_forms.py:{line}")
 
 
 def check_failure(function: Callable[..., Any], reason: str, message: str) -> None:

@@ -363,3 +363,25 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert type(caught.value) is kind
     with pytest.raises(ConfigError, match=rf"^run_dir: {made} cannot be written: {os.strerror(number)}$"):
         _chosen(_config(tmp_path, run_dir=made))
+
+
+@pytest.mark.parametrize("refused", ["", "launcher.lock"])
+def test_a_run_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    theirs = _chosen(_config(tmp_path))
+    _checkpoint(theirs)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs / refused and access(path, mode))
+    with run_folder.held(_config(tmp_path), "launcher") as mine:
+        assert mine != theirs
+
+
+def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = _chosen(_config(tmp_path))
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=rf"^{theirs} cannot be written: Permission denied$") as caught:
+        _chosen(_config(tmp_path, run_dir=theirs))
+    assert caught.value.exit_code == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.client import SampledGroup
-from common.errors import DeadlineExceeded, EngineDead, InvalidRequest, OutriderError, QueueFull
+from common.errors import DeadlineExceeded, EngineDead, InvalidRequest, MediaMissing, OutriderError, QueueFull
 from common.types import ActorState, ChatPrompt, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
@@ -98,6 +98,15 @@ async def test_a_failing_actor_is_replaced_by_another(error: OutriderError) -> N
         # A new attempt has a new name, so its trajectories can not be mistaken for those of the first one.
         assert got.prompt.group_id == f"run.3.{len(bad.requests)}"
         assert sample.retries == {error.reason: len(bad.requests)}
+
+
+async def test_an_actor_whose_store_others_fill_is_well() -> None:
+    actor = FakeActor("full", failure=MediaMissing((b"\0" * 32,)))
+    async with sampler(actor, max_attempts=3) as sample:
+        with pytest.raises(GroupFailed, match="failed 3 times"):
+            await sample.sample(REQUEST, min_version=any_version, expected=None)
+        (member,) = sample.fleet.live()
+        assert (member.held, member.num_failures) == (False, 0)
 
 
 async def test_a_group_that_fails_everywhere_is_given_up() -> None:

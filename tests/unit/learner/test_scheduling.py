@@ -30,18 +30,21 @@ def test_the_least_busy_comes_first() -> None:
 
 
 def test_a_slow_actor_is_given_less() -> None:
-    """At 3 s a group against 1 s, it gets one group for three of the others."""
-    slow, fast = member("slow", group_s=3.0), member("fast", group_s=1.0)
+    """At 6 s a group against 2 s, it gets one group for three of the others. A new one is taken for fast."""
+    slow, fast, new = member("slow", group_s=6.0), member("fast", group_s=2.0), member("new")
     for _ in range(12):
         choose([slow, fast]).in_flight += 1
     assert (slow.in_flight, fast.in_flight) == (3, 9)
+    new.in_flight = 8
+    assert choose([slow, new]).address == "slow"
+    assert choose([slow, fast, new]).address == "new"
 
 
 def test_small_differences_are_noise_and_large_ones_have_a_bound() -> None:
-    near, far, fast = member("near", group_s=1.4), member("far", group_s=1000.0), member("fast", 1, group_s=1.0)
+    near, far, fast = member("near", group_s=1.4), member("far", group_s=1000.0), member("fast", group_s=1.0)
     assert choose([near, fast]).address == "near"
     fast.in_flight = 4
-    assert choose([far, fast]).address == "far"
+    assert choose([fast, far]).address == "far"
 
 
 def test_seconds_follow_what_an_actor_does_now() -> None:
@@ -87,6 +90,8 @@ def test_hung_is_who_gets_nowhere_while_others_do() -> None:
     hung.progressed_at = 105.0
     assert not is_hung(hung, [hung, other], now=111.0, hung_s=10.0)
     hung.progressed_at, hung.in_flight = 100.0, 0
+    assert not is_hung(hung, [hung, other], now=111.0, hung_s=10.0)
+    hung.in_flight, hung.held = 1, True
     assert not is_hung(hung, [hung, other], now=111.0, hung_s=10.0)
 
 

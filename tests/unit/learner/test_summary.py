@@ -3,7 +3,9 @@
 import base64
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from google.protobuf import json_format
 from common import wire
 from common.pb.rollout.v1 import rollout_pb2
 from common.types import ChatMessage, ChatPrompt, MediaPart, SamplingParams, TextPart
+from learner.config import RewardConfig
+from learner.reporting.held_out import ACCURACY, REWARD, HeldOut, held_out_of
 from learner.reporting.json_lines import JsonLines
 from learner.reporting.question import write_question
 from learner.reporting.summary import Summary, format_duration, format_summary, write_summary
@@ -78,10 +82,48 @@ def test_the_question_is_a_request_that_the_server_reads(tmp_path: Path) -> None
 def test_the_end_says_how_to_go_on(tmp_path: Path) -> None:
     text = format_summary(SUMMARY, tmp_path / "question.json")
     assert "31.4% before, 92.5% after" in text
-    assert "120 steps in 5:02" in text
+    assert "120 steps in 5:02, without the wait for actors" in text
     assert "python -m actor --model runs/digits-1/export --listen 127.0.0.1:50051 --standalone" in text
     assert f"rollout.v1.RolloutService/Generate < {tmp_path}/question.json" in text
     assert "not measured" in format_summary(Summary("x", 1, None, None, 1.0, None, 1.0, "c"))
+
+
+def test_the_end_calls_a_weighted_sum_no_accuracy() -> None:
+    text = format_summary(SUMMARY, held_out=REWARD)
+    assert "\n  held-out reward    0.314 before, 0.925 after\n" in text
+    assert "%" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, ACCURACY),
+        ({"weights": [1]}, ACCURACY),
+        ({"weights": [0.5]}, REWARD),
+        ({"functions": ["exact_match", "format"]}, REWARD),
+        ({"functions": ["exact_match", "format"], "weights": [1, 0]}, REWARD),
+    ],
+)
+def test_only_one_function_alone_is_an_accuracy(values: dict[str, Any], expected: HeldOut) -> None:
+    assert held_out_of(RewardConfig.model_validate(values)) == expected
+
+
+def test_buf_is_named_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the PATH, or beside the interpreter: an environment need not be activated."""
+    on_path, beside = tmp_path / "on_path", tmp_path / "of an environment"
+    for directory in (on_path, beside):
+        directory.mkdir()
+    monkeypatch.setenv("PATH", str(on_path))
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+
+    def commands() -> list[str]:
+        lines = format_summary(SUMMARY, tmp_path / "question.json").splitlines()
+        return [line.split(" curl ")[0].strip() for line in lines if " curl " in line]
+
+    assert commands() == []
+    for directory, name in ((beside, f"'{beside}/buf'"), (on_path, "buf")):
+        (directory / "buf").touch(0o755)
+        assert commands() == [name]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])

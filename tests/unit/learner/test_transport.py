@@ -13,7 +13,7 @@ from common.errors import Unreachable
 from common.types import EpochSpec
 from learner.weights.epoch import EpochFailed, open_epoch
 from learner.weights.transport import TorchTransport
-from tests.unit.learner.test_epoch import Client, member
+from tests.helpers.epoch_clients import Client, member
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 0, 2, 0, "gloo", timeout_s=10.0)
 

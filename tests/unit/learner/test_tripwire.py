@@ -21,6 +21,19 @@ def test_equal_answers_pass() -> None:
     check_images(EXPECTED, PROMPT, COMPLETIONS)
 
 
+def test_an_image_is_one_embedding_or_more_also_where_both_sides_agree() -> None:
+    """What both make nothing of is lost too."""
+
+    def check(num_tokens: int) -> None:
+        expected = dataclasses.replace(EXPECTED, num_image_tokens=(num_tokens, 3))
+        use = dataclasses.replace(USES[0], num_tokens=num_tokens)
+        check_images(expected, dataclasses.replace(PROMPT, media=(use, USES[1])), COMPLETIONS)
+
+    check(1)
+    with pytest.raises(ImageMismatch, match=r"media\[0\] has 0 embeddings in 3 tokens"):
+        check(0)
+
+
 def longer_ids() -> Any:
     return np.append(EXPECTED.input_ids, np.int32(9))
 

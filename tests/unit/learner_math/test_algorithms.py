@@ -50,8 +50,9 @@ def test_advantages_by_hand() -> None:
 
 
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS.keys() - {"reinforce_plus_plus"}))
-def test_equal_rewards_teach_exactly_nothing(estimator: Any) -> None:
-    assert group_advantages(np.full(7, 0.1, np.float32), estimator).tolist() == [0.0] * 7
+@given(reward=st.floats(width=32, allow_nan=False, allow_infinity=False), num=st.integers(2, 64))
+def test_equal_rewards_teach_exactly_nothing(estimator: Any, reward: float, num: int) -> None:
+    assert group_advantages(np.full(num, reward, np.float32), estimator).tolist() == [0.0] * num
 
 
 COMPLETIONS = st.lists(st.tuples(st.floats(-10, 10, width=32), st.integers(1, 9)), min_size=2, max_size=12)
@@ -77,8 +78,8 @@ def test_advantages_over_the_batch_are_those_of_a_naive_loop(batch: list[list[tu
 
 
 def test_overlong_answers_by_hand() -> None:
-    lengths = np.array([1, 6, 7, 9, 10], np.int32)
-    assert overlong_penalty(lengths, max_tokens=10, buffer=4).tolist() == [0, 0, -0.25, -0.75, -1]
+    lengths = np.array([1, 6, 7, 9, 10, 12], np.int32)
+    assert overlong_penalty(lengths, max_tokens=10, buffer=4).tolist() == [0, 0, -0.25, -0.75, -1, -1]
 
 
 @pytest.mark.parametrize("rewards", [[1.0], [], [1.0, math.nan], [math.inf, 0.0]])
@@ -209,6 +210,14 @@ def test_loss_and_metrics_are_those_of_a_naive_loop(config: AlgorithmConfig, see
             masked.append(float(is_masked(t, cut_off, config)))
     assert terms.clipped.tolist() == clipped
     assert terms.masked.tolist() == masked
+
+    def divergences(p: str, q: str) -> list[float]:
+        return [math.exp(t[q] - t[p]) - (t[q] - t[p]) - 1 for s in tokens for t in s]
+
+    assert terms.mismatch_kl.tolist() == pytest.approx(divergences("actor", "logprob"), rel=1e-4, abs=1e-6)
+    assert terms.reference_kl.tolist() == pytest.approx(divergences("logprob", "reference"), rel=1e-4, abs=1e-6)
+    measured = (terms.clipped, terms.ratio, terms.mismatch_kl, terms.reference_kl, terms.masked)
+    assert not any(values.requires_grad for values in measured)  # they would keep the graph of each pack
 
 
 def test_the_gradient_of_gspo_is_that_of_its_sequence_level_objective() -> None:

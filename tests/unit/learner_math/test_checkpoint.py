@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import stat
@@ -105,6 +106,25 @@ def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Trai
         policy.save(tmp_path, {})
     policy.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_the_newest_is_that_of_the_highest_number(
+    make_policy: Callable[[], Policy], train: Train, tmp_path: Path
+) -> None:
+    """From 1,000,000 on names are in another order than numbers. A copy that somebody made is none of them."""
+    policy = make_policy()
+    policy.version = 999_997
+    train(policy)
+    first = policy.save(tmp_path, {})
+    policy.finish()
+    copy = shutil.copytree(first, first.with_name(f"{first.name}-copy"))
+    for _ in range(3):
+        train(policy)
+        policy.save(tmp_path, {})
+    policy.finish()
+    newest = [tmp_path / "checkpoints" / name for name in ("step-1000000", "step-1000001")]
+    assert set((tmp_path / "checkpoints").iterdir()) == {*newest, copy}
+    assert latest_checkpoint(tmp_path) == newest[-1]
 
 
 def test_an_old_checkpoint_that_stays_ends_no_run(
@@ -343,3 +363,19 @@ def test_the_adapter_of_an_earlier_run_is_not_the_one_of_this_run(model_dir: Pat
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_an_export_can_be_read_by_whom_the_umask_lets(umask: int, mode: int, model_dir: Path, tmp_path: Path) -> None:
+    """A server of another user, say; safetensors writes its files for their owner alone."""
+    config = config_of(model_dir)
+    lora = config.model_copy(update={"model": config.model.model_copy(update={"lora_rank": 2})})
+    before = os.umask(umask)
+    try:
+        with join_ranks("cpu") as ranks:
+            export = Policy(lora, ranks).export(tmp_path / "export")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in export.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "adapter_model.safetensors", "config.json"} <= modes.keys()
+    assert modes == dict.fromkeys(modes, mode)

@@ -5,7 +5,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from common.types import FloatArray
 from learner.batch.balance import ModelCost
@@ -60,19 +62,28 @@ class Rollouts:
         self.ledger.mark_trained([group.sequence for group in groups])
 
 
-def make_feed(rollouts: Any, is_stopping: Callable[[], bool] = lambda: False, **trainer: object) -> BatchFeed:
+def make_feed(
+    rollouts: Any,
+    is_stopping: Callable[[], bool] = lambda: False,
+    *,
+    other: Any = None,
+    num_ranks: int = 1,
+    **trainer: object,
+) -> BatchFeed:
+    """`other`: sections of the configuration beside `trainer`."""
     config = LearnerConfig.model_validate(
         {
             "model": {"path": "unused"},
             "data": {"train": "unused"},
             "trainer": {"total_steps": TOTAL_STEPS, "batch_prompts": 4, **trainer},
+            **(other or {}),
         }
     )
     return BatchFeed(
         config,
         rollouts,
         rollouts.ledger,
-        num_ranks=1,
+        num_ranks=num_ranks,
         placeholder_ids=PLACEHOLDERS,
         cost=ModelCost(),
         is_stopping=is_stopping,
@@ -135,6 +146,35 @@ def test_mini_batches_are_packed_one_by_one(processor: PromptProcessor, groups: 
         packs = decode_packs(part)
         assert [pack.input_ids.tolist() for pack in packs] == [pack.input_ids.tolist() for pack in expected]
         assert [pack.num_sequences for pack in packs] == [pack.num_sequences for pack in expected]
+
+
+def test_ranks_that_share_sequences_get_the_same_packs_of_twice_the_budget(
+    processor: PromptProcessor, groups: list[Group]
+) -> None:
+    rollouts = Rollouts(processor, groups)
+    rollouts.sample()
+    feed = make_feed(rollouts, num_ranks=4, sequence_parallel_size=2, max_tokens_per_micro_batch=20)
+    ((first, its_neighbour, third, the_last),) = batch_of(feed, 0).parts
+    packs = pack_batch(groups, centred(groups), num_ranks=2, max_tokens=40, filler=processor.filler)
+    expected = [[pack.input_ids.tolist() for pack in of_rank] for of_rank in packs]
+    assert [[pack.input_ids.tolist() for pack in decode_packs(part)] for part in (first, third)] == expected
+    assert torch.equal(first, its_neighbour)
+    assert torch.equal(third, the_last)
+
+
+def test_long_completions_lose_some_of_their_reward(processor: PromptProcessor, groups: list[Group]) -> None:
+    """By hand for lengths (2, 5, 1), (4, 4), (7, 1, 3, 2), (1, 1): from 3 tokens on, half a point for each."""
+    rollouts = Rollouts(processor, groups)
+    rollouts.sample()
+    algorithm = {"advantage": "dr_grpo", "overlong_buffer": 4, "overlong_penalty": 2.0}
+    batch = batch_of(make_feed(rollouts, other={"algorithm": algorithm, "rollout": {"max_tokens": 7}}), 0)
+    lost = [[0, 1, 0], [0.5, 0.5], [2, 0, 0, 0], [0, 0]]
+    shaped = [group.rewards - np.array(values) for group, values in zip(groups, lost, strict=True)]
+    ((part,),) = batch.parts
+    trained = sorted(value for pack in decode_packs(part) for value in pack.advantages.tolist())
+    expected = sorted(value for rewards in shaped for value in (rewards - rewards.mean()).tolist())
+    assert trained == pytest.approx(expected, abs=1e-6)
+    assert [group.rewards.tolist() for group in batch.groups] == [group.rewards.tolist() for group in groups]
 
 
 def test_another_model_is_noticed(processor: PromptProcessor) -> None:

@@ -62,6 +62,7 @@ def test_media_follow_the_rows_and_filler_goes_where_none_are() -> None:
     packs = pack_batch(groups, [np.ones(1, np.float32)] * 2, num_ranks=3, filler=filler)
     seen = sorted((p.input_ids.tolist(), p.targets.tolist(), len(p.media["image_grid_thw"])) for [p] in packs)
     assert seen == [([1, 1], [5], 1), ([2, 2, 9], [6], 1), ([9], [], 1)]
+    assert {p.truncated.dtype for [p] in packs} == {torch.bool}  # of nothing, too
 
 
 def test_a_group_over_the_budget_is_split_with_its_prompt_repeated() -> None:
@@ -133,6 +134,16 @@ def test_ranks_get_equal_cost() -> None:
     assert all(sum(lengths[row] for row in bin_) <= 16_384 for rank in bins for bin_ in rank)
     fewest = -(-sum(lengths) // (4 * 16_384))
     assert len(bins[0]) <= fewest + 1
+
+
+def test_a_row_over_the_budget_costs_no_more_micro_batches_than_its_own() -> None:
+    assert balance([100] + [1] * 10, [100.0] + [1.0] * 10, 1, 10) == [[[0], list(range(1, 11))]]
+    assert balance([100, 1], [100.0, 1.0], 2, 10) == [[[0]], [[1]]]
+
+
+def test_micro_batches_of_the_same_turn_are_alike() -> None:
+    """By hand: rows into bins of 6, 5, 4 and 3 + 3; ranks wait for each other, so the two sixes go together."""
+    assert balance([6, 5, 4, 3, 3], [6.0, 5.0, 4.0, 3.0, 3.0], 2, 8) == [[[0], [1]], [[3, 4], [2]]]
 
 
 def test_images_count_for_the_balance() -> None:

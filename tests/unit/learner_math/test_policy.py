@@ -32,6 +32,7 @@ from learner.model.parts import vision_parts
 from learner.policy import Policy
 from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import Summary
+from learner.rollouts.dispatcher import TooManyDrops
 from learner.step import merge_stats
 from learner.stopping import StopRequest
 from learner.trainer import ParityError, RankZero, Trainer
@@ -318,6 +319,7 @@ def test_a_stop_ends_an_evaluation_and_costs_no_step(
         (False, 2, RuntimeError("Connection closed by peer"), RuntimeError),
         (True, 1, RuntimeError("out of memory"), RuntimeError),
         (True, 2, ParityError("another model"), ParityError),
+        (True, 2, TooManyDrops("every prompt is dropped"), TooManyDrops),
     ],
 )
 def test_a_stop_that_another_rank_could_not_wait_for_is_no_crash(

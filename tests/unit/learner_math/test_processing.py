@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import queue
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,3 +255,18 @@ def test_images_that_do_not_add_up_are_refused_by_the_number_of_their_row(
     monkeypatch.setattr(processor, "_image_token_id", 1)
     with pytest.raises(ConfigError, match=r"^row 5: the processor expanded 1 images to \(4,\) tokens, but the prompt"):
         processor.process(sample(5, "x", [image_bytes(1)]))
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])
+def test_a_chat_template_that_writes_no_image_is_named(file: str, model_dir: Path, tmp_path: Path) -> None:
+    """As of a text model: it takes the text of each part, and leaves the rest out without a word."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    text = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    (model / "chat_template.jinja").unlink()
+    (model / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
+    with pytest.raises(ConfigError) as caught:
+        PromptProcessor(model).process(sample(5, "x", [image_bytes(1)]))
+    assert str(caught.value) == (
+        f"row 5: the chat template ({model / file}) writes no <|image_pad|>, which stands for an image; put the one of "
+        "the vision model there that the checkpoint was made from"
+    )
