@@ -98,7 +98,7 @@ def _render(overlay: str, *components: str) -> list[Manifest]:
 def render_own(
     overlay: str, *components: str, config: dict[str, dict[str, str]] | None = None, **more: Any
 ) -> list[Manifest]:
-    """A kustomization of a user's own on top of an overlay, as docs/operations.md has it.
+    """A kustomization of a user's own on top of an overlay, as docs/deploy.md has it.
 
     Args:
         overlay: what it is on top of.

@@ -1,4 +1,4 @@
-"""docs/operations.md holds: its kustomizations render, its files exist, its numbers are those of the manifests."""
+"""docs/deploy.md and docs/operations.md hold: what they render, the files, alerts and numbers that they name."""
 
 import re
 from os.path import relpath
@@ -11,10 +11,10 @@ import yaml
 from tests.manifests import policies
 from tests.manifests.rendered import K8S, ROOT, Manifest, containers, find, kustomize, pod_templates, render, render_own
 
-TEXT = (ROOT / "docs" / "operations.md").read_text()
+DEPLOY, OPERATIONS = ((ROOT / "docs" / name).read_text() for name in ("deploy.md", "operations.md"))
 WHOLE, *FURTHER_DOWN = [
     yaml.safe_load(block)
-    for block in re.findall(r"```yaml\n(.+?)```", TEXT, re.DOTALL)
+    for block in re.findall(r"```yaml\n(.+?)```", DEPLOY + OPERATIONS, re.DOTALL)
     if block.startswith("# my-run/kustomization.yaml")
 ]
 
@@ -57,7 +57,7 @@ def test_the_table_says_what_overlays_request() -> None:
     said = {
         overlay: (total, largest)
         for overlay, total, largest in re.findall(
-            r"^\| `([a-z-]+)` \| [^|]+ \| (.+ GiB.*) \| (.+) \|$", TEXT, re.MULTILINE
+            r"^\| `([a-z-]+)` \| [^|]+ \| (.+ GiB.*) \| (.+) \|$", DEPLOY, re.MULTILINE
         )
     }
     assert said == {overlay: _sizes(render(overlay)) for overlay in ("cpu-demo", "gpu", "gpu-multinode")}
@@ -88,15 +88,14 @@ def _words(cpus: int, gib: int, gpus: int) -> str:
     return f"{cpus} CPU{'s' if cpus > 1 else ''}, {gib} GiB" + (f", {gpus} GPUs" if gpus else "")
 
 
-@pytest.mark.parametrize("name", ["operations.md", "runs.md", "your-task.md", "metrics.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", (ROOT / "docs" / name).read_text()):
-        titles = re.findall(r"^#+ (.+)$", (ROOT / "docs" / (path or name)).read_text(), re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-        assert anchor in anchors, f"{path}#{anchor}"
+def test_each_alert_is_a_symptom() -> None:
+    [rules] = [manifest for manifest in render_own("gpu", "monitoring") if manifest["kind"] == "PrometheusRule"]
+    alerts = {rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"]}
+    symptoms = OPERATIONS.partition("## Symptoms")[2].partition("\n#")[0]
+    assert set(re.findall(r"`(Outrider\w+)`", symptoms)) == alerts
 
 
 def test_files_that_commands_name_are_there() -> None:
-    files = set(re.findall(r"kubectl (?:apply|delete) -f (\S+\.yaml)", TEXT))
+    files = set(re.findall(r"kubectl (?:apply|delete) -f (\S+\.yaml)", DEPLOY + OPERATIONS))
     assert {"deploy/k8s/loader.yaml", "deploy/k8s/reader.yaml", "deploy/k8s/download.yaml"} <= files
     assert [file for file in files if not (ROOT / file).is_file()] == []

@@ -1,0 +1,74 @@
+"""What is written: links of all documents lead somewhere."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).resolve().parents[2]
+PARSER = MarkdownIt("commonmark").enable("table")
+
+
+def _documents() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return listed.stdout.split()
+
+
+DOCUMENTS = _documents()
+
+
+def _inline(tokens: list[Token]) -> Iterator[Token]:
+    return (child for token in tokens for child in token.children or ())
+
+
+def _targets(text: str) -> list[str]:
+    """Where links and images of a document lead."""
+    attributes = (
+        child.attrGet("href" if child.type == "link_open" else "src")
+        for child in _inline(PARSER.parse(text))
+        if child.type in {"link_open", "image"}
+    )
+    return [str(target) for target in attributes]
+
+
+def _anchors(text: str) -> set[str]:
+    """Of the headings, by GitHub's rules: letters, digits, `_`, `-` stay; equal ones are numbered from the 2nd on."""
+    tokens, anchors, seen = PARSER.parse(text), set[str](), dict[str, int]()
+    for heading, title in pairwise(tokens):
+        if heading.type == "heading_open":
+            shown = "".join(child.content for child in _inline([title]))
+            anchor = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+            anchors.add(f"{anchor}-{seen[anchor]}" if anchor in seen else anchor)
+            seen[anchor] = seen.get(anchor, 0) + 1
+    return anchors
+
+
+def _broken(document: Path) -> list[str]:
+    broken = []
+    for target in _targets(document.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        if not file.exists() or (anchor and anchor not in _anchors(file.read_text())):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    assert _broken(ROOT / name) == []
+
+
+def test_what_is_broken_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# The `run` & co., first\n\n## Again\n\n## Again\n")
+    (tmp_path / "this.md").write_text(
+        "# Here\n[a](other.md#the-run--co-first) [b](other.md#again-1) [c](#here) [d](https://example.com/x.md#y)\n\n"
+        "![e](none.svg) [f](#there) [g](other.md#again-2) `[h](code.md)`\n\n| table |\n|---|\n| [i](gone.md) |\n"
+    )
+    assert _broken(tmp_path / "this.md") == ["none.svg", "#there", "other.md#again-2", "gone.md"]
