@@ -1,4 +1,4 @@
-"""What is written: links of all documents lead somewhere."""
+"""What is written: links of all documents lead somewhere, and prose fits a page."""
 
 import re
 import subprocess
@@ -12,6 +12,8 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
 PARSER = MarkdownIt("commonmark").enable("table")
+# Columns of a line of prose. What has no space in it cannot be broken.
+WIDTH = 120
 
 
 def _documents() -> list[str]:
@@ -60,9 +62,27 @@ def _broken(document: Path) -> list[str]:
     return broken
 
 
+def _too_long(text: str) -> list[int]:
+    """Numbers of the lines of prose above `WIDTH`; not of tables, code and headings, which cannot be wrapped."""
+    tokens, lines = PARSER.parse(text), text.splitlines()
+    prose = [token.map for token in tokens if token.type == "paragraph_open" and token.map]
+    return [
+        number + 1
+        for begin, end in prose
+        for number in range(begin, end)
+        if len(lines[number]) > WIDTH and " " in lines[number].strip()
+    ]
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     assert _broken(ROOT / name) == []
+
+
+# A changelog has one line for each entry.
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_prose_fits_the_width(name: str) -> None:
+    assert _too_long((ROOT / name).read_text()) == []
 
 
 def test_what_is_broken_is_found(tmp_path: Path) -> None:
@@ -72,3 +92,9 @@ def test_what_is_broken_is_found(tmp_path: Path) -> None:
         "![e](none.svg) [f](#there) [g](other.md#again-2) `[h](code.md)`\n\n| table |\n|---|\n| [i](gone.md) |\n"
     )
     assert _broken(tmp_path / "this.md") == ["none.svg", "#there", "other.md#again-2", "gone.md"]
+
+
+def test_what_is_too_long_is_found() -> None:
+    long = "word " * 25
+    text = f"# {long}\n\nshort\n{long}\n\n- {long}\n\n| {long} |\n|---|\n\n```\n{long}\n```\n\n{'x' * 130}\n"
+    assert _too_long(text) == [4, 6]
