@@ -1,4 +1,4 @@
-"""What is written: links of all documents lead somewhere, and prose fits a page."""
+"""The documents: their links lead somewhere, their prose fits a page, and the map of the learner is whole."""
 
 import re
 import subprocess
@@ -16,12 +16,12 @@ PARSER = MarkdownIt("commonmark").enable("table")
 WIDTH = 120
 
 
-def _documents() -> list[str]:
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True)
+def _tracked(pattern: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, check=True, capture_output=True, text=True)
     return listed.stdout.split()
 
 
-DOCUMENTS = _documents()
+DOCUMENTS = _tracked("*.md")
 
 
 def _inline(tokens: list[Token]) -> Iterator[Token]:
@@ -98,3 +98,11 @@ def test_what_is_too_long_is_found() -> None:
     long = "word " * 25
     text = f"# {long}\n\nshort\n{long}\n\n- {long}\n\n| {long} |\n|---|\n\n```\n{long}\n```\n\n{'x' * 130}\n"
     assert _too_long(text) == [4, 6]
+
+
+def test_the_map_of_the_learner_names_each_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("### The learner, room by room\n")[2]
+    named = re.findall(r"^\| `([^`]+)` \|", text.partition("\n## ")[0], re.MULTILINE)
+    parts = [file.split("/")[1:] for file in _tracked("learner")]
+    rooms = {first + "/" * bool(inside) for first, *inside in parts} - {"__init__.py"}
+    assert sorted(named) == sorted(rooms)
