@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, their prose fits a page, and the map of the learner is whole."""
+"""The documents: their links lead somewhere, what they name is there, and their prose fits a page."""
 
 import re
 import subprocess
@@ -10,8 +10,19 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from actor.config import ActorConfig
+from common.config import Config
+from learner.config import LearnerConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 PARSER = MarkdownIt("commonmark").enable("table")
+# Keys of each section of a configuration.
+SECTIONS = {
+    name: set(field.annotation.model_fields)
+    for config in (LearnerConfig, ActorConfig)
+    for name, field in config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+}
 # Columns of a line of prose. What has no space in it cannot be broken.
 WIDTH = 120
 
@@ -22,6 +33,9 @@ def _tracked(pattern: str) -> list[str]:
 
 
 DOCUMENTS = _tracked("*.md")
+# Settings of others: a key of verl's, and the group of vLLM's entry points.
+OTHERS = {"data.apply_chat_template_kwargs", "vllm.general_plugins"}
+FOLDERS = ("actor", "benchmarks", "common", "deploy", "docs", "examples", "learner", "proto", "tests")
 
 
 def _inline(tokens: list[Token]) -> Iterator[Token]:
@@ -74,9 +88,49 @@ def _too_long(text: str) -> list[int]:
     ]
 
 
+def _code(text: str) -> str:
+    """What a document has between backticks, in a line or in a block."""
+    tokens = PARSER.parse(text)
+    inline = [child.content for child in _inline(tokens) if child.type == "code_inline"]
+    return "\n".join([*inline, *(token.content for token in tokens if token.type == "fence")])
+
+
+def _missing(text: str) -> list[str]:
+    """Files of this repository, modules, `make` targets and settings that code names, and that are not there."""
+    code = _code(text)
+    paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", code)
+    modules = [module.replace(".", "/") for module in re.findall(r"python -m ((?:\w+\.)*\w+)", code)]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    keys = re.findall(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?![\w/(.])", code)
+    return [
+        *(path for path in paths if not (ROOT / path).exists()),
+        *(
+            module
+            for module in modules
+            if not any((ROOT / f"{module}{end}").exists() for end in (".py", "/__main__.py"))
+        ),
+        *(target for target in re.findall(r"\bmake ([a-z][a-z-]+)", code) if target not in targets),
+        *(key for key in keys if key.partition(".")[2] not in SECTIONS[key.partition(".")[0]] | {"py", "proto"}),
+    ]
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     assert _broken(ROOT / name) == []
+
+
+# verl's keys have the names of our sections: tests/unit/learner/test_verl_table.py looks at ours beside them.
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "docs/verl.md"])
+def test_what_code_names_is_there(name: str) -> None:
+    assert set(_missing((ROOT / name).read_text())) <= OTHERS
+
+
+def test_what_is_missing_is_found() -> None:
+    text = (
+        "`learner/gone.py` `learner/run.py` `python -m tests.gone` `make nothing`\n\n```\nmake demo\npython -m actor\n"
+        "outrider trainer.total_steps=1 trainer.gone=2 vllm.seed=1\n```\n\nlearner/not/code.py\n"
+    )
+    assert _missing(text) == ["learner/gone.py", "tests/gone", "nothing", "trainer.gone"]
 
 
 # A changelog has one line for each entry.
