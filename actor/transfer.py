@@ -126,7 +126,7 @@ class WeightReceiver:
                     if generation != self._generation:
                         raise RuntimeError("the weight epoch was left while receiving")
                     self._staged = (manifest.policy_version, staging)
-                    kept.is_whole = checksums == tuple(bucket.xxh3 for bucket in manifest.buckets)
+                    kept.is_whole = not manifest.wrong_buckets(checksums)
             except BaseException:
                 for result in results:
                     result.cancel()

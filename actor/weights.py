@@ -156,10 +156,9 @@ class PolicyState:
             self.staged_version = -1
             self._commit = None
             checksums = await self._interruptible(self._engine.stage(manifest, timeout_s), timeout_s)
-            expected = tuple(bucket.xxh3 for bucket in manifest.buckets)
-            if checksums != expected:
+            wrong = manifest.wrong_buckets(checksums)
+            if wrong:
                 await self._leave()
-                wrong = [i for i, pair in enumerate(zip(checksums, expected, strict=False)) if pair[0] != pair[1]]
                 raise StageCorrupt(f"version {version}: the checksum of bucket(s) {wrong} is not the manifest's")
             self.staged_version = version
             return checksums, time.monotonic() - started_s

@@ -5,6 +5,7 @@ with the real vLLM. Everything goes as in a run: gRPC for control, Gloo for the 
 """
 
 import asyncio
+import functools
 import os
 import sys
 import time
@@ -146,8 +147,13 @@ class World:
 
         started_at = time.perf_counter()
         self.version += 1
-        self.snapshot = self._take() if gather else replace(self.snapshot, version=self.version)
-        times = await self._epoch.send(*self.snapshot.update(full=False))
+        if gather:
+            taken, self.snapshot = await self._begin_to_take()
+        else:
+            taken, self.snapshot = None, replace(self.snapshot, version=self.version)
+        times = await self._epoch.send(self.snapshot.update(full=False))
+        if taken is not None:
+            await taken
         self._committed(times)
         return time.perf_counter() - started_at, times
 
@@ -156,7 +162,7 @@ class World:
         started_at = time.perf_counter()
         self.version += 1
         self.snapshot = self._take()
-        times = await self._epoch.send(*self.snapshot.update(full=False, keep=True))
+        times = await self._epoch.send(self.snapshot.update(full=False, keep=True))
         self._committed(times)
         return time.perf_counter() - started_at, times
 
@@ -165,7 +171,7 @@ class World:
         self.version += 1
         self.snapshot = self._take()
         changes = await self._deltas.choose(self.snapshot, self._epoch.members)
-        self._committed(await self._epoch.send(*(changes or self.snapshot.update(full=False, keep=True))))
+        self._committed(await self._epoch.send(changes or self.snapshot.update(full=False, keep=True)))
         return changes is not None
 
     def _committed(self, times: Any) -> None:
@@ -190,6 +196,20 @@ class World:
         taken = self._snapshotter.take(self.version)
         assert taken is not None
         return taken
+
+    async def _begin_to_take(self) -> tuple[Any, Any]:
+        """The snapshot, which is still filled until the future is done: as in a run, beside the loop that sends it."""
+        loop = asyncio.get_running_loop()
+        begun = loop.create_future()
+
+        def on_begin(snapshot: Any) -> None:
+            loop.call_soon_threadsafe(begun.set_result, snapshot)
+
+        taken = loop.run_in_executor(
+            None,
+            functools.partial(self._snapshotter.take, self.version, on_begin),
+        )
+        return taken, await begun
 
     async def _open(self, addresses: Sequence[str]) -> Any:
         from common.client import GrpcClient

@@ -158,7 +158,7 @@ class Control:
         self._ready.result()
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Hand over a new version; returns at once."""
+        """Hand over a new version, which may still be filled; returns at once."""
         assert self._publisher is not None
         self._publisher.submit(snapshot)
 
@@ -180,15 +180,12 @@ class Control:
         self._metrics.waiting.begin(version)
         self._buffer.look_again()
 
-    def finish_step(
-        self, groups: Sequence[Group], version: int, snapshot: Snapshot, *, skipped: Sequence[Group]
-    ) -> None:
+    def finish_step(self, groups: Sequence[Group], version: int, *, skipped: Sequence[Group]) -> None:
         """These groups gave `version`: no resumed run trains them again, and generation may go on.
 
         Args:
             groups: of the batch.
             version: that the step led to.
-            snapshot: of that version.
             skipped: those whose gradient was not finite. Nothing was learned from them; they are counted as dropped.
         """
         self._metrics.trained(groups, version)
@@ -201,7 +198,6 @@ class Control:
             self._skipped = {SKIPPED: self._skipped.get(SKIPPED, 0) + len(dropped)}
         self._ledger.mark_trained([group.sequence for group in groups if group.sequence not in dropped])
         self._dispatcher.set_version(version)
-        self.publish(snapshot)
 
     def evaluate(self, version: int, is_stopping: Callable[[], bool]) -> Evaluation | None:
         """Accuracy of `version` on the held-out rows; None without any, or if it `is_stopping` before they are done."""

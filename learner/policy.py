@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +153,9 @@ class Policy:
         logprobs, _ = self._forward(model, pack.to(self._ranks.device))
         return logprobs
 
-    def snapshot(self) -> Snapshot | None:
-        """A copy for the actors, on rank 0."""
-        return self._snapshotter.take(self.version)
+    def snapshot(self, publish: Callable[[Snapshot], None]) -> None:
+        """Make a copy for the actors. `publish` is called with it on rank 0, before it is filled."""
+        self._snapshotter.take(self.version, publish)
 
     def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
         """Begin to write a checkpoint; `state` is rank 0's. Training may go on; `finish` waits for it."""

@@ -1,7 +1,7 @@
 """The training loop, on every rank.
 
-    next batch -> scatter -> train_step -> snapshot -> publish -> (checkpoint) -> (evaluate)
-     rank 0        all        all           all         rank 0     all             rank 0
+    next batch -> scatter -> train_step -> publish -> snapshot -> (checkpoint) -> (evaluate)
+     rank 0        all        all           rank 0     all         all             rank 0
 
 | waits for | unblocked by |
 |---|---|
@@ -12,8 +12,9 @@
 All but the collectives also end when the run is asked to stop (`learner.stopping`). Before each step the ranks agree
 whether one of them was, and then end together, with a checkpoint of the step before.
 
-It never waits for the wire of a weight update: `publish` hands over a copy and returns. With `max_staleness = 0` the
-next batch cannot start before its actors have the new version, so the same loop is then synchronous.
+It never waits for the wire of a weight update: `publish` hands over the copy that the ranks then fill, and returns.
+With `max_staleness = 0` the next batch cannot start before its actors have the new version, so the same loop is then
+synchronous.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from learner.policy import Policy
 from learner.reporting.report import Reporter
 from learner.step import StepStats, merge_stats
 from learner.stopping import AgreedStop, RunFailed, StopRequest
+from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
 
@@ -117,9 +119,7 @@ class Trainer:
 
     def _train(self) -> None:
         settings = self._config.trainer
-        first = self._policy.snapshot()
-        if self._zero is not None and first is not None:
-            self._zero.control.publish(first)
+        self._policy.snapshot(self._publish)
         if self._is_evaluation_due():
             self._evaluate()
         if self._zero is not None:
@@ -142,18 +142,23 @@ class Trainer:
         wait_s = max(0.0, batch.taken_at - started_at) if batch is not None else 0.0
         updates = self._policy.step(batch.parts if batch is not None else None)
         stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
-        snapshot = self._policy.snapshot()
-        if self._zero is not None and batch is not None and snapshot is not None:
-            control = self._zero.control
+        if self._zero is not None and batch is not None:
             skipped = [
                 group
                 for mini_batch, of_mini_batch in zip(batch.mini_batches, updates, strict=True)
                 if all(update.skipped for update in of_mini_batch)
                 for group in mini_batch
             ]
-            control.finish_step(batch.groups, self._policy.version, snapshot, skipped=skipped)
-            self._zero.reporter.step(self._policy.version, batch.groups, stats, control.stats(), wait_s=wait_s)
+            self._zero.control.finish_step(batch.groups, self._policy.version, skipped=skipped)
+        self._policy.snapshot(self._publish)
+        if self._zero is not None and batch is not None:
+            dispatched = self._zero.control.stats()
+            self._zero.reporter.step(self._policy.version, batch.groups, stats, dispatched, wait_s=wait_s)
         self._stop_if_wrong(stats)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        assert self._zero is not None
+        self._zero.control.publish(snapshot)
 
     def _stop_if_wrong(self, stats: StepStats) -> None:
         step = self._policy.version - 1

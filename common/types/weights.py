@@ -1,5 +1,6 @@
 """What the learner and an actor say to each other about a weight update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,14 +31,14 @@ class ManifestParameter:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBucket:
-    """One flat buffer of an update and the checksum of its bytes (`common.checksum`).
+    """One flat buffer of an update and the checksum of its bytes (`common.checksum`), if it is known already.
 
     `keep`: for the delta that may follow. In a delta, `delta_bytes` cross the wire, in words of `word_bytes`
     (`common.delta`); `num_bytes` and the checksum are of the result.
     """
 
     num_bytes: int
-    xxh3: int
+    xxh3: int | None
     keep: bool = False
     delta_bytes: int = 0
     word_bytes: int = 0
@@ -64,6 +65,13 @@ class Manifest:
     def updates_base(self) -> bool:
         """Whether model weights are among the parameters."""
         return not self.adapter or any(not is_lora(parameter.name) for parameter in self.parameters)
+
+    def wrong_buckets(self, checksums: Sequence[int]) -> list[int]:
+        """Which buckets were not received as they were sent, as far as the manifest knows."""
+        if len(checksums) != len(self.buckets):
+            return list(range(len(self.buckets)))
+        pairs = zip(checksums, self.buckets, strict=True)
+        return [i for i, (received, bucket) in enumerate(pairs) if bucket.xxh3 not in (None, received)]
 
     @property
     def adapter_rank(self) -> int:

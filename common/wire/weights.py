@@ -113,7 +113,10 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
 
 
 def _bucket(message: pb.Bucket, field: str, is_delta: bool) -> ManifestBucket:
-    bucket = ManifestBucket(message.num_bytes, message.xxh3, message.keep, message.delta_bytes, message.word_bytes)
+    xxh3 = message.xxh3 if message.HasField("xxh3") else None
+    bucket = ManifestBucket(message.num_bytes, xxh3, message.keep, message.delta_bytes, message.word_bytes)
+    if xxh3 is None and (is_delta or bucket.keep):
+        raise InvalidRequest(f"{field}.xxh3", "is missing; a delta and what is kept for one need it")
     if not is_delta:
         if bucket.delta_bytes or bucket.word_bytes:
             raise InvalidRequest(f"{field}.delta_bytes", "has no effect without manifest.base_version")

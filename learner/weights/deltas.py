@@ -10,24 +10,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from common import delta
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, OutriderError
 from common.log import get_logger
 from common.threads import to_own_thread
-from common.types import Manifest
 from learner.rollouts.members import Member
-from learner.weights.buckets import Buckets
+from learner.weights.buckets import Buckets, Update
 from learner.weights.epoch import UpdateTimes
 from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
 
 _clock_s = time.monotonic
-
-Update = tuple[Manifest, tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +69,7 @@ class Deltas:
 
 
 def _encode(base: _Base, snapshot: Snapshot, link_bytes_s: float) -> Update | None:
-    manifest, buffers = snapshot.update(full=False, keep=True)
+    manifest, buffers, checksums = snapshot.update(full=False, keep=True)
     words, total = _word_bytes(snapshot.trained), snapshot.trained.num_bytes
     first = max(range(len(buffers)), key=lambda i: buffers[i].numel())
     started_at = _clock_s()
@@ -99,7 +94,7 @@ def _encode(base: _Base, snapshot: Snapshot, link_bytes_s: float) -> Update | No
         replace(bucket, delta_bytes=encoded.numel(), word_bytes=word)
         for bucket, encoded, word in zip(manifest.buckets, sent, words, strict=True)
     )
-    return replace(manifest, buckets=buckets, base_version=base.version), sent
+    return Update(replace(manifest, buckets=buckets, base_version=base.version), sent, checksums)
 
 
 def _word_bytes(buckets: Buckets) -> list[int]:

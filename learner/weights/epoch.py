@@ -11,19 +11,19 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from common.errors import (
     DeadlineExceeded,
     OutriderError,
     RendezvousUnreachable,
     StageBlocked,
+    StageCorrupt,
     StageTimeout,
     Unreachable,
 )
 from common.log import get_logger
-from common.types import EpochSpec, Manifest
+from common.types import EpochSpec
 from learner.rollouts.members import Member
+from learner.weights.buckets import Update
 from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
@@ -75,32 +75,36 @@ class Epoch:
 
     async def send(
         self,
-        manifest: Manifest,
-        buffers: Sequence[torch.Tensor],
+        update: Update,
         on_commit: Callable[[Member], None] = lambda _member: None,
     ) -> UpdateTimes:
-        """Bring every member to the manifest's version. Those that serve it already receive it too, as the broadcast
+        """Bring every member to the update's version. Those that serve it already receive it too, as the broadcast
         wants, and go on undisturbed. `on_commit` is called for each of the others as soon as it serves the version,
         whatever becomes of the rest.
 
         Raises:
-            EpochFailed: a member, or the broadcast, failed before all were through (`TooSlow`: was late;
-                `CommitFailed`: after all had staged it). A member is either at the new version or untouched at its old
-                one.
+            EpochFailed: a member, the broadcast or the gather failed before all were through (`TooSlow`: a member was
+                late; `CommitFailed`: after all had staged it). A member is either at the new version or untouched at
+                its old one.
         """
         loop = asyncio.get_running_loop()
         run_id, epoch, timeout_s = self._spec.run_id, self._spec.epoch, self._spec.timeout_s
+        manifest, checksums = update.manifest, update.checksums
         version = manifest.policy_version
         started_at = loop.time()
-        broadcast = asyncio.ensure_future(self._sender.send(buffers))
+        broadcast = asyncio.ensure_future(self._sender.send(update.buffers, checksums))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
         try:
-            await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
+            received = await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
         except EpochFailed as failure:
+            if not all(checksum.done() for checksum in checksums):  # who is late has waited for us
+                others = [(member, error) for member, error in failure.culprits if not isinstance(error, _LATE)]
+                raise EpochFailed(f"{failure}; not all of it was gathered yet", others) from failure
             culprits = at_fault(failure.culprits)
             is_late = loop.time() - started_at >= timeout_s and all(isinstance(error, _LATE) for _, error in culprits)
             raise (TooSlow if is_late else EpochFailed)(str(failure), culprits) from failure
         staged_at = loop.time()
+        _check(version, self.members, received, tuple(checksum.result() for checksum in checksums))
         behind = [member for member in self.members if member.version < version]
         commit_s = max(timeout_s, _MIN_COMMIT_TIMEOUT_S)
         commits = [member.client.commit(run_id, epoch, version, timeout_s=commit_s) for member in behind]
@@ -141,6 +145,17 @@ async def open_epoch(spec: EpochSpec, members: Sequence[Member], transport: Tran
             raise TooSlow(f"{error}; who is at fault is not known", [one]) from error
         raise EpochFailed(str(error), at_fault(error.culprits)) from error
     return Epoch(spec, tuple(members), joined.result())
+
+
+def _check(version: int, members: Sequence[Member], received: Sequence[tuple[int, ...]], sent: tuple[int, ...]) -> None:
+    """Members check what the manifest says; what was gathered after it they only tell."""
+    torn = [
+        (member, StageCorrupt(f"version {version}: {member.address} has not received what was sent"))
+        for member, checksums in zip(members, received, strict=True)
+        if checksums != sent
+    ]
+    if torn:
+        raise EpochFailed(f"staging version {version} failed: {torn[0][1]}", torn)
 
 
 async def _join(member: Member, spec: EpochSpec) -> None:

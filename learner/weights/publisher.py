@@ -16,6 +16,7 @@ fleet knows an actor's version only through `mark_committed`.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 
 from common import tracing
@@ -26,7 +27,8 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member
 from learner.stopping import RunFailed
 from learner.weights.adapter_forms import AdapterForms
-from learner.weights.deltas import Deltas, Update
+from learner.weights.buckets import NotFilled, Update
+from learner.weights.deltas import Deltas
 from learner.weights.epoch import CommitFailed, Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
@@ -39,6 +41,9 @@ _RETRY_S = 0.2
 # later, then twice as many, and so on.
 _REST_DEADLINES = 4.0
 _LONGEST_REST_S = 600.0
+# An update goes out while the policy is still being gathered, unless the last gather took more than this share of the
+# time that an update may take: the clocks of the members run meanwhile.
+_GATHER_SHARE = 0.25
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
 # Firewalls and NAT forget connections on which nothing moves, often after four minutes, and tell neither end: after a
@@ -95,6 +100,8 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
         self._transport = transport or TorchTransport(host)
         self._snapshot: Snapshot | None = None
+        self._gathering: asyncio.Task[None] | None = None
+        self._gather_s = math.inf  # how long the last one took; the first update waits for it
         self._epoch: Epoch | None = None
         self._epoch_used_at = 0.0
         self._last_epoch = 0
@@ -105,12 +112,23 @@ class Publisher:
         fleet.subscribe(self._on_fleet_event)
 
     def submit(self, snapshot: Snapshot) -> None:
-        """A newer version to publish; one that has not been sent by then is skipped."""
+        """A newer version to publish, which may still be filled; one that has not been sent by then is skipped."""
         self._loop.call_soon_threadsafe(self._take, snapshot)
 
     def _take(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self._gathering = self._loop.create_task(self._watch_gather(snapshot))
         self._wake.set()
+
+    async def _watch_gather(self, snapshot: Snapshot) -> None:
+        started_at = self._loop.time()
+        try:
+            await snapshot.gathered()
+        except NotFilled:  # the trainer has failed, and says why
+            if self._snapshot is snapshot:
+                self._snapshot = None
+        else:
+            self._gather_s = self._loop.time() - started_at
 
     def _on_fleet_event(self, event: FleetEvent) -> None:
         self._wake.set()
@@ -126,6 +144,8 @@ class Publisher:
                 except EpochFailed as failure:
                     await self._end_epoch(failure)
         finally:
+            if self._gathering is not None:
+                self._gathering.cancel()
             if self._epoch is not None:
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._epoch.abort()
@@ -153,9 +173,14 @@ class Publisher:
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
 
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
+            if merged or self._deltas.enabled or self._gather_s > _GATHER_SHARE * self._timeout_s:
+                assert self._gathering is not None
+                await asyncio.wait([self._gathering])
+                if self._snapshot is None:
+                    return
             changes = None if full else await self._deltas.choose(snapshot, members)
             update = changes or await self._whole(snapshot, full=full, merged=merged)
-            times = await self._epoch.send(*update, committed)
+            times = await self._epoch.send(update, committed)
         self._epoch_used_at = self._loop.time()
         self._deltas.sent(snapshot, members, times)
         self._on_update(times)
@@ -216,6 +241,8 @@ class Publisher:
                 f"the last: {failure}"
             )
         self._deltas.failed()
+        if self._gathering is not None and not self._gathering.done():
+            self._gather_s = math.inf  # there will be time enough for the next try when it is done
         if self._epoch is not None:
             await self._epoch.abort()
             self._epoch = None

@@ -3,10 +3,11 @@
     FSDP shards --full_tensor(), all ranks together--> rank 0: pages of CPU memory --> Manifest + buckets
 
 The trainer makes it between two steps and goes on; the publisher sends it, and sends it again to whoever joins later.
+It has it before it is made: each bucket can go out as soon as it is filled, while the next ones are gathered.
 With LoRA what trains is the adapter. Actors that take adapters get it alone; for others it is merged here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from common.types import LORA_A, LORA_B, Manifest
 from learner.model.lora import FILE_PREFIX, adapter_parameters, merge, own_name
 from learner.model.names import CheckpointForm
-from learner.weights.buckets import Buckets, BucketWriter, join
+from learner.weights.buckets import Buckets, BucketWriter, Update, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,12 @@ class Snapshot:
     trains_vision: bool
     adapter: AdapterFacts | None = None
 
-    def update(
-        self, *, full: bool, merged: bool = False, keep: bool = False
-    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
-        """Manifest and buffers of an update.
+    async def gathered(self) -> None:
+        """Wait until it is whole. Raises NotFilled if it never will be."""
+        await self.trained.filled()
+
+    def update(self, *, full: bool, merged: bool = False, keep: bool = False) -> Update:
+        """The update that brings this version. With `merged` or `keep` it must be `gathered`.
 
         Args:
             full: add what is frozen, for members that have just joined.
@@ -79,7 +82,8 @@ class Snapshot:
             updates_vision=full or (self.trains_vision and not adapter),
             adapter=adapter,
         )
-        return manifest, tuple(buffer for part in parts for buffer in part.buffers)
+        buffers = tuple(buffer for part in parts for buffer in part.buffers)
+        return Update(manifest, buffers, tuple(checksum for part in parts for checksum in part.checksums))
 
 
 class Snapshotter:
@@ -120,12 +124,14 @@ class Snapshotter:
         self._trained = _Gatherer(trained, form, bucket_bytes, is_sender=is_sender)
         self._frozen = _Gatherer(frozen, form, bucket_bytes, is_sender=is_sender).gather()
 
-    def take(self, version: int) -> Snapshot | None:
-        """A collective; None on all ranks but 0."""
-        buckets = self._trained.gather()
-        if buckets is None or self._frozen is None:
-            return None
-        return Snapshot(version, buckets, self._frozen, self._trains_vision, self._adapter)
+    def take(self, version: int, on_begin: Callable[[Snapshot], None] = lambda _snapshot: None) -> Snapshot | None:
+        """A collective; None on all ranks but 0, where `on_begin` has it before anything is gathered."""
+        buckets = self._trained.gather(lambda buckets: on_begin(self._snapshot(version, buckets)))
+        return self._snapshot(version, buckets) if buckets is not None else None
+
+    def _snapshot(self, version: int, trained: Buckets) -> Snapshot:
+        assert self._frozen is not None
+        return Snapshot(version, trained, self._frozen, self._trains_vision, self._adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +163,10 @@ class _Gatherer:
             shape, dtype = source.parameter.shape, source.parameter.dtype
             yield from self._form.tensors(source.name, source.sent(torch.empty(shape, dtype=dtype, device="meta")))
 
-    def gather(self) -> Buckets | None:
+    def gather(self, on_begin: Callable[[Buckets], None] = lambda _buckets: None) -> Buckets | None:
         """A collective; None on all ranks but 0."""
         if self._writer is not None:
-            return self._writer.write(self._full_tensors())
+            return self._writer.write(self._full_tensors(), on_begin)
         for _ in self._full_tensors():
             pass
         return None

@@ -8,7 +8,7 @@ import functools
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,11 @@ from common.types import EpochSpec
 class Sender(Protocol):
     """Rank 0 of one epoch's broadcast group."""
 
-    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Broadcast buffers to all members. Raises `RuntimeError` if a member is gone, or the group was aborted."""
+    async def send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[Any]]) -> None:
+        """Broadcast buffers to all members, each as soon as it is filled.
+
+        Raises `RuntimeError` if a member is gone, or the group was aborted, and what broke off the filling.
+        """
         ...
 
     def abort(self) -> None:
@@ -86,14 +89,15 @@ class TorchSender:
     def __init__(self, group: BroadcastGroup) -> None:
         self._group = group
 
-    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
+    async def send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[Any]]) -> None:
         """See `Sender.send`."""
         # On a thread of its own: the members wait for it against the clock.
-        await to_own_thread("send-weights", self._send, buffers)
+        await to_own_thread("send-weights", self._send, buffers, filled)
 
-    def _send(self, buffers: Sequence[torch.Tensor]) -> None:
+    def _send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[Any]]) -> None:
         with self._group.stream():
-            for buffer in buffers:
+            for buffer, is_filled in zip(buffers, filled, strict=True):
+                is_filled.result()
                 self._group.broadcast(buffer.to(self._group.device))
 
     def abort(self) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from common.client import GrpcClient
 from common.media import content_hash, decode_image, media_hash
@@ -17,7 +16,6 @@ from common.types import (
     ChatPrompt,
     EpochSpec,
     Frames,
-    Manifest,
     MediaItem,
     MediaPart,
     Modality,
@@ -29,6 +27,7 @@ from common.types import (
     TokenPrompt,
 )
 from learner.rollouts.members import Member
+from learner.weights.buckets import Update
 from learner.weights.deltas import Deltas
 from learner.weights.epoch import UpdateTimes, open_epoch
 from learner.weights.snapshot import Snapshot
@@ -73,7 +72,7 @@ async def use_everything(
     address: str,
     requests: Sequence[RolloutRequest],
     snapshots: tuple[Snapshot, Snapshot],
-    adapter: tuple[Manifest, Sequence[torch.Tensor]],
+    adapter: Update,
 ) -> int:
     """Each request, before and after a full update, a delta and an adapter; uploads, a pause. The number of groups."""
     client, channel = GrpcClient(address), open_channel(address)
@@ -96,13 +95,13 @@ async def use_everything(
         spec = EpochSpec("run", 1, "127.0.0.1", transport.port, world_size, 0, "gloo", timeout_s=60.0)
         member = Member(address, client, 1, status.actor_id, status.state, status=status)
         epoch = await open_epoch(spec, [member], transport)
-        times = await epoch.send(*snapshots[0].update(full=True, keep=True))
+        times = await epoch.send(snapshots[0].update(full=True, keep=True))
         deltas = Deltas(enabled=True)
         deltas.sent(snapshots[0], [member], UpdateTimes(1e6, 0.0, times.num_bytes))  # slow enough for a delta
         delta = await deltas.choose(snapshots[1], [member])
         assert delta is not None
-        await epoch.send(*delta)
-        await epoch.send(*adapter)
+        await epoch.send(delta)
+        await epoch.send(adapter)
         await epoch.abort()
 
         for request in (*requests, as_tensors):

@@ -6,10 +6,12 @@ import torch
 import xxhash
 
 from common.types import Manifest, ManifestBucket, ManifestParameter
+from learner.weights.buckets import Update
 from learner.weights.snapshot import Snapshotter
 from tests.audit.everything import every_request, use_everything
 from tests.audit.watch import WatchedActor, watched_actor
 from tests.helpers.fake_actors import png
+from tests.helpers.futures import done
 
 FAKE = ("--engine", "fake", "fake.token_s=0", "fake.first_token_s=0", "fake.max_videos=1", "fake.max_lora_rank=4")
 
@@ -28,12 +30,11 @@ async def use(actor: WatchedActor) -> int:
         ManifestParameter("x.lora_A.weight", "F32", (1, 4), bucket=0, offset=0),
         ManifestParameter("x.lora_B.weight", "F32", (4, 1), bucket=0, offset=16),
     )
-    bucket = ManifestBucket(32, xxhash.xxh3_64_intdigest(bytes(32)))
-    adapter = Manifest(3, matrices, (bucket,), updates_vision=False, adapter="policy")
+    checksum = xxhash.xxh3_64_intdigest(bytes(32))
+    adapter = Manifest(3, matrices, (ManifestBucket(32, checksum),), updates_vision=False, adapter="policy")
     requests = every_request((png(0), png(1)))
-    return await use_everything(
-        actor.address, requests, (first, second), (adapter, [torch.zeros(32, dtype=torch.uint8)])
-    )
+    update = Update(adapter, (torch.zeros(32, dtype=torch.uint8),), (done(checksum),))
+    return await use_everything(actor.address, requests, (first, second), update)
 
 
 async def test_nothing_is_unpickled_while_serving(tmp_path: Path) -> None:

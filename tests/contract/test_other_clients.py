@@ -119,7 +119,7 @@ async def test_every_call(connect: Connect, kind: type[NodeClient | BufClient], 
     # A weight update: the client has the control, rank 0 of the broadcast is here.
     taken = Snapshotter(torch.nn.Linear(4, 4), [], is_sender=True, bucket_bytes=2**20).take(1)
     assert taken is not None
-    manifest, buffers = taken.update(full=True)
+    manifest, buffers, checksums = taken.update(full=True)
     transport = TorchTransport("127.0.0.1")
     spec = EpochSpec("run", 1, "127.0.0.1", transport.port, 2, 0, "gloo", timeout_s=30.0)
     request = wire.epoch_to_proto(spec)
@@ -129,7 +129,9 @@ async def test_every_call(connect: Connect, kind: type[NodeClient | BufClient], 
     )
     message = wire.manifest_to_proto(manifest)
     stage = weights_pb2.StageRequest(run_id="run", epoch=1, manifest=message, timeout_ms=30_000)
-    [staged], _ = await asyncio.gather(call(WEIGHTS, "Stage", weights_pb2.StageResponse, stage), sender.send(buffers))
+    [staged], _ = await asyncio.gather(
+        call(WEIGHTS, "Stage", weights_pb2.StageResponse, stage), sender.send(buffers, checksums)
+    )
     assert list(staged.xxh3) == [bucket.xxh3 for bucket in manifest.buckets]
     commit = weights_pb2.CommitRequest(run_id="run", epoch=1, policy_version=1, timeout_ms=30_000)
     [committed] = await call(WEIGHTS, "Commit", weights_pb2.CommitResponse, commit)

@@ -86,6 +86,15 @@ def test_a_bucket_that_nobody_fills() -> None:
     assert raised.value.field == "manifest.buckets[1].num_bytes"
 
 
+def test_a_bucket_that_is_still_gathered_has_no_checksum_yet() -> None:
+    buckets = (dataclasses.replace(MANIFEST.buckets[0], xxh3=None), dataclasses.replace(MANIFEST.buckets[1], xxh3=0))
+    manifest = dataclasses.replace(MANIFEST, buckets=buckets)
+    assert wire.manifest_from_proto(wire.manifest_to_proto(manifest)) == manifest
+    assert manifest.wrong_buckets((5, 0)) == []
+    assert manifest.wrong_buckets((5, 6)) == [1]
+    assert manifest.wrong_buckets((5,)) == [0, 1]
+
+
 # What leads from version 0 to version 9: the largest delta and the smallest.
 DELTA = dataclasses.replace(
     MANIFEST,
@@ -120,6 +129,14 @@ def test_deltas_that_cannot_be(index: int, values: dict[str, int], field: str) -
     with pytest.raises(InvalidRequest) as raised:
         wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(DELTA, buckets=tuple(buckets))))
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize("manifest", [DELTA, MANIFEST])
+def test_what_is_kept_and_a_delta_have_checksums(manifest: Manifest) -> None:
+    buckets = (manifest.buckets[0], dataclasses.replace(manifest.buckets[1], xxh3=None, keep=manifest is MANIFEST))
+    with pytest.raises(InvalidRequest) as raised:
+        wire.manifest_from_proto(wire.manifest_to_proto(dataclasses.replace(manifest, buckets=buckets)))
+    assert raised.value.field == "manifest.buckets[1].xxh3"
 
 
 @pytest.mark.parametrize("values", [{"delta_bytes": 1}, {"word_bytes": 2}])

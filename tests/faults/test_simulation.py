@@ -89,15 +89,21 @@ def give_up_on_account_of_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Publisher, "_bring_up_to_date", forget_no_failure)
 
 
+def commit_what_nobody_has_compared(patch: pytest.MonkeyPatch) -> None:
+    """The manifest goes out before the policy is gathered: of its last buckets it has no checksums."""
+    patch.setattr(epoch, "_check", lambda *_: None)
+
+
 # A schedule for each mistake that it finds. Where a change of timing leads it past the mistake, `python -m
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
+    15: commit_what_nobody_has_compared,
     36: give_up_on_account_of_one,
     901: take_a_form_for_everybodys,
-    935: update_whoever_answers,
+    507: update_whoever_answers,
     176: sample_again_under_the_old_name,
     10017048: finish_the_old_runs_commit,
-    410: answer_the_old_run,
+    151: answer_the_old_run,
 }
 
 

@@ -107,7 +107,7 @@ def on_learner(injector: Injector) -> None:
     from learner.weights import snapshot
     from learner.weights.snapshot import Snapshotter
 
-    def taking(_: Any, version: int) -> None:
+    def taking(_: Any, version: int, *__: Any) -> None:
         injector.version = version
 
     def gathered(parameter: "torch.Tensor") -> "torch.Tensor":

@@ -216,7 +216,7 @@ class WeightSource:
 
     async def publish_snapshot(self, taken: Snapshot, *, full: bool = True, merged: bool = False) -> int:
         """Make a snapshot what the actor serves."""
-        await (await self.open()).send(*taken.update(full=full, merged=merged))
+        await (await self.open()).send(taken.update(full=full, merged=merged))
         self.version = taken.version
         return self.version
 

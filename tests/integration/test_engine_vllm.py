@@ -368,7 +368,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
     await until(lambda: actor.engine.load().num_running, pause_s=0.01)
 
     new_version = old_version + 1
-    manifest, buffers = snapshot(new, new_version).update(full=True)
+    manifest, buffers, checksums = snapshot(new, new_version).update(full=True)
     spec = epoch._spec
     stage = asyncio.create_task(actor.policy.stage(spec.run_id, spec.epoch, manifest, spec.timeout_s))
     await until(lambda: actor.policy._running is not None)
@@ -378,7 +378,7 @@ async def test_an_update_goes_under_a_request_that_goes_on(
         assert {span.policy_version for c in group.completions for span in c.version_spans} == {old_version}
         assert largest_difference(old, hf, group) <= PARITY
     assert not stage.done()
-    await epoch._sender.send(buffers)
+    await epoch._sender.send(buffers, checksums)
     assert (await stage)[0] == tuple(bucket.xxh3 for bucket in manifest.buckets)
     # Staged is not live.
     group = await actor.group(SAMPLES[1], n=2, max_tokens=8)
@@ -508,7 +508,7 @@ async def test_a_stage_that_does_not_end_touches_nothing(
     version = await source.publish(others[0])
     served = await _greedy(actor)
     taken = snapshot(others[1], version + 1)
-    manifest, buffers = taken.update(full=True)
+    manifest, buffers, checksums = taken.update(full=True)
 
     async def stage(timeout_s: float) -> "asyncio.Task[Any]":
         spec = (await source.open())._spec
@@ -523,7 +523,7 @@ async def test_a_stage_that_does_not_end_touches_nothing(
     await _still_serves(actor, source, version, served)
     # It gives up after the first bucket.
     task = await stage(60)
-    await (await source.open())._sender.send(buffers[:1])
+    await (await source.open())._sender.send(buffers[:1], checksums[:1])
     await source.abort()
     await _fails(task, StaleEpoch)
     await _still_serves(actor, source, version, served)

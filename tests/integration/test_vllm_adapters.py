@@ -44,7 +44,7 @@ async def test_the_policy_is_the_model_with_the_adapter(
         assert {span.policy_version for c in group.completions for span in c.version_spans} == {version}
     # The next version is the adapter alone. Both prompts, with the image, are in the prefix cache by now.
     taken = second.snapshot(version + 1)
-    manifest, _ = taken.update(full=False)
+    manifest = taken.update(full=False).manifest
     assert all(".lora_" in parameter.name for parameter in manifest.parameters)
     await source.publish_snapshot(taken, full=False)
     for prompt in SAMPLES:

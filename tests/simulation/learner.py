@@ -19,12 +19,12 @@ from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, PromptSample, Scores
-from learner.weights.deltas import Update
+from learner.weights.buckets import Update
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import Snapshot
 from tests.helpers.fakes import FakeProcessor, Rows
 from tests.simulation.actors import SimClient
-from tests.simulation.policy import snapshot
+from tests.simulation.policy import fill, snapshot
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -134,7 +134,7 @@ class SimLearner:
 
     async def _train(self, publisher: Publisher) -> None:
         plan, world = self._world.plan, self._world
-        publisher.submit(snapshot(self.number, self.version, is_adapter=plan.trains_adapter))
+        await self._publish(publisher)
         loop = asyncio.get_running_loop()
         last_s = loop.time()
         while self.version < plan.total_steps:
@@ -148,9 +148,17 @@ class SimLearner:
                 self.longest_gap_s = max(self.longest_gap_s, loop.time() - last_s)
             last_s = loop.time()
             self.dispatcher.set_version(self.version)
-            publisher.submit(snapshot(self.number, self.version, is_adapter=plan.trains_adapter))
+            await self._publish(publisher)
             if self.version % plan.checkpoint_every == 0:
                 world.checkpoint(self)
+
+    async def _publish(self, publisher: Publisher) -> None:
+        """What the ranks gather, and what is sent meanwhile."""
+        plan = self._world.plan
+        taken = snapshot(self.number, self.version, is_adapter=plan.trains_adapter)
+        publisher.submit(taken)
+        is_long = plan.gather_s and self._world.rng.random() < 0.1
+        await fill(taken, plan.gather_s * (30 if is_long else 1))
 
     async def _take(self) -> list[Group]:
         plan = self._world.plan

@@ -38,6 +38,8 @@ class Plan:
     poll_s: float = 2.0
     scale: tuple[tuple[float, int], ...] = ()
     """From this time on, so many actors."""
+    gather_s: float = 0.0
+    """A gather lasts so long, and now and then thirty times that."""
     trains_adapter: bool = False
     """Every other actor takes none in its first life."""
 
@@ -84,6 +86,8 @@ def make_plan(rng: random.Random) -> Plan:
         restart_on_update=num_actors == 3 and len(faults) in (1, 6),
         poll_s=0.5 if batch == 2 else 2.0,
     )
+    if plan.checkpoint_every != 1:
+        plan = replace(plan, gather_s=0.3)
     if plan.slots == 4 and plan.n == 2:
         plan = replace(plan, trains_adapter=True)
     if num_actors > 1 and len(faults) == 9 and plan.slots == 1:

@@ -4,14 +4,17 @@ A policy has one frozen bucket, which is sent to newcomers only, and two that tr
 frozen bucket, with the adapter merged into it, can stand for all three.
 """
 
+import asyncio
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from common.types import Manifest, ManifestParameter
-from learner.weights.buckets import Buckets
+from common.types import ManifestParameter
+from learner.weights.buckets import Buckets, Update
 from learner.weights.snapshot import AdapterFacts, Snapshot
+from tests.helpers.futures import done
 
 _FROZEN = 7
 _MERGED = 10_000_000_000
@@ -47,9 +50,7 @@ class Policy:
 class AdapterSnapshot(Snapshot):
     """What trains is an adapter; merged it is one number as well."""
 
-    def update(
-        self, *, full: bool, merged: bool = False, keep: bool = False
-    ) -> tuple[Manifest, tuple[torch.Tensor, ...]]:
+    def update(self, *, full: bool, merged: bool = False, keep: bool = False) -> Update:
         if not merged:
             return super().update(full=full, keep=keep)
         whole = _buckets("frozen", [_MERGED + int(self.trained.buffers[0])])
@@ -57,14 +58,28 @@ class AdapterSnapshot(Snapshot):
 
 
 def snapshot(run: int, version: int, *, is_adapter: bool) -> Snapshot:
-    """What the trainer hands over. Runs count from 1."""
+    """What the trainer hands over, before it is filled: `fill` does that. Runs count from 1."""
     first = run * _PER_RUN + version * 10
-    trained, frozen = _buckets("trained", [first, first + 1]), _buckets("frozen", [_FROZEN])
+    trained, frozen = _buckets("trained", [first, first + 1], is_filled=False), _buckets("frozen", [_FROZEN])
     if is_adapter:
         return AdapterSnapshot(version, trained, frozen, trains_vision=False, adapter=AdapterFacts(1, {}))
     return Snapshot(version, trained, frozen, trains_vision=False)
 
 
-def _buckets(name: str, values: list[int]) -> Buckets:
+async def fill(taken: Snapshot, gather_s: float) -> None:
+    """Bucket by bucket."""
+    for buffer, checksum in zip(taken.trained.buffers, taken.trained.checksums, strict=True):
+        await asyncio.sleep(gather_s / len(taken.trained.buffers))
+        buffer.neg_()
+        checksum.set_result(int(buffer))
+
+
+def _buckets(name: str, values: list[int], *, is_filled: bool = True) -> Buckets:
+    """What is not filled has other values."""
     parameters = tuple(ManifestParameter(f"{name}{i}", "I64", (1,), i, 0) for i in range(len(values)))
-    return Buckets(parameters, tuple(torch.tensor(value) for value in values), tuple(values))
+    if is_filled:
+        return Buckets(parameters, tuple(torch.tensor(value) for value in values), tuple(map(done, values)))
+    checksums: tuple[Future[int], ...] = tuple(Future() for _ in values)
+    for checksum in checksums:
+        checksum.set_running_or_notify_cancel()
+    return Buckets(parameters, tuple(torch.tensor(-value) for value in values), checksums)

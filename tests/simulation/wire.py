@@ -4,8 +4,11 @@ A bucket is one number, which stands for its bytes; its checksum is the number i
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -112,22 +115,18 @@ class Sender:
         self.peer = peer
         self._num_missing = 0
 
-    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
+    async def send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[Any]]) -> None:
         """Returns when everybody has everything."""
         receivers = [peer for peer in self.peer.group.peers.values() if peer is not self.peer]
-        self._num_missing = len(buffers) * len(receivers)
-        values = [int(buffer) for buffer in buffers]
-        for peer in receivers:
-            self._stream(peer, values)
-        await self.peer.until(lambda: not self._num_missing)
+        for buffer, is_filled in zip(buffers, filled, strict=True):
+            await asyncio.wrap_future(is_filled)
+            self._num_missing = len(receivers)
+            for peer in receivers:
+                if not self.peer.broken:
+                    _carry(peer.link, functools.partial(self._deliver, peer, int(buffer)))
+            await self.peer.until(lambda: not self._num_missing)
 
-    def _stream(self, peer: Peer, values: list[int]) -> None:
-        """One bucket after the other."""
-        if values and not self.peer.broken:
-            _carry(peer.link, lambda: self._deliver(peer, values))
-
-    def _deliver(self, peer: Peer, values: list[int]) -> None:
-        value = values[0]
+    def _deliver(self, peer: Peer, value: int) -> None:
         if peer.link is not None and peer.link.actor.corrupt_next:
             peer.link.actor.corrupt_next = False
             value += 1
@@ -135,7 +134,6 @@ class Sender:
         peer.news.set()
         self._num_missing -= 1
         self.peer.news.set()
-        self._stream(peer, values[1:])
 
     def abort(self) -> None:
         self.peer.abort()

@@ -1,6 +1,7 @@
 """The state machine against an engine whose every answer the test controls."""
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -170,6 +171,15 @@ async def test_missing_checksums_are_corrupt(engine: ScriptedEngine, policy: Pol
     engine.checksums = (11,)
     with pytest.raises(StageCorrupt):
         await policy.stage("a", 1, manifest(1), 5)
+
+
+async def test_what_the_manifest_does_not_know_is_told(engine: ScriptedEngine, policy: PolicyState) -> None:
+    await policy.open_epoch(spec())
+    engine.checksums = (33, 22)
+    asked = manifest(1)
+    asked = dataclasses.replace(asked, buckets=(dataclasses.replace(asked.buckets[0], xxh3=None), asked.buckets[1]))
+    checksums, _ = await policy.stage("a", 1, asked, 5)
+    assert checksums == (33, 22)
 
 
 @pytest.mark.parametrize("how", ["engine", "clock"])

@@ -51,9 +51,9 @@ def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
     groups = [make_group(ledger.next_sequence()) for _ in range(3)]
     control = make_control(lines.append, ledger=ledger)
     control._publisher = MagicMock()
-    control.finish_step(groups[:1], 1, MagicMock(), skipped=[])
+    control.finish_step(groups[:1], 1, skipped=[])
     assert control.stats().dropped == {}
-    control.finish_step(groups[1:], 2, MagicMock(), skipped=groups[1:])
+    control.finish_step(groups[1:], 2, skipped=groups[1:])
     assert control.stats().dropped == {"STEP_SKIPPED": 2}
     assert ledger.dropped == {"STEP_SKIPPED": [1, 2]}
     [line] = lines

@@ -48,7 +48,7 @@ async def test_on_a_slow_link_what_changed_is_sent() -> None:
     sent(deltas, first, members, SLOW)
     chosen = await deltas.choose(second, members)
     assert chosen is not None
-    manifest, buffers = chosen
+    manifest, buffers, _ = chosen
     assert (manifest.policy_version, manifest.base_version) == (2, 1)
     assert sum(buffer.numel() for buffer in buffers) < second.trained.num_bytes / 100
     for bucket, encoded, old, new in zip(

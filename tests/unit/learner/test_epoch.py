@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,20 @@ from common.errors import (
     OutriderError,
     RendezvousUnreachable,
     StageBlocked,
+    StageCorrupt,
     StageTimeout,
     Unreachable,
 )
-from common.types import EpochSpec, Manifest
+from common.types import EpochSpec, Manifest, ManifestBucket
+from learner.weights.buckets import Update
 from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
 from tests.helpers.epoch_clients import Client, member
+from tests.helpers.futures import done
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 1, 2, 0, "gloo", 5.0)
+
+
+LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
 
 
 class After(Client):
@@ -61,8 +68,9 @@ class Transport:
             raise RuntimeError("nobody came")
         return self
 
-    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
-        pass
+    async def send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[int]]) -> None:
+        for is_filled in filled:
+            await asyncio.wrap_future(is_filled)
 
     def abort(self) -> None:
         pass
@@ -158,11 +166,56 @@ async def test_a_commit_has_the_time_of_an_update_and_never_less_than_a_minute(
 
     given: list[float] = []
     epoch = await open_epoch(replace(SPEC, timeout_s=timeout_s), [member(Commits("one#1"))], Transport())
-    await epoch.send(Manifest(1, (), (), updates_vision=False), [])
+    await epoch.send(Update(Manifest(1, (), (), updates_vision=False), (), ()))
     assert given == [expected]
 
 
-LATE, BLOCKED, GONE = StageTimeout("late"), StageBlocked("late"), Unreachable("gone")
+class Receives(Client):
+    """Answers with `checksums`, or fails."""
+
+    def __init__(self, *checksums: int, error: OutriderError | None = None) -> None:
+        super().__init__("one#1")
+        self.checksums = checksums
+        self.failure = error
+        self.committed = 0
+
+    async def stage(self, *_: object, timeout_s: float) -> tuple[int, ...]:
+        if self.failure is not None:
+            raise self.failure
+        return self.checksums
+
+    async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
+        self.committed += 1
+        return 0.0
+
+
+def update(*checksums: Future[int]) -> Update:
+    """Of version 1, whose manifest knows no checksum."""
+    buckets = tuple(ManifestBucket(4, None) for _ in checksums)
+    return Update(Manifest(1, (), buckets, updates_vision=False), tuple(torch.zeros(4) for _ in checksums), checksums)
+
+
+@pytest.mark.parametrize("torn", [(7, 9), (7,), (), (7, 8, 8)])
+async def test_what_was_not_received_as_it_was_sent_is_committed_nowhere(torn: tuple[int, ...]) -> None:
+    """The manifest may have gone out before the checksums were known: then nobody but the learner can tell."""
+    clients = [Receives(7, 8), Receives(*torn)]
+    members = [member(client) for client in clients]
+    epoch = await open_epoch(SPEC, members, Transport())
+    with pytest.raises(EpochFailed, match="one:1 has not received what was sent") as caught:
+        await epoch.send(update(done(7), done(8)))
+    assert [(culprit, type(error)) for culprit, error in caught.value.culprits] == [(members[1], StageCorrupt)]
+    assert [client.committed for client in clients] == [0, 0]
+
+
+async def test_who_waits_for_the_gather_is_not_at_fault() -> None:
+    late, well, gone = Receives(error=StageTimeout("late")), Receives(error=StageBlocked("")), Receives(error=GONE)
+    members = [member(client) for client in (late, well, gone)]
+    for said, expected in ((members[:2], []), (members, members[2:])):
+        epoch = await open_epoch(SPEC, said, Transport())
+        with pytest.raises(EpochFailed, match="not all of it was gathered yet") as caught:
+            await epoch.send(update(done(7), Future()))
+        assert not isinstance(caught.value, TooSlow)
+        assert [culprit for culprit, _ in caught.value.culprits] == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +16,7 @@ from common.types import LORA_A, LORA_B, ActorState, ActorStatus, EpochSpec, Man
 from learner.model.lora import FILE_PREFIX, merge
 from learner.rollouts.members import FleetEvent, Member
 from learner.weights import publisher as module
-from learner.weights.buckets import Buckets, BucketWriter
+from learner.weights.buckets import Buckets, BucketWriter, NotFilled
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import AdapterFacts, Snapshot
 from tests.helpers.fakes import until
@@ -41,12 +43,19 @@ class Wire:
 
     def __init__(self) -> None:
         self.buffers: Sequence[torch.Tensor] = ()
+        self.checksums: tuple[int, ...] = ()
+        self.began = asyncio.Event()
+        self.sent = asyncio.Event()
 
     async def join(self, spec: EpochSpec) -> "Wire":
         return self
 
-    async def send(self, buffers: Sequence[torch.Tensor]) -> None:
+    async def send(self, buffers: Sequence[torch.Tensor], filled: Sequence[Future[int]]) -> None:
+        self.sent.clear()
+        self.began.set()
+        self.checksums = tuple([await asyncio.wrap_future(is_filled) for is_filled in filled])
         self.buffers = buffers
+        self.sent.set()
 
     def abort(self) -> None:
         pass
@@ -82,9 +91,9 @@ class Actor:
     async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
         if "stage" in self.refusal:
             raise self.refusal["stage"]
-        await asyncio.sleep(0)
+        await self._wire.sent.wait()
         self._staged = manifest
-        return ()
+        return self._wire.checksums
 
     async def commit(self, *_: object, **__: object) -> float:
         if "commit" in self.refusal:
@@ -269,3 +278,97 @@ async def test_time_without_any_actor_is_no_failure(monkeypatch: pytest.MonkeyPa
         fleet.recover("new")
         await until(lambda: fleet.member("new").version == 0 or task.done(), 0.001)
         assert not task.done(), task.exception()
+
+
+def unfilled(version: int) -> Snapshot:
+    """As `snapshot`; its adapter is still being gathered."""
+    whole = snapshot(version)
+    checksums: tuple[Future[int], ...] = tuple(Future() for _ in whole.trained.checksums)
+    for checksum in checksums:
+        checksum.set_running_or_notify_cancel()
+    return replace(whole, trained=replace(whole.trained, checksums=checksums))
+
+
+def fill(taken: Snapshot) -> None:
+    for checksum in taken.trained.checksums:
+        checksum.set_result(7)
+
+
+@pytest.mark.timeout(20)
+async def test_an_update_goes_out_while_it_is_gathered_if_there_is_time() -> None:
+    async with running() as (fleet, _):
+        one = await fleet.add("one")
+        for version in range(2):
+            fleet.wire.began.clear()
+            taken = unfilled(version)
+            fleet.publisher.submit(taken)
+            if version == 0:  # nobody knows how long it takes
+                await until(lambda: fleet.publisher._epoch is not None)
+                await asyncio.sleep(0.01)
+                assert not fleet.wire.began.is_set()
+            else:
+                await fleet.wire.began.wait()
+            fill(taken)
+            await fleet.all_at(version, "one")
+            assert one.weight == version + 2.0
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("why", ["the last gather was long", "an adapter is merged", "there may be a delta"])
+async def test_an_update_waits_until_it_is_gathered(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as (fleet, _):
+        await fleet.add("one", max_lora_rank=0 if why == "an adapter is merged" else 16)
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "one")
+        if why == "the last gather was long":
+            monkeypatch.setattr(module, "_GATHER_SHARE", 0.0)
+        fleet.publisher._deltas.enabled = why == "there may be a delta"
+        fleet.wire.began.clear()
+        taken = unfilled(1)
+        fleet.publisher.submit(taken)
+        await asyncio.sleep(0.01)
+        assert not fleet.wire.began.is_set()
+        fill(taken)
+        await fleet.all_at(1, "one")
+
+
+@pytest.mark.timeout(20)
+async def test_who_waited_for_a_gather_in_vain_is_well_and_gets_the_next_one_when_it_is_whole() -> None:
+    async with running() as (fleet, _):
+        one = await fleet.add("one")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "one")
+        one.refusal["stage"] = StageTimeout("late")
+        taken = unfilled(1)
+        fleet.publisher.submit(taken)
+        await until(lambda: fleet.publisher._num_failures, 0.001)
+        assert not fleet.member("one").held
+        one.refusal.clear()
+        fleet.wire.began.clear()
+        await until(lambda: fleet.publisher._epoch is not None, 0.001)
+        await asyncio.sleep(0.01)
+        assert not fleet.wire.began.is_set()
+        fill(taken)
+        await fleet.all_at(1, "one")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_gather_that_breaks_off_is_the_trainers_to_tell(is_first: bool) -> None:
+    async with running() as (fleet, task):
+        await fleet.add("one")
+        if not is_first:
+            fleet.publisher.submit(snapshot(0))
+            await fleet.all_at(0, "one")
+            fleet.wire.began.clear()
+        taken = unfilled(1)
+        fleet.publisher.submit(taken)
+        if not is_first:
+            await fleet.wire.began.wait()
+        taken.trained.checksums[0].set_exception(NotFilled("a rank is gone"))
+        await until(lambda: fleet.publisher._snapshot is None, 0.001)
+        await until(lambda: fleet.publisher._epoch is None or is_first, 0.001)
+        assert not task.done()
+        assert not fleet.member("one").held
+        fleet.publisher.submit(snapshot(2))
+        await fleet.all_at(2, "one")

@@ -1,6 +1,7 @@
 """Snapshots against the parameters that they were taken from, byte by byte."""
 
 import math
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from common import wire
 from common.dtypes import TORCH_DTYPES
 from common.types import Manifest
+from learner.weights import snapshot as module
+from learner.weights.buckets import NotFilled
 from learner.weights.snapshot import Snapshot, Snapshotter
 
 
@@ -23,7 +26,7 @@ class _Model(nn.Module):
         self.frozen = nn.Parameter(torch.randn(13), requires_grad=False)
 
 
-def _read(manifest: Manifest, buffers: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def _read(manifest: Manifest, buffers: tuple[torch.Tensor, ...], _: object = None) -> dict[str, torch.Tensor]:
     """What a receiver makes of an update, by arithmetic of its own."""
     tensors = {}
     for parameter in manifest.parameters:
@@ -44,7 +47,7 @@ def _snapshot(model: nn.Module, bucket_bytes: int = 2**20, version: int = 3) -> 
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 2**20])
 def test_a_full_update_holds_every_parameter_bit_by_bit(bucket_bytes: int) -> None:
     model = _Model()
-    manifest, buffers = _snapshot(model, bucket_bytes).update(full=True)
+    manifest, buffers, _ = _snapshot(model, bucket_bytes).update(full=True)
     received = _read(manifest, buffers)
     assert received.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
@@ -57,7 +60,7 @@ def test_a_full_update_holds_every_parameter_bit_by_bit(bucket_bytes: int) -> No
 
 
 def test_without_full_only_what_trains_is_sent() -> None:
-    manifest, buffers = _snapshot(_Model()).update(full=False)
+    manifest, buffers, _ = _snapshot(_Model()).update(full=False)
     assert [p.name for p in manifest.parameters] == ["visual.weight", "visual.bias", "text.weight"]
     # 15 and 5 float32, 77 bfloat16, each rounded up to 16 bytes.
     assert sum(b.numel() for b in buffers) == 64 + 32 + 160
@@ -65,7 +68,7 @@ def test_without_full_only_what_trains_is_sent() -> None:
 
 
 def test_a_tensor_lies_in_one_bucket() -> None:
-    manifest, _ = _snapshot(_Model(), bucket_bytes=70).update(full=True)
+    manifest = _snapshot(_Model(), bucket_bytes=70).update(full=True).manifest
     assert [(p.bucket, p.offset) for p in manifest.parameters] == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
@@ -75,7 +78,7 @@ def test_a_tensor_lies_in_one_bucket() -> None:
 def test_updates_vision_says_whether_the_tower_is_among_them(trains_vision: bool, full: bool, expected: bool) -> None:
     model = _Model()
     model.visual.requires_grad_(trains_vision)
-    manifest, _ = _snapshot(model).update(full=full)
+    manifest = _snapshot(model).update(full=full).manifest
     assert manifest.updates_vision is expected
 
 
@@ -102,3 +105,54 @@ def test_only_what_trains_is_kept_for_a_delta() -> None:
     kept = [bucket.keep for bucket in taken.update(full=True, keep=True)[0].buckets]
     assert kept == [False, True, True, True]  # what is frozen comes first
     assert not any(bucket.keep for bucket in taken.update(full=True)[0].buckets)
+
+
+def test_it_is_handed_over_before_it_is_filled_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _Model()
+    begun: list[Snapshot] = []
+    num_filled: list[int] = []
+    full = module._full
+
+    def gathered(parameter: torch.Tensor) -> torch.Tensor:
+        if begun:
+            list(map(Future.result, begun[0].trained.checksums[: len(num_filled)]))  # what came before is there
+            num_filled.append(sum(checksum.done() for checksum in begun[0].trained.checksums))
+        return full(parameter)
+
+    monkeypatch.setattr(module, "_full", gathered)
+
+    def on_begin(snapshot: Snapshot) -> None:
+        begun.append(snapshot)
+        manifest, _, checksums = snapshot.update(full=True)
+        assert [bucket.xxh3 is None for bucket in manifest.buckets] == [False, True, True, True]  # the first is frozen
+        assert [checksum.done() for checksum in checksums] == [True, False, False, False]
+        assert wire.manifest_from_proto(wire.manifest_to_proto(manifest)) == manifest
+
+        assert not any(checksum.cancel() for checksum in checksums)  # by somebody who waits no longer
+
+    taken = Snapshotter(model, ["visual"], is_sender=True, bucket_bytes=1).take(3, on_begin)
+    assert num_filled == [0, 1, 2]
+    assert begun == [taken]
+    manifest, buffers, checksums = begun[0].update(full=True)
+    assert [bucket.xxh3 for bucket in manifest.buckets] == [checksum.result() for checksum in checksums]
+    received = _read(manifest, buffers)
+    assert all(torch.equal(received[name], parameter) for name, parameter in model.named_parameters())
+
+
+async def test_a_gather_that_breaks_off_leaves_nobody_waiting() -> None:
+    begun: list[Snapshot] = []
+    snapshotter = Snapshotter(_Model(), [], is_sender=True, bucket_bytes=1)
+    assert snapshotter.take(1) is not None
+
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("a rank is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_full", broken)
+        with pytest.raises(RuntimeError, match="a rank is gone"):
+            snapshotter.take(2, begun.append)
+    with pytest.raises(NotFilled):
+        await begun[0].gathered()
+    whole = snapshotter.take(3)
+    assert whole is not None
+    await whole.gathered()

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,9 +11,11 @@ import torch
 from common.collective import BroadcastGroup
 from common.errors import Unreachable
 from common.types import EpochSpec
+from learner.weights.buckets import NotFilled
 from learner.weights.epoch import EpochFailed, open_epoch
 from learner.weights.transport import TorchTransport
 from tests.helpers.epoch_clients import Client, member
+from tests.helpers.futures import done
 
 SPEC = EpochSpec("run", 1, "127.0.0.1", 0, 2, 0, "gloo", timeout_s=10.0)
 
@@ -38,10 +40,48 @@ async def test_joining_and_sending_take_no_thread_that_others_need() -> None:
     buffer = torch.zeros(3)
     receiving = asyncio.create_task(asyncio.to_thread(receive, spec, buffer))
     sender = await joining
-    await sender.send([torch.arange(3.0)])  # the receiver has the only thread of the loop
+    await sender.send([torch.arange(3.0)], [done(0)])  # the receiver has the only thread of the loop
     await receiving
     sender.abort()
     assert buffer.tolist() == [0, 1, 2]
+
+
+async def test_a_buffer_is_sent_as_soon_as_it_is_filled_and_not_before() -> None:
+    transport = TorchTransport("127.0.0.1")
+    spec = replace(SPEC, master_port=transport.port)
+    sent, received = [torch.zeros(2), torch.zeros(2)], [torch.zeros(2), torch.zeros(2)]
+    has_first = threading.Event()
+
+    def receive_both() -> None:
+        group = BroadcastGroup(spec, 1)
+        group.broadcast(received[0])
+        has_first.set()
+        group.broadcast(received[1])
+        group.abort()
+
+    receiving = asyncio.create_task(asyncio.to_thread(receive_both))
+    sender = await transport.join(spec)
+    filled: list[Future[int]] = [Future(), Future()]
+    sending = asyncio.create_task(sender.send(sent, filled))
+    for i, buffer in enumerate(sent):
+        buffer.fill_(i + 1)
+        filled[i].set_result(0)
+        assert await asyncio.to_thread(has_first.wait, 10)  # without the second one
+    await asyncio.gather(sending, receiving)
+    sender.abort()
+    assert [buffer.tolist() for buffer in received] == [[1, 1], [2, 2]]
+
+
+async def test_what_is_never_filled_is_never_sent() -> None:
+    transport = TorchTransport("127.0.0.1")
+    spec = replace(SPEC, master_port=transport.port)
+    sender, other = await asyncio.gather(transport.join(spec), asyncio.to_thread(BroadcastGroup, spec, 1))
+    broken: Future[int] = Future()
+    broken.set_exception(NotFilled("the copy broke off"))
+    with pytest.raises(NotFilled):
+        await sender.send([torch.zeros(1)], [broken])
+    sender.abort()
+    other.abort()
 
 
 async def test_the_rendezvous_keeps_nothing_of_epochs_that_have_ended() -> None:

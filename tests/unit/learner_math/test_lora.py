@@ -24,7 +24,7 @@ from learner.model.logprobs import completion_logprobs
 from learner.model.lora import add_adapter, without_adapter
 from learner.model.parts import vision_parts
 from learner.policy import Policy
-from learner.weights.snapshot import Snapshotter
+from learner.weights.snapshot import Snapshot, Snapshotter
 from tests.helpers.families import build
 from tests.helpers.groups import SUPPRESSED, centred, mixed_groups
 
@@ -97,13 +97,14 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     now = logprobs(policy.model, pack)
     assert float((now - logprobs(began, pack)).abs().max()) > 1e-2
 
-    snapshot = policy.snapshot()
-    assert snapshot is not None
+    snapshots: list[Snapshot] = []
+    policy.snapshot(snapshots.append)
+    [snapshot] = snapshots
     assert snapshot.adapter is not None
     assert snapshot.adapter.merged_because == ""
     own = load_file(large_model_dir / "model.safetensors")  # under the names of the checkpoint
     # To actors that take adapters: the adapter alone, as in PEFT's files, the scaling (8 / 4) in B.
-    manifest, buffers = snapshot.update(full=False)
+    manifest, buffers, _ = snapshot.update(full=False)
     matrices = {parameter.name: tensor_in(buffers[parameter.bucket], parameter) for parameter in manifest.parameters}
     adapted = [name for name, module in began.named_modules() if is_adapted(name, module)]
     assert matrices.keys() == {f"base_model.model.{name}.lora_{x}.weight" for name in adapted for x in "AB"}
@@ -113,11 +114,11 @@ def test_only_the_adapter_trains_and_everybody_else_gets_it_merged(
     for name, tensor in matrices.items():
         trained_name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
         assert torch.equal(tensor, full(parameters[trained_name]) * (2 if ".lora_B." in name else 1)), name
-    manifest, _ = snapshot.update(full=True)
+    manifest = snapshot.update(full=True).manifest
     assert {parameter.name for parameter in manifest.parameters} == own.keys() | matrices.keys()
     assert (manifest.updates_base, manifest.updates_vision) == (True, True)
     # To others: the weights that it changes, with those that engines pack together with them.
-    manifest, buffers = snapshot.update(full=False, merged=True)
+    manifest, buffers, _ = snapshot.update(full=False, merged=True)
     sent = {parameter.name for parameter in manifest.parameters}
     assert sent == {name for name in own if ".self_attn." in name or (".mlp." in name and "visual" not in name)}
     assert (manifest.adapter, manifest.updates_vision) == ("", False)

@@ -328,7 +328,7 @@ def test_a_stop_that_another_rank_could_not_wait_for_is_no_crash(
     """One that had not begun to train has died of the signal."""
     stop, policy = StopRequest(), MagicMock(version=0)
 
-    def snapshot() -> None:
+    def snapshot(_publish: object) -> None:
         if is_asked:
             stop._signalled(signal.SIGTERM, None)
         raise error

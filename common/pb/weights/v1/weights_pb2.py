@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weights/v1/weights.proto\x12\nweights.v1\"\x12\n\x10GetStatusRequest\"\xf1\x01\n\x11GetStatusResponse\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.weights.v1.ActorState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12\x16\n\x0estaged_version\x18\x06 \x01(\x03\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x13\n\x0bnum_workers\x18\t \x01(\r\x12\x15\n\rmax_lora_rank\x18\n \x01(\r\"\xb7\x01\n\x10OpenEpochRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bmaster_host\x18\x03 \x01(\t\x12\x13\n\x0bmaster_port\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12$\n\x07\x62\x61\x63kend\x18\x07 \x01(\x0e\x32\x13.weights.v1.Backend\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\"\x13\n\x11OpenEpochResponse\"i\n\x0cStageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12&\n\x08manifest\x18\x03 \x01(\x0b\x32\x14.weights.v1.Manifest\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"\xc7\x01\n\x08Manifest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12)\n\nparameters\x18\x02 \x03(\x0b\x32\x15.weights.v1.Parameter\x12#\n\x07\x62uckets\x18\x03 \x03(\x0b\x32\x12.weights.v1.Bucket\x12\x16\n\x0eupdates_vision\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x19\n\x0c\x62\x61se_version\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x0f\n\r_base_version\"[\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x11\n\x05shape\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x0e\n\x06\x62ucket\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"m\n\x06\x42ucket\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04xxh3\x18\x03 \x01(\x06\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x12\n\nword_bytes\x18\x06 \x01(\rJ\x04\x08\x02\x10\x03R\x05\x63rc32\"A\n\rStageResponse\x12\x10\n\x04xxh3\x18\x03 \x03(\x06\x42\x02\x10\x01\x12\x11\n\treceive_s\x18\x02 \x01(\x02J\x04\x08\x01\x10\x02R\x05\x63rc32\"Z\n\rCommitRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"9\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0f\n\x07pause_s\x18\x02 \x01(\x02\"-\n\x0c\x41\x62ortRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x0f\n\rAbortResponse*\xc6\x01\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TOR_STATE_LOADING\x10\x01\x12\x1f\n\x1b\x41\x43TOR_STATE_PENDING_WEIGHTS\x10\x02\x12\x17\n\x13\x41\x43TOR_STATE_SERVING\x10\x03\x12\x18\n\x14\x41\x43TOR_STATE_DRAINING\x10\x04\x12\x16\n\x12\x41\x43TOR_STATE_FAILED\x10\x05\x12\x16\n\x12\x41\x43TOR_STATE_PAUSED\x10\x06*F\n\x07\x42\x61\x63kend\x12\x17\n\x13\x42\x41\x43KEND_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x42\x41\x43KEND_GLOO\x10\x01\x12\x10\n\x0c\x42\x41\x43KEND_NCCL\x10\x02\x32\xe0\x02\n\rWeightService\x12H\n\tGetStatus\x12\x1c.weights.v1.GetStatusRequest\x1a\x1d.weights.v1.GetStatusResponse\x12H\n\tOpenEpoch\x12\x1c.weights.v1.OpenEpochRequest\x1a\x1d.weights.v1.OpenEpochResponse\x12<\n\x05Stage\x12\x18.weights.v1.StageRequest\x1a\x19.weights.v1.StageResponse\x12?\n\x06\x43ommit\x12\x19.weights.v1.CommitRequest\x1a\x1a.weights.v1.CommitResponse\x12<\n\x05\x41\x62ort\x12\x18.weights.v1.AbortRequest\x1a\x19.weights.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weights/v1/weights.proto\x12\nweights.v1\"\x12\n\x10GetStatusRequest\"\xf1\x01\n\x11GetStatusResponse\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.weights.v1.ActorState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12\x16\n\x0estaged_version\x18\x06 \x01(\x03\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x13\n\x0bnum_workers\x18\t \x01(\r\x12\x15\n\rmax_lora_rank\x18\n \x01(\r\"\xb7\x01\n\x10OpenEpochRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bmaster_host\x18\x03 \x01(\t\x12\x13\n\x0bmaster_port\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12$\n\x07\x62\x61\x63kend\x18\x07 \x01(\x0e\x32\x13.weights.v1.Backend\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\"\x13\n\x11OpenEpochResponse\"i\n\x0cStageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12&\n\x08manifest\x18\x03 \x01(\x0b\x32\x14.weights.v1.Manifest\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"\xc7\x01\n\x08Manifest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12)\n\nparameters\x18\x02 \x03(\x0b\x32\x15.weights.v1.Parameter\x12#\n\x07\x62uckets\x18\x03 \x03(\x0b\x32\x12.weights.v1.Bucket\x12\x16\n\x0eupdates_vision\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x19\n\x0c\x62\x61se_version\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x0f\n\r_base_version\"[\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x11\n\x05shape\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x0e\n\x06\x62ucket\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"{\n\x06\x42ucket\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x11\n\x04xxh3\x18\x03 \x01(\x06H\x00\x88\x01\x01\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x12\n\nword_bytes\x18\x06 \x01(\rB\x07\n\x05_xxh3J\x04\x08\x02\x10\x03R\x05\x63rc32\"A\n\rStageResponse\x12\x10\n\x04xxh3\x18\x03 \x03(\x06\x42\x02\x10\x01\x12\x11\n\treceive_s\x18\x02 \x01(\x02J\x04\x08\x01\x10\x02R\x05\x63rc32\"Z\n\rCommitRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"9\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0f\n\x07pause_s\x18\x02 \x01(\x02\"-\n\x0c\x41\x62ortRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x0f\n\rAbortResponse*\xc6\x01\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TOR_STATE_LOADING\x10\x01\x12\x1f\n\x1b\x41\x43TOR_STATE_PENDING_WEIGHTS\x10\x02\x12\x17\n\x13\x41\x43TOR_STATE_SERVING\x10\x03\x12\x18\n\x14\x41\x43TOR_STATE_DRAINING\x10\x04\x12\x16\n\x12\x41\x43TOR_STATE_FAILED\x10\x05\x12\x16\n\x12\x41\x43TOR_STATE_PAUSED\x10\x06*F\n\x07\x42\x61\x63kend\x12\x17\n\x13\x42\x41\x43KEND_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x42\x41\x43KEND_GLOO\x10\x01\x12\x10\n\x0c\x42\x41\x43KEND_NCCL\x10\x02\x32\xe0\x02\n\rWeightService\x12H\n\tGetStatus\x12\x1c.weights.v1.GetStatusRequest\x1a\x1d.weights.v1.GetStatusResponse\x12H\n\tOpenEpoch\x12\x1c.weights.v1.OpenEpochRequest\x1a\x1d.weights.v1.OpenEpochResponse\x12<\n\x05Stage\x12\x18.weights.v1.StageRequest\x1a\x19.weights.v1.StageResponse\x12?\n\x06\x43ommit\x12\x19.weights.v1.CommitRequest\x1a\x1a.weights.v1.CommitResponse\x12<\n\x05\x41\x62ort\x12\x18.weights.v1.AbortRequest\x1a\x19.weights.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARAMETER'].fields_by_name['shape']._serialized_options = b'\020\001'
   _globals['_STAGERESPONSE'].fields_by_name['xxh3']._loaded_options = None
   _globals['_STAGERESPONSE'].fields_by_name['xxh3']._serialized_options = b'\020\001'
-  _globals['_ACTORSTATE']._serialized_start=1307
-  _globals['_ACTORSTATE']._serialized_end=1505
-  _globals['_BACKEND']._serialized_start=1507
-  _globals['_BACKEND']._serialized_end=1577
+  _globals['_ACTORSTATE']._serialized_start=1321
+  _globals['_ACTORSTATE']._serialized_end=1519
+  _globals['_BACKEND']._serialized_start=1521
+  _globals['_BACKEND']._serialized_end=1591
   _globals['_GETSTATUSREQUEST']._serialized_start=40
   _globals['_GETSTATUSREQUEST']._serialized_end=58
   _globals['_GETSTATUSRESPONSE']._serialized_start=61
@@ -54,17 +54,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARAMETER']._serialized_start=820
   _globals['_PARAMETER']._serialized_end=911
   _globals['_BUCKET']._serialized_start=913
-  _globals['_BUCKET']._serialized_end=1022
-  _globals['_STAGERESPONSE']._serialized_start=1024
-  _globals['_STAGERESPONSE']._serialized_end=1089
-  _globals['_COMMITREQUEST']._serialized_start=1091
-  _globals['_COMMITREQUEST']._serialized_end=1181
-  _globals['_COMMITRESPONSE']._serialized_start=1183
-  _globals['_COMMITRESPONSE']._serialized_end=1240
-  _globals['_ABORTREQUEST']._serialized_start=1242
-  _globals['_ABORTREQUEST']._serialized_end=1287
-  _globals['_ABORTRESPONSE']._serialized_start=1289
-  _globals['_ABORTRESPONSE']._serialized_end=1304
-  _globals['_WEIGHTSERVICE']._serialized_start=1580
-  _globals['_WEIGHTSERVICE']._serialized_end=1932
+  _globals['_BUCKET']._serialized_end=1036
+  _globals['_STAGERESPONSE']._serialized_start=1038
+  _globals['_STAGERESPONSE']._serialized_end=1103
+  _globals['_COMMITREQUEST']._serialized_start=1105
+  _globals['_COMMITREQUEST']._serialized_end=1195
+  _globals['_COMMITRESPONSE']._serialized_start=1197
+  _globals['_COMMITRESPONSE']._serialized_end=1254
+  _globals['_ABORTREQUEST']._serialized_start=1256
+  _globals['_ABORTREQUEST']._serialized_end=1301
+  _globals['_ABORTRESPONSE']._serialized_start=1303
+  _globals['_ABORTRESPONSE']._serialized_end=1318
+  _globals['_WEIGHTSERVICE']._serialized_start=1594
+  _globals['_WEIGHTSERVICE']._serialized_end=1946
 # @@protoc_insertion_point(module_scope)

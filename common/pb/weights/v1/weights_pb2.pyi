@@ -8,7 +8,8 @@ fixed. gRPC carries the control messages, in this order:
 
   OpenEpoch        every member is called at the same time; each joins the rendezvous and answers when it is in.
   Stage            manifest of one version. The actor answers when every worker has received all buckets into staging
-                   memory and each bucket's checksum is right. Generation goes on meanwhile.
+                   memory, with their checksums, which are those of the manifest where it has some. The learner
+                   compares all of them before it commits. Generation goes on meanwhile.
   Commit           the staged version goes live: pause, swap, drop stale caches, resume. Answers with the version.
   Abort            drops what is staged and leaves the epoch. Idempotent. A member that fails, or misses a deadline,
                    ends the epoch for all: the learner aborts the survivors and opens the next one, with a new number.
@@ -345,7 +346,8 @@ class Bucket(_message.Message):
     num_bytes: _builtins.int
     xxh3: _builtins.int
     """XXH3 (64 bits, seed 0) of the bytes of the bucket: as many bits of protection as memory and wire need, at the speed
-    of a memory copy.
+    of a memory copy. Absent where the learner is still gathering the bytes when it sends this; needed in a delta, and
+    for what is kept.
     """
     keep: _builtins.bool
     """Keep the bytes, in the host's memory, for a delta to the next version. Each update that is received replaces what
@@ -363,16 +365,18 @@ class Bucket(_message.Message):
         self,
         *,
         num_bytes: _builtins.int = ...,
-        xxh3: _builtins.int = ...,
+        xxh3: _builtins.int | None = ...,
         keep: _builtins.bool = ...,
         delta_bytes: _builtins.int = ...,
         word_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_xxh3", b"_xxh3", "xxh3", b"xxh3"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_bytes", b"delta_bytes", "keep", b"keep", "num_bytes", b"num_bytes", "word_bytes", b"word_bytes", "xxh3", b"xxh3"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_xxh3", b"_xxh3", "delta_bytes", b"delta_bytes", "keep", b"keep", "num_bytes", b"num_bytes", "word_bytes", b"word_bytes", "xxh3", b"xxh3"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__xxh3: _TypeAlias = _typing.Literal["xxh3"]  # noqa: Y015
+    _WhichOneofArgType__xxh3: _TypeAlias = _typing.Literal["_xxh3", b"_xxh3"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__xxh3) -> _WhichOneofReturnType__xxh3 | None: ...
 
 Global___Bucket: _TypeAlias = Bucket  # noqa: Y015
 
@@ -386,7 +390,9 @@ class StageResponse(_message.Message):
     """Seconds from the request to the last bucket."""
     @_builtins.property
     def xxh3(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of what was received, bucket by bucket; equal to the manifest's."""
+        """Of what was received, bucket by bucket; equal to the manifest's where that has one. Not to be committed unless each
+        is that of the bytes that were sent.
+        """
 
     def __init__(
         self,

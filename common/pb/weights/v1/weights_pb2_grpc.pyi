@@ -8,7 +8,8 @@ fixed. gRPC carries the control messages, in this order:
 
   OpenEpoch        every member is called at the same time; each joins the rendezvous and answers when it is in.
   Stage            manifest of one version. The actor answers when every worker has received all buckets into staging
-                   memory and each bucket's checksum is right. Generation goes on meanwhile.
+                   memory, with their checksums, which are those of the manifest where it has some. The learner
+                   compares all of them before it commits. Generation goes on meanwhile.
   Commit           the staged version goes live: pause, swap, drop stale caches, resume. Answers with the version.
   Abort            drops what is staged and leaves the epoch. Idempotent. A member that fails, or misses a deadline,
                    ends the epoch for all: the learner aborts the survivors and opens the next one, with a new number.
