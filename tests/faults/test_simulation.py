@@ -99,7 +99,7 @@ def commit_what_nobody_has_compared(patch: pytest.MonkeyPatch) -> None:
 FOUND = {
     15: commit_what_nobody_has_compared,
     36: give_up_on_account_of_one,
-    901: take_a_form_for_everybodys,
+    1110: take_a_form_for_everybodys,
     507: update_whoever_answers,
     176: sample_again_under_the_old_name,
     10017048: finish_the_old_runs_commit,
