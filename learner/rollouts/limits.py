@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from common.config import ConfigError
 from common.errors import OutriderError
 from common.log import get_logger
-from common.types import ServerLimits
+from common.types import ActorState, ServerLimits
 from learner.config import LearnerConfig
 from learner.rollouts.members import Member
 
@@ -43,9 +43,9 @@ def check_local_limits(config: LearnerConfig) -> None:
 
 
 async def check_actors_limits(config: LearnerConfig, members: Sequence[Member]) -> None:
-    """Of those that answer. Raises ConfigError as `check_limits`."""
+    """Of those that answer and stay. Raises ConfigError as `check_limits`."""
     for member in members:
-        if not member.reachable:
+        if not member.reachable or member.state in (ActorState.DRAINING, ActorState.FAILED):
             continue
         try:
             info = await member.client.server_info()

@@ -38,7 +38,9 @@ log = get_logger("learner.rollouts.sampler")
 _HOPELESS = (InvalidRequest, TooLarge, Unimplemented)
 # The actor is only not available now: this says nothing about the request.
 _NOT_NOW = (Draining, Paused, QueueFull, WeightsPending)
-
+# Until a media store that others fill may have room: at first, twice as long each time, and at most.
+_ROOM_WAIT_S = 0.2
+_LONGEST_ROOM_WAIT_S = 5.0
 
 # A busy learner may see that an actor is gone before it has read what that one sent last.
 _LAST_WORDS_S = 1.0
@@ -104,10 +106,11 @@ class Sampler:
         With `expected`, the answer must pass the image tripwire. Raises `ImageMismatch`, and `GroupFailed` for a
         request that no actor takes or that has failed too often.
         """
-        failures = restarts = attempt = 0
+        failures = restarts = attempt = times_full = 0
         failed_on: frozenset[str] = frozenset()
         media = [item.sha256 for item in request.media]
         while True:
+            wait_s = 0.0
             async with self.fleet.slot(min_version, failed_on, media) as member:
                 asked = dataclasses.replace(
                     request,
@@ -130,7 +133,10 @@ class Sampler:
                 except _HOPELESS as error:
                     raise GroupFailed(error.reason, error.message) from error
                 except OutriderError as error:
-                    if not isinstance(error, MediaMissing):  # those of others pushed them out: the actor is well
+                    if isinstance(error, MediaMissing):  # those of others pushed them out: the actor is well
+                        wait_s = min(_LONGEST_ROOM_WAIT_S, _ROOM_WAIT_S * 2**times_full)
+                        times_full += 1
+                    else:
                         self.fleet.report_failure(member, error)
                     self.retries[error.reason] += 1
                     if not isinstance(error, _NOT_NOW):
@@ -144,6 +150,8 @@ class Sampler:
                             "ATTEMPTS_EXHAUSTED", f"failed {failures} times, last: {error.message}"
                         ) from error
             attempt += 1
+            if wait_s:
+                await asyncio.sleep(wait_s)
 
     async def _call(self, member: Member, request: RolloutRequest, *, may_restart: bool) -> SampledGroup:
         """One call; ends when the fleet knows that the actor is gone, hangs or is another run's, not at the deadline.

@@ -53,7 +53,16 @@ class TooSlow(EpochFailed):
 
 
 class CommitFailed(EpochFailed):
-    """All had staged the update. Whether the culprits serve it is not known: an answer may have been lost."""
+    """All had staged the update. Whether the culprits serve it is not known: an answer may have been lost.
+
+    `times` of the others, which serve it; None if there are none.
+    """
+
+    def __init__(
+        self, message: str, culprits: Sequence[tuple[Member, OutriderError]], times: "UpdateTimes | None"
+    ) -> None:
+        super().__init__(message, culprits)
+        self.times = times
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +117,14 @@ class Epoch:
         behind = [member for member in self.members if member.version < version]
         commit_s = max(timeout_s, _MIN_COMMIT_TIMEOUT_S)
         commits = [member.client.commit(run_id, epoch, version, timeout_s=commit_s) for member in behind]
-        pauses = await _commit_each(version, behind, commits, on_commit)
+        pauses, culprits = await _commit_each(behind, commits, on_commit)
         num_bytes = sum(bucket.wire_bytes for bucket in manifest.buckets)
-        return UpdateTimes(staged_at - started_at, max(pauses), num_bytes)
+        times = UpdateTimes(staged_at - started_at, max(pauses, default=0.0), num_bytes)
+        if culprits:
+            raise CommitFailed(
+                f"committing version {version} failed: {culprits[0][1]}", culprits, times if pauses else None
+            )
+        return times
 
     async def abort(self) -> None:
         """Leave, and tell the members to; those that do not answer are none of our concern any more."""
@@ -227,12 +241,11 @@ async def _all_or_fail(
 
 
 async def _commit_each(
-    version: int,
     members: Sequence[Member],
     commits: Sequence[Coroutine[Any, Any, float]],
     on_commit: Callable[[Member], None],
-) -> list[float]:
-    """Wait for the commit of each member, which has nothing to do with those of the others; then say who failed."""
+) -> tuple[list[float], list[tuple[Member, OutriderError]]]:
+    """Wait for the commit of each member, which has nothing to do with those of the others: pauses, and who failed."""
 
     async def answer(member: Member, commit: Coroutine[Any, Any, float]) -> float:
         pause_s: float = await _while_there(member, commit)
@@ -249,9 +262,7 @@ async def _commit_each(
             raise said
         else:
             pauses.append(said)
-    if culprits:
-        raise CommitFailed(f"committing version {version} failed: {culprits[0][1]}", culprits)
-    return pauses
+    return pauses, culprits
 
 
 async def _while_there(member: Member, call: Coroutine[Any, Any, Any]) -> Any:

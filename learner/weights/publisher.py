@@ -8,7 +8,7 @@
 | an epoch fails | aborts it, says so, reports who is at fault to the fleet, opens the next one with the others |
 | an actor was too slow for an update | leaves it at its version for a while, longer each time |
 | an actor cannot take the LoRA adapter | sends the model with the adapter merged into it, to all, from then on |
-| epochs fail, and nothing else, for ten minutes | ends the run |
+| epochs fail, and nothing else, for ten minutes in which there are actors | ends the run |
 
 The trainer never waits for it, and an actor that it cannot bring to a version gets no prompts of that version: the
 fleet knows an actor's version only through `mark_committed`.
@@ -108,6 +108,7 @@ class Publisher:
         self._rests: dict[str, tuple[int, float]] = {}  # actor id -> times that it was too slow, when it may try again
         self._num_failures = 0  # in a row
         self._failing_since = 0.0
+        self._nobody_since: float | None = None
         self._wake = asyncio.Event()
         fleet.subscribe(self._on_fleet_event)
 
@@ -131,6 +132,13 @@ class Publisher:
             self._gather_s = self._loop.time() - started_at
 
     def _on_fleet_event(self, event: FleetEvent) -> None:
+        # Actors that are gone fail at nothing; those that come, and die of each update, do.
+        now = self._loop.time()
+        if not self._fleet.live():
+            self._nobody_since = now if self._nobody_since is None else self._nobody_since
+        elif self._nobody_since is not None:
+            self._failing_since += now - self._nobody_since
+            self._nobody_since = None
         self._wake.set()
 
     async def run(self) -> None:
@@ -153,8 +161,6 @@ class Publisher:
     async def _bring_up_to_date(self) -> None:
         snapshot = self._snapshot
         members = self._updatable()
-        if not self._fleet.live():
-            self._num_failures = 0  # nobody is behind any more; whoever comes next has failed at nothing
         if snapshot is None or not members:
             return
         if self._is_epoch_over(members, snapshot):
@@ -172,6 +178,19 @@ class Publisher:
             self._forms.committed(member, merged=merged)
             self._fleet.mark_committed(member.address, member.actor_id, snapshot.version)
 
+        def published(times: UpdateTimes) -> None:
+            self._on_update(times)
+            log.info(
+                "published",
+                version=snapshot.version,
+                num_actors=len(members),
+                full=full,
+                delta=changes is not None,
+                num_bytes=times.num_bytes,
+                stage_s=round(times.stage_s, 4),
+                pause_s=round(times.pause_s, 4),
+            )
+
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
             if merged or self._deltas.enabled or self._gather_s > _GATHER_SHARE * self._timeout_s:
                 assert self._gathering is not None
@@ -180,20 +199,15 @@ class Publisher:
                     return
             changes = None if full else await self._deltas.choose(snapshot, members)
             update = changes or await self._whole(snapshot, full=full, merged=merged)
-            times = await self._epoch.send(update, committed)
+            try:
+                times = await self._epoch.send(update, committed)
+            except CommitFailed as failure:
+                if failure.times is not None:
+                    published(failure.times)
+                raise
         self._epoch_used_at = self._loop.time()
         self._deltas.sent(snapshot, members, times)
-        self._on_update(times)
-        log.info(
-            "published",
-            version=snapshot.version,
-            num_actors=len(members),
-            full=full,
-            delta=changes is not None,
-            num_bytes=times.num_bytes,
-            stage_s=round(times.stage_s, 4),
-            pause_s=round(times.pause_s, 4),
-        )
+        published(times)
 
     def _is_epoch_over(self, members: tuple[Member, ...], snapshot: Snapshot) -> bool:
         """Whether an update needs another one. Who is only held comes back, or is left out of the next update."""

@@ -17,6 +17,7 @@ from learner.model.lora import FILE_PREFIX, merge
 from learner.rollouts.members import FleetEvent, Member
 from learner.weights import publisher as module
 from learner.weights.buckets import Buckets, BucketWriter, NotFilled
+from learner.weights.epoch import UpdateTimes
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import AdapterFacts, Snapshot
 from tests.helpers.fakes import until
@@ -259,6 +260,42 @@ async def test_who_was_late_for_an_adapter_gets_the_adapter_alone() -> None:
         await fleet.all_at(1, "late")
         assert len(fleet.wire.buffers) == 1  # the model, which it has, would be another
         assert late.weight == 3.0
+
+
+@pytest.mark.timeout(20)
+async def test_a_fleet_that_dies_of_each_update_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the host's memory does not hold the second set of layers: it comes back each time."""
+    monkeypatch.setattr(module, "_GIVE_UP_S", 0.3)
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    async with running() as (fleet, task):
+        fleet.publisher.submit(snapshot(0))
+        for i in range(50):
+            dies = await fleet.add(f"life{i}")
+            dies.refusal["stage"] = Unreachable("it was killed")
+            await until(lambda i=i: fleet.member(f"life{i}").held or task.done(), 0.001)  # type: ignore[misc]
+            if task.done():
+                break
+            await asyncio.sleep(0.02)  # as long as it takes to die
+            fleet.drop(f"life{i}")
+            await asyncio.sleep(0.02)  # the publisher looks who is there: nobody
+        assert "no weight update has succeeded" in str(task.exception())
+
+
+@pytest.mark.timeout(20)
+async def test_who_serves_a_version_was_updated_whatever_became_of_another() -> None:
+    async with running() as (fleet, _):
+        told: list[UpdateTimes] = []
+        fleet.publisher._on_update = told.append
+        await fleet.add("well")
+        drains = await fleet.add("drains")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "well", "drains")
+        drains.refusal["commit"] = Draining("this actor is draining")
+        fleet.publisher.submit(snapshot(1))
+        await until(lambda: fleet.member("drains").held, 0.001)
+        assert fleet.member("well").version == 1
+        assert all(times.num_bytes for times in told)
+        assert len(told) == 2
 
 
 @pytest.mark.timeout(20)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from common.client import SampledGroup
 from common.errors import DeadlineExceeded, EngineDead, InvalidRequest, MediaMissing, OutriderError, QueueFull
 from common.types import ActorState, ChatPrompt, SamplingParams
+from learner.rollouts import sampler as module
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
@@ -100,13 +102,20 @@ async def test_a_failing_actor_is_replaced_by_another(error: OutriderError) -> N
         assert sample.retries == {error.reason: len(bad.requests)}
 
 
-async def test_an_actor_whose_store_others_fill_is_well() -> None:
+async def test_an_actor_whose_store_others_fill_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    async def wait(delay_s: float) -> None:
+        waits.append(delay_s)
+
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": wait}))
     actor = FakeActor("full", failure=MediaMissing((b"\0" * 32,)))
-    async with sampler(actor, max_attempts=3) as sample:
-        with pytest.raises(GroupFailed, match="failed 3 times"):
+    async with sampler(actor, max_attempts=8) as sample:
+        with pytest.raises(GroupFailed, match="failed 8 times"):
             await sample.sample(REQUEST, min_version=any_version, expected=None)
         (member,) = sample.fleet.live()
         assert (member.held, member.num_failures) == (False, 0)
+    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
 
 
 async def test_a_group_that_fails_everywhere_is_given_up() -> None:
