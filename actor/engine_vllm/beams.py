@@ -10,7 +10,7 @@ import numpy as np
 
 from actor.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine import EngineRequest
-from actor.engine_vllm.outputs import NothingSampled, spans_of, top_logprobs
+from actor.engine_vllm.outputs import NothingSampled, diverged, spans_of, top_logprobs
 from actor.engine_vllm.sampling import extending_params
 from common.errors import EngineDead, InvalidRequest
 from common.types import BeamScore, Completion, FinishReason
@@ -69,7 +69,7 @@ async def search_beams(
                     raise EngineDead(f"the engine broke a beam off ({part.finish_reason})")
                 top = top_logprobs(part.logprobs, 0)
                 if not top.token_ids:  # the constraints that go with beams leave some
-                    raise EngineDead("the model gave no finite probability")
+                    raise diverged()
                 return NextTokens(int(part.weight_versions[-1].version), top.token_ids, top.logprobs)
         raise EngineDead("the engine broke a beam off")
 

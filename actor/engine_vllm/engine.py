@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.engine_vllm.arguments import engine_config
 from actor.engine_vllm.beams import search_beams
-from actor.engine_vllm.outputs import NothingSampled, Sample, top_logprobs
+from actor.engine_vllm.outputs import NoProbability, NothingSampled, Sample, diverged, top_logprobs
+from actor.engine_vllm.probes import check_model
 from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
@@ -187,10 +189,16 @@ class VllmEngine:
             info, engine_input = await self._prompts.understand(request, with_tensors=with_tensors)
             yield await self._score_prompt(request, info, engine_input) if scores_prompt else info
             answers = self._search if wanted.num_beams else self._sample_twice
-            async with contextlib.aclosing(answers(request, engine_input)) as events:
-                async for event in events:
-                    is_answered = True
-                    yield event
+            try:
+                async with contextlib.aclosing(answers(request, engine_input)) as events:
+                    async for event in events:
+                        is_answered = True
+                        yield event
+            except NoProbability as blamed:
+                # Once more with the media: the worker may have dropped them.
+                _, engine_input = await self._prompts.understand(request, with_tensors=True)
+                await check_model(engine_input, blamed.token_ids, functools.partial(self._outputs, request=request))
+                raise
         except NothingSampled as error:
             if wanted.structured_output is None:
                 raise
@@ -379,9 +387,11 @@ class VllmEngine:
 
 
 def _with_logprobs(info: PromptInfo, flat: Any, wanted: SamplingParams) -> PromptInfo:
-    """`info` with the logprobs of its prompt that are wanted, from vLLM's."""
+    """`info` with the logprobs of its prompt that are wanted, from vLLM's. Raises EngineDead where they are none."""
     places = range(1, len(info.expanded_ids))  # vLLM has nothing for the first
-    own = [flat.logprobs[flat.start_indices[place]] for place in places] if wanted.prompt_logprobs else []
+    own = [flat.logprobs[flat.start_indices[place]] for place in places]
+    if not all(map(math.isfinite, own)):
+        raise diverged()
     top = [top_logprobs(flat, place) for place in places] if wanted.prompt_top_logprobs else []
     return replace(
         info,

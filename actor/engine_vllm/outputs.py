@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,17 @@ _REASONS = {reason.value: reason for reason in FinishReason}
 
 class NothingSampled(EngineDead):
     """vLLM gave a completion up before its first token."""
+
+
+class NoProbability(InvalidRequest):
+    """No token had a probability after `token_ids`: it is the constraints that left none, or the model has diverged.
+
+    The two look the same; `probes.check_model` tells them apart.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        super().__init__("sampling", "its constraints together leave no token to sample")
+        self.token_ids = tuple(token_ids)
 
 
 @dataclass(slots=True)
@@ -50,13 +62,10 @@ class Sample:
         """The whole, when `last` was its end. Raises InvalidRequest for constraints that end it, and EngineDead."""
         if last.finish_reason == "error" and not self.token_ids:
             raise NothingSampled("the engine could not begin a completion")
+        self._check_finite(request.sampling)  # first: a grammar rejects what was drawn without a probability
         if last.finish_reason == "error" and request.sampling.structured_output is not None:  # see `bound_matching`
             raise InvalidRequest("sampling.structured_output", "takes too long to match; write it less ambiguously")
         reason = _finish_reason(last.finish_reason)
-        if not all(map(math.isfinite, self.logprobs)):
-            if _can_leave_nothing(request.sampling):
-                raise InvalidRequest("sampling", "its constraints together leave no token to sample")
-            raise EngineDead("the model gave no finite probability")
         return Completion(
             trajectory_id=trajectory_id,
             index=last.index,
@@ -73,6 +82,19 @@ class Sample:
             stop=last.stop_reason if reason is FinishReason.STOP else None,
             routed_experts=_experts(last.routed_experts) if request.return_routed_experts else None,
         )
+
+    def _check_finite(self, wanted: SamplingParams) -> None:
+        """Raises NoProbability where it can be the constraints' fault, and EngineDead."""
+        num_finite = len(list(itertools.takewhile(math.isfinite, self.logprobs)))
+        if num_finite < len(self.logprobs):
+            if _can_leave_nothing(wanted):
+                raise NoProbability(self.token_ids[:num_finite])
+            raise diverged()
+
+
+def diverged() -> EngineDead:
+    """What is raised where the model's logits are no numbers, or infinite: nothing of it may become a rollout."""
+    return EngineDead("the model gave no finite probability")
 
 
 def _can_leave_nothing(wanted: SamplingParams) -> bool:
@@ -95,8 +117,10 @@ def _experts(found: Any) -> Tensor:
 
 
 def top_logprobs(flat: Any, place: int) -> TopLogprobs:
-    """The most likely ids at one place of vLLM's flat logprobs, without those of probability 0."""
+    """The most likely ids at one place of vLLM's flat logprobs, without those of probability 0. Raises EngineDead."""
     start, end = flat.start_indices[place], flat.end_indices[place]
+    if not all(logprob < math.inf for logprob in flat.logprobs[start + 1 : end]):
+        raise diverged()
     pairs = [
         (token_id, logprob)
         for token_id, logprob in zip(flat.token_ids[start + 1 : end], flat.logprobs[start + 1 : end], strict=True)

@@ -60,6 +60,13 @@ def scoring_params(num_top: int) -> "VllmSamplingParams":
     return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False)
 
 
+def probing_params() -> "VllmSamplingParams":
+    """For the model's own most likely next token, without any constraint of a request."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=1, logprobs=0, flat_logprobs=True, detokenize=False)
+
+
 def extending_params(wanted: SamplingParams) -> "VllmSamplingParams":
     """For one step of one beam: its most likely next tokens. Greedy, so that logprobs are under temperature 1."""
     from vllm import SamplingParams

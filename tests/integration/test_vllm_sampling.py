@@ -1,5 +1,6 @@
 """Every sampling parameter on the real engine, against transformers' logits and the definition written out in numpy."""
 
+import copy
 import io
 import json
 import re
@@ -14,7 +15,7 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import BeamSearchParams
 
 from actor.engine import EngineMedia
-from common.errors import InvalidRequest
+from common.errors import EngineDead, InvalidRequest
 from common.tensors import NamedTensor, tensor_of, tensors_hash
 from common.types import (
     ChatPrompt,
@@ -29,7 +30,7 @@ from common.types import (
 )
 from learner.types import Group
 from tests.helpers.groups import SUPPRESSED, image_bytes, reference_logits, sample
-from tests.integration.live_actor import LiveActor, media_of
+from tests.integration.live_actor import LiveActor, WeightSource, media_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -483,3 +484,36 @@ async def test_processed_tensors_of_a_model_that_normalizes_itself(actor: LiveAc
     with pytest.raises(InvalidRequest, match="normalize_on_device") as refused:
         await actor.ask(chat, (EngineMedia(bytes(32), (tensors[0], normalized)),), **answer)
     assert refused.value.field == "media[0].processed.tensors[1].tensor.dtype"
+
+
+# ---------------------------------------------------------------------------------------------- a model that diverged
+
+ANSWERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.0},
+    {"top_logprobs": 4},
+    {"num_beams": 2},
+    {"prompt_logprobs": True},
+    {"prompt_top_logprobs": 4},
+    {"structured_output": StructuredOutput(Constraint.REGEX, "(ab|c){2,4}")},
+    {"structured_output": StructuredOutput(Constraint.CHOICE, choices=("red", "green"))},
+    {"allowed_token_ids": (A, B), "min_tokens": 2},
+)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+async def test_a_diverged_model_gives_no_rollout(
+    actor: LiveActor, model: Any, source: WeightSource, value: float
+) -> None:
+    """Of no kind: each is answered as by an engine that has died, and never as if the request were at fault."""
+    diverged = copy.deepcopy(model)
+    with torch.no_grad():
+        diverged.get_submodule("model.language_model.norm").weight[0] = value
+    for prompt, media in ((TextPrompt("say it"), ()), (ChatPrompt(WITH_IMAGE.messages), media_of(WITH_IMAGE.images))):
+        await source.publish(diverged)
+        for sampling in ANSWERS:
+            with pytest.raises(EngineDead, match="the model gave no finite probability"):
+                await actor.ask(prompt, media, max_tokens=8, **sampling)
+        await source.publish(model)
+        for sampling in ANSWERS:
+            assert (await actor.ask(prompt, media, max_tokens=8, **sampling)).completions

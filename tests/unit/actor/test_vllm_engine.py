@@ -1,5 +1,6 @@
 """Parts of the vLLM engine that need no vLLM."""
 
+import math
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,11 +14,21 @@ from PIL import Image
 from actor.config import VllmConfig
 from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm import engine as module
+from actor.engine_vllm import probes
 from actor.engine_vllm.engine import VllmEngine
-from actor.engine_vllm.outputs import NothingSampled, top_logprobs
+from actor.engine_vllm.outputs import NoProbability, NothingSampled, top_logprobs
 from common.config import ConfigError
-from common.errors import InvalidRequest, TooLarge
-from common.types import Manifest, ManifestParameter, PromptInfo, SamplingParams, TextPrompt, TopLogprobs
+from common.errors import EngineDead, InvalidRequest, TooLarge
+from common.types import (
+    Constraint,
+    Manifest,
+    ManifestParameter,
+    PromptInfo,
+    SamplingParams,
+    StructuredOutput,
+    TextPrompt,
+    TopLogprobs,
+)
 
 # Of a prompt of two tokens: nothing for the first, and the second one's own logprob before its likeliest.
 FLAT = SimpleNamespace(start_indices=[0, 0], end_indices=[0, 3], token_ids=[7, 9, 7], logprobs=[-2.0, -0.5, -2.0])
@@ -74,6 +85,51 @@ async def test_they_are_made_beside_the_loop(engine: VllmEngine, monkeypatch: py
     await _scored(engine, prompt_top_logprobs=2)
     assert len(threads) == 1
     assert threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("logprobs", [[math.nan, -0.5, -2.0], [-math.inf, -0.5, -2.0], [-2.0, math.nan, -2.0]])
+async def test_a_prompt_without_probability_is_the_engines_fault(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, logprobs: list[float]
+) -> None:
+    monkeypatch.setattr(FLAT, "logprobs", logprobs)
+    with pytest.raises(EngineDead, match="the model gave no finite probability"):
+        await _scored(engine, prompt_logprobs=True, prompt_top_logprobs=2)
+
+
+STRUCTURED = SamplingParams(structured_output=StructuredOutput(Constraint.REGEX, "a"))
+
+
+@pytest.mark.parametrize(("probability", "error"), [(-0.5, InvalidRequest), (math.nan, EngineDead), (None, EngineDead)])
+async def test_the_model_is_asked_without_the_constraints_that_left_nothing(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, probability: float | None, error: type[Exception]
+) -> None:
+    """A learner drops a group that is at fault itself; one of an engine at fault it has sampled elsewhere."""
+    asked: list[list[int]] = []
+
+    async def sample_twice(request: EngineRequest, _engine_input: Any) -> AsyncIterator[Any]:
+        if request.sampling.n:
+            raise NoProbability([8, 9])
+        yield
+
+    async def understand(_request: Any, *, with_tensors: bool) -> tuple[PromptInfo, Any]:
+        return PromptInfo("g", "actor-1", np.empty(0, np.int32), np.empty(0, np.int32)), {"prompt_token_ids": [7]}
+
+    async def outputs(engine_input: Any, parameters: Any, request: EngineRequest) -> AsyncIterator[Any]:
+        assert parameters == "unconstrained"
+        asked.append(engine_input["prompt_token_ids"])
+        flat = None if probability is None else SimpleNamespace(logprobs=[probability])
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat)])
+
+    monkeypatch.setattr(probes, "probing_params", lambda: "unconstrained")
+    monkeypatch.setattr(engine, "_sample_twice", sample_twice)
+    monkeypatch.setattr(engine, "_outputs", outputs)
+    monkeypatch.setattr(
+        engine, "_prompts", SimpleNamespace(understand=understand, forget=lambda _media: None), raising=False
+    )
+    with pytest.raises(error):
+        async for _ in engine.generate(EngineRequest("g", TextPrompt("x"), (), STRUCTURED)):
+            pass
+    assert asked == [[7, 8, 9]]
 
 
 async def test_too_many_logprobs_are_refused_before_the_model_runs(

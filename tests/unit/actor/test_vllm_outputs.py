@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actor.engine import EngineRequest
-from actor.engine_vllm.outputs import NothingSampled, Sample, spans_of, top_logprobs
+from actor.engine_vllm.outputs import NoProbability, NothingSampled, Sample, spans_of, top_logprobs
 from common.errors import EngineDead, InvalidRequest
 from common.types import (
     Constraint,
@@ -146,6 +146,24 @@ def test_no_probability_is_the_fault_of_the_constraints_only_if_they_can_leave_n
         sample.completion(last, asked, "name", finished_s=1)
     problem = "its constraints together leave no token" if leaves_nothing else "the model gave no finite probability"
     assert problem in raised.value.message
+
+
+def test_what_came_before_it_is_said_of_a_place_without_probability() -> None:
+    """Also where a grammar has rejected what was drawn there: that is no grammar which takes too long."""
+    asked = replace(REQUEST, sampling=SamplingParams(structured_output=StructuredOutput(Constraint.REGEX, "a")))
+    for reason in ("length", "error"):
+        sample = Sample(0.0)
+        last = _part([5, 6, 0], _flat([(5, -2.0)], [(6, -1.0)], [(0, math.nan)]), reason)
+        sample.add(last)
+        with pytest.raises(NoProbability) as raised:
+            sample.completion(last, asked, "name", finished_s=1)
+        assert (raised.value.token_ids, raised.value.field) == ((5, 6), "sampling")
+
+
+@pytest.mark.parametrize("logprob", [math.nan, math.inf])
+def test_an_alternative_without_probability_is_the_models_fault(logprob: float) -> None:
+    with pytest.raises(EngineDead, match="the model gave no finite probability"):
+        top_logprobs(_flat([(5, -2.0), (5, -2.0), (6, logprob)]), 0)
 
 
 def test_places_and_spans() -> None:
