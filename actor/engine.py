@@ -60,6 +60,8 @@ class EngineRequest:
     return_routed_experts: bool = False
     model: str = ""
     """An adapter, or the base model, by name; empty: the policy."""
+    max_message_bytes: int = 2**31 - 1
+    """What is answered has to fit messages of this size: that of the prompt, and that of each completion."""
     call_id: str = field(default_factory=lambda: secrets.token_hex(4))
     accepted_at: float = field(default_factory=time.monotonic)
     """On the monotonic clock: what the times of its completions count from."""

@@ -83,7 +83,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             with self._accepted(max(rollout.sampling.n, rollout.sampling.num_beams)):
                 async with self._intake.taken(rollout.media) as media:
                     outcome = "failed"
-                    async with aclosing(self._events(_engine_request(rollout, media, accepted_at))) as events:
+                    async with aclosing(self._events(self._engine_request(rollout, media, accepted_at))) as events:
                         async for event in events:
                             self._policy.refuse_unless_of(rollout.run_id)  # a new one may have come meanwhile
                             yield await self._response(event)
@@ -93,6 +93,22 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             raise
         finally:
             self._metrics.groups.labels(outcome).inc()
+
+    def _engine_request(
+        self, rollout: RolloutRequest, media: tuple[EngineMedia, ...], accepted_at: float
+    ) -> EngineRequest:
+        return EngineRequest(
+            group_id=rollout.group_id,
+            prompt=rollout.prompt,
+            media=media,
+            sampling=rollout.sampling,
+            return_text=rollout.return_text,
+            return_processed=rollout.return_processed,
+            return_routed_experts=rollout.return_routed_experts,
+            model=rollout.model,
+            max_message_bytes=self._info.limits.max_message_bytes,
+            accepted_at=accepted_at,
+        )
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The engine's events; completions that finished together stay together up to a bound on the message."""
@@ -169,20 +185,6 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             self._info, policy_version=self._policy.policy_version, adapters=self._engine.adapters()
         )
         return server_info_to_proto(info)
-
-
-def _engine_request(rollout: RolloutRequest, media: tuple[EngineMedia, ...], accepted_at: float) -> EngineRequest:
-    return EngineRequest(
-        group_id=rollout.group_id,
-        prompt=rollout.prompt,
-        media=media,
-        sampling=rollout.sampling,
-        return_text=rollout.return_text,
-        return_processed=rollout.return_processed,
-        return_routed_experts=rollout.return_routed_experts,
-        model=rollout.model,
-        accepted_at=accepted_at,
-    )
 
 
 def _trace(started_ns: int, first_token_s: float) -> None:

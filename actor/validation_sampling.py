@@ -34,8 +34,8 @@ _MAX_TEMPERATURE = 2
 _MAX_STRUCTURED_TOKENS = 2**20
 # Logprobs of one group, and of one prompt: some 70 bytes each while vLLM holds them.
 _MAX_GROUP_LOGPROBS = 2**23
-# In the message of a completion, at most: an alternative (an id below 2^21 and a logprob), and the rest of a token: its
-# own id and logprob, what frames its alternatives, and 16 bytes of text.
+# In the message of a completion, or of a prompt, at most: an alternative (an id below 2^21 and a logprob), and the rest
+# of a token: its own ids and logprob, what frames its alternatives, and 16 bytes of text.
 _ALTERNATIVE_BYTES = 7
 _TOKEN_BYTES = 32
 # A beam's score is divided by its length to this power: within a double for two million tokens, either way.
@@ -93,13 +93,21 @@ def check_sampling(
     _check_beams(params, limits)
 
 
-def check_prompt_logprobs(params: SamplingParams, num_prompt_tokens: int) -> None:
+def check_prompt_logprobs(params: SamplingParams, num_prompt_tokens: int, max_message_bytes: int) -> None:
     """Raises TooLarge. For engines: how long a prompt is, is known when it has been expanded."""
+    if not params.prompt_top_logprobs:
+        return
     total = num_prompt_tokens * (1 + params.prompt_top_logprobs)
     if total > _MAX_GROUP_LOGPROBS:
         raise TooLarge(
             "sampling.prompt_top_logprobs",
             f"prompt tokens * (1 + prompt_top_logprobs) is {total}; the limit is {_MAX_GROUP_LOGPROBS}",
+        )
+    num_bytes = _message_bytes(num_prompt_tokens, params.prompt_top_logprobs)
+    if num_bytes > max_message_bytes:
+        raise TooLarge(
+            "sampling.prompt_top_logprobs",
+            f"a prompt of {num_prompt_tokens} tokens can take {num_bytes} bytes; the limit is {max_message_bytes}",
         )
 
 
@@ -169,12 +177,17 @@ def _check_logprobs(params: SamplingParams, limits: ServerLimits) -> None:
             "sampling.top_logprobs",
             f"n * max_tokens * (1 + top_logprobs) is {total}; the limit is {_MAX_GROUP_LOGPROBS}",
         )
-    num_bytes = max_tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * params.top_logprobs)
+    num_bytes = _message_bytes(max_tokens, params.top_logprobs)
     if num_bytes > limits.max_message_bytes:
         raise TooLarge(
             "sampling.top_logprobs",
             f"a completion of max_tokens can take {num_bytes} bytes; the limit is {limits.max_message_bytes}",
         )
+
+
+def _message_bytes(num_tokens: int, num_alternatives: int) -> int:
+    """Most that tokens with their alternatives take."""
+    return num_tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * num_alternatives)
 
 
 def _check_structured(params: SamplingParams, structured: StructuredOutput, limits: ServerLimits) -> None:

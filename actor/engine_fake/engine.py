@@ -79,7 +79,7 @@ class FakeEngine:
         if request.sampling.structured_output is not None:
             raise Unimplemented("sampling.structured_output", "the fake engine knows no grammars")
         info = self._prompts.understand(request)
-        check_prompt_logprobs(request.sampling, len(info.expanded_ids))
+        check_prompt_logprobs(request.sampling, len(info.expanded_ids), request.max_message_bytes)
         [now] = self._updates.spans(time.monotonic(), 1)
         info = with_prompt_logprobs(info, request.sampling, self._config.vocab_size, now.policy_version)
         max_tokens = self._max_tokens(request, len(info.expanded_ids))

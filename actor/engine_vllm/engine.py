@@ -328,7 +328,7 @@ class VllmEngine:
         Raises TooLarge before anything is computed.
         """
         wanted = request.sampling
-        check_prompt_logprobs(wanted, len(info.expanded_ids))
+        check_prompt_logprobs(wanted, len(info.expanded_ids), request.max_message_bytes)
         parameters = scoring_params(wanted.prompt_top_logprobs)
         reported = [output async for output in self._outputs(engine_input, parameters, request)]
         flats: list[Any] = [output.prompt_logprobs for output in reported if output.prompt_logprobs]

@@ -67,9 +67,9 @@ async def test_what_the_fake_engine_cannot_do(start_actor: StartActor) -> None:
 
 
 async def test_a_response_that_no_client_would_take(start_actor: StartActor) -> None:
-    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 9000}, limits={"max_message_bytes": 2**20})
+    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 2**18}, limits={"max_message_bytes": 2**20})
     with pytest.raises(TooLarge, match="returns: a response of"):
-        await _ask(actor, "x" * 8000, prompt_top_logprobs=64)
+        await _ask(actor, "x" * 200_000, prompt_logprobs=True)
     assert len((await _ask(actor)).completions) == 1
 
 
@@ -94,6 +94,18 @@ async def test_the_longest_completion_that_is_taken_fits_its_message(start_actor
     group = await _ask(actor, max_tokens=longest, **wanted)
     assert len(group.completions[0].top_logprobs) == longest
     assert response_to_proto(group.completions).ByteSize() > longest * 7 * 21
+
+
+async def test_the_longest_prompt_that_is_scored_fits_its_message(start_actor: StartActor) -> None:
+    fake = {"token_s": 0.0, "max_context_tokens": 9000, "vocab_size": 2**21}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
+    wanted = {"prompt_logprobs": True, "prompt_top_logprobs": 20}
+    longest = 2**20 // (32 + 7 * 20)
+    with pytest.raises(TooLarge, match=rf"a prompt of {longest + 1} tokens can take .* limit is 1048576") as refused:
+        await _ask(actor, "x" * (longest + 1), **wanted)
+    assert refused.value.field == "sampling.prompt_top_logprobs"
+    group = await _ask(actor, "x" * longest, **wanted)
+    assert len(group.prompt.prompt_top_logprobs) == longest
 
 
 async def test_logprobs_of_a_long_prompt(start_actor: StartActor) -> None:

@@ -142,10 +142,11 @@ def test_logprobs_of_one_group_are_bounded() -> None:
 
 def test_logprobs_of_one_prompt_are_bounded() -> None:
     sampling = SamplingParams(prompt_top_logprobs=63)
-    check_prompt_logprobs(sampling, 2**17)
+    check_prompt_logprobs(sampling, 2**17, 2**30)
+    check_prompt_logprobs(dataclasses.replace(sampling, prompt_top_logprobs=0), 2**24, 1)
     for top, num_tokens in ((63, 2**17 + 1), (64, 2**17)):
         with pytest.raises(TooLarge, match=r"sampling\.prompt_top_logprobs: prompt tokens \* "):
-            check_prompt_logprobs(dataclasses.replace(sampling, prompt_top_logprobs=top), num_tokens)
+            check_prompt_logprobs(dataclasses.replace(sampling, prompt_top_logprobs=top), num_tokens, 2**30)
 
 
 @pytest.mark.parametrize(

@@ -555,7 +555,7 @@ class SamplingParams(_message.Message):
     """Logprobs of the prompt's tokens."""
     prompt_top_logprobs: _builtins.int
     """Alternatives per token in PromptInfo.prompt_top_logprobs, up to Limits.max_logprobs. 0: none. Expanded ids * (1 +
-    prompt_top_logprobs) may be 2^23.
+    prompt_top_logprobs) may be 2^23, and expanded ids * (32 + 7 * prompt_top_logprobs) Limits.max_message_bytes.
     """
     num_beams: _builtins.int
     """Beam search over this many beams instead of sampling, up to half of Limits.max_logprobs. 0: off. Beams are ranked by
