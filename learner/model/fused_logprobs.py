@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 _MAX_ELEMENTS_CPU = 2**22
 _MAX_ELEMENTS = 2**24
 
-# The logit of an id that could not be sampled. Far below every other but finite: p is exactly 0, and p * log(p) is too.
-SUPPRESSED_LOGIT = torch.finfo(torch.float32).min / 2
+# The logit of an id that could not be sampled. Far below every other but finite: p is exactly 0, and p * log(p) is too,
+# also where a gradient multiplies it.
+SUPPRESSED_LOGIT = -1e30
 
 
 def fused_logprobs(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from learner.model import fused_logprobs as module
 from learner.model.fused_logprobs import fused_logprobs
+from learner.model.logprobs import token_logprobs
 
 N, H, V = 7, 5, 23
 
@@ -56,6 +57,21 @@ def test_values_and_gradients_are_those_of_the_definition(
     torch.testing.assert_close(hidden.grad.double(), double_hidden.grad, atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+def test_a_steep_gradient_of_the_entropy_meets_no_infinity(fused: bool, temperature: float) -> None:
+    layer, hidden, targets = torch.nn.Linear(3, 6), torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    if fused:
+        _, entropy = fused_logprobs(layer, hidden, targets, temperature, (4, 5))
+    else:
+        _, entropy = token_logprobs(layer(hidden), targets, temperature, (4, 5))
+    (1e4 * entropy).sum().backward()
+    assert layer.weight.grad is not None
+    assert torch.isfinite(layer.weight.grad).all()
+    assert torch.isfinite(entropy).all()
+    assert not layer.weight.grad[4:].any()
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:
