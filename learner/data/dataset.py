@@ -7,6 +7,7 @@ described in `learner.data.rows`.
 No `datasets`, no gRPC and no torch at import.
 """
 
+import glob
 import importlib
 import itertools
 import sys
@@ -183,7 +184,9 @@ def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:
         files = _files(path, kind)
         if not files:
             raise ConfigError(f"data: {where} does not exist; give a {kind} file, a glob, or a folder of them")
-        arguments = {"data_files": [str(file) for file in files]}
+        if not any(file.stat().st_size for file in files):
+            raise ConfigError(f"data: {files[0]} is empty")
+        arguments = {"data_files": [glob.escape(str(file)) for file in files]}
     builder = {"parquet": "parquet", "jsonl": "json", "imagefolder": "imagefolder"}[kind]
     rows = _reading(where, kind, datasets.load_dataset, builder, split="train", **arguments)
     return _Encoded(rows, datasets), (path if path.is_dir() else path.parent)

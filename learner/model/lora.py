@@ -25,6 +25,13 @@ _BASE = ".base_layer."
 _WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT puts before the names of the model's own modules in its files.
 FILE_PREFIX = "base_model.model."
+# Settings of PEFT that say what a plain adapter is, where it goes and where it came from. Any other makes more of it.
+_PLAIN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("megatron_core", "qalora_group_size", "eva_config"),
+}
 
 
 def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -> int:
@@ -170,15 +177,14 @@ def save_adapter(model: Any, state: Mapping[str, Tensor], base: Path, directory:
 
 def _require_plain(config: Any, path: Path) -> None:
     """Refuse what is more than W + scaling * B A, or changes W itself."""
+    plain = type(config)().to_dict()
+    odd = {name: value for name, value in config.to_dict().items() if name not in _PLAIN and value != plain[name]}
     init = config.init_lora_weights
-    more = {
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
-        f"bias: {config.bias}": config.bias != "none",
-        f"init_lora_weights: {init}": isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"),
-    }
-    if odd := [name for name, is_set in more.items() if is_set]:
-        raise ValueError(f"{path} is not a plain LoRA adapter: it has {odd[0]}")
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        odd["init_lora_weights"] = init
+    if odd:
+        name, value = next(iter(odd.items()))
+        raise ValueError(f"{path} is not a plain LoRA adapter: it has {name}: {str(value)[:100]}")
 
 
 def _load(model: nn.Module, file: Path) -> None:

@@ -668,3 +668,25 @@ def test_of_a_reader_s_error_the_first_line_is_told(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ConfigError, match=r"cannot be read as jsonl: Couldn't cast$"):
         load(tmp_path / "train.jsonl")
+
+
+def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
+    """`rows[1].jsonl` is that file, and not `rows1.jsonl`; of a glob, each file is read once."""
+    folder = tmp_path / "all [x]*"
+    folder.mkdir()
+    for name, answer in (("rows[1].jsonl", "a"), ("rows1.jsonl", "b")):
+        (folder / name).write_text(json.dumps({"prompt": "?", "answer": answer}) + "\n")
+
+    def answers(where: Path) -> list[Any]:
+        rows = load(where, image_column="")
+        return [rows[i].ground_truth for i in range(len(rows))]
+
+    assert answers(folder / "rows[1].jsonl") == ["a"]
+    assert sorted(answers(folder)) == ["a", "b"]
+    assert sorted(answers(folder / "rows*.jsonl")) == ["a", "b"]
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"data: .*rows\.jsonl is empty$"):
+        load(tmp_path / "rows.jsonl", image_column="")

@@ -273,7 +273,19 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "odd", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}]
+    "odd",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [7]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_parameters": ["experts.down_proj"]},
+        {"trainable_token_indices": [3]},
+        {"layer_replication": [[0, 1], [0, 1]]},
+        {"fan_in_fan_out": True},
+    ],
 )
 def test_what_is_more_than_lora_is_refused(model_dir: Path, tmp_path: Path, odd: dict[str, Any], ranks: Ranks) -> None:
     Policy(make_config(model_dir, lora_rank=2), ranks).export(tmp_path / "export")
