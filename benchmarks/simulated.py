@@ -204,7 +204,7 @@ def train(
         stack.callback(writer.close)
         policy = SimulatedPolicy(ranks, step_s)
         said = StringIO()
-        display = Display(name="benchmark", total_steps=config.trainer.total_steps, run_dir=run_dir, stream=said)
+        display = Display(name="benchmark", total_steps=config.trainer.num_steps, run_dir=run_dir, stream=said)
         control = Control(
             config,
             backend="gloo",

@@ -116,9 +116,7 @@ class Control:
             sampler=self._sampler,
             rewards=self._rewards,
             buffer=self._buffer,
-            credits=Credits(
-                trainer.batch_prompts, trainer.max_staleness, step=version, total_steps=trainer.total_steps
-            ),
+            credits=Credits(trainer.batch_prompts, trainer.max_staleness, step=version, total_steps=trainer.num_steps),
             sampling=sampling_params(config),
             run_id=self.run_id,
             sampling_seed=config.rollout.seed,

@@ -101,7 +101,7 @@ class BatchFeed:
         batch = self._coming.result()
         self._in_training = frozenset(group.sequence for group in batch.groups)
         self._coming = None
-        if version + 1 < self._config.trainer.total_steps:
+        if version + 1 < self._config.trainer.num_steps:
             self._coming = self._thread.submit(self._make, version + 1)
         return batch
 

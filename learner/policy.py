@@ -134,7 +134,7 @@ class Policy:
             forward=self._forward,
             num_copies=self._config.trainer.sequence_parallel_size,
             max_grad_norm=self._config.optimizer.max_grad_norm,
-            learning_rate=learning_rate(self.version, self._config.trainer.total_steps, self._config.optimizer),
+            learning_rate=learning_rate(self.version, self._config.trainer.num_steps, self._config.optimizer),
         )
 
     def _annotated(self, pack: PackedBatch) -> PackedBatch:

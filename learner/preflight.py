@@ -82,7 +82,8 @@ def main() -> int:
     if not options.rows_only:
         print(
             f"no mistake found: {len(train)} rows, {len(held_out or ())} held out (columns and the first row, or every "
-            f"row with --all-rows), rewards {', '.join(config.reward.functions)} (imported), the files of model.path"
+            f"row with --all-rows), rewards {', '.join(config.reward.functions)} (imported), the files of model.path; "
+            f"{config.trainer.describe_length(len(train))}"
         )
     return 0
 

@@ -56,6 +56,7 @@ def run(config: LearnerConfig) -> int:
         run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
         stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))
         logging.configure("info", stream, rank=str(ranks.rank))
+        config = _with_steps(config, ranks, rows)  # the configuration in the folder keeps the passes
         policy = Policy(config, ranks)
         state = policy.restore(run_dir)
         if rows is not None:
@@ -85,7 +86,7 @@ def _run_rank_zero(
         stack.callback(completions.close)
         display = make_display(
             name=config.name,
-            total_steps=config.trainer.total_steps,
+            total_steps=config.trainer.num_steps,
             run_dir=run_dir,
             held_out=held_out_of(config.reward),
         )
@@ -118,6 +119,14 @@ def _run_rank_zero(
     write_summary(run_dir, summary)
     print(format_summary(summary, question, held_out_of(config.reward)), flush=True)
     return 0
+
+
+def _with_steps(config: LearnerConfig, ranks: Ranks, rows: Rows | None) -> LearnerConfig:
+    """With `trainer.total_steps` in the place of `trainer.total_passes`; rank 0 has the rows."""
+    num_rows = int(ranks.broadcast(str(len(rows[0])).encode() if rows is not None else None).decode())
+    if ranks.is_main and config.trainer.total_passes is not None:
+        print(f"{config.name}: {config.trainer.describe_length(num_rows)}", flush=True)
+    return config.model_copy(update={"trainer": config.trainer.over(num_rows)})
 
 
 def _resume_state(config: LearnerConfig, train: PromptDataset, state: dict[str, Any] | None) -> tuple[Progress, Ledger]:

@@ -126,9 +126,9 @@ class Trainer:
             self._evaluate()
         if self._zero is not None:
             self._zero.reporter.training_begins()
-        while self._policy.version < settings.total_steps:
+        while self._policy.version < settings.num_steps:
             self._step()
-            is_last = self._policy.version == settings.total_steps
+            is_last = self._policy.version == settings.num_steps
             try:
                 if self._is_evaluation_due():
                     self._evaluate()
@@ -187,7 +187,7 @@ class Trainer:
     def _is_evaluation_due(self) -> bool:
         settings = self._config.trainer
         version = self._policy.version
-        return version in (0, settings.total_steps) or _is_due(version, settings.eval_every)
+        return version in (0, settings.num_steps) or _is_due(version, settings.eval_every)
 
     def _evaluate(self) -> None:
         """Unless the run has done so at this version, before it was resumed."""

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from common.config import Config
 
@@ -10,8 +10,11 @@ from common.config import Config
 class TrainerConfig(Config):
     """The loop."""
 
-    total_steps: int = Field(ge=1)
+    total_steps: int | None = Field(None, ge=1)
     """Steps of the run, those before it was resumed included."""
+    total_passes: FiniteFloat | None = Field(None, gt=0)
+    """In place of total_steps, passes over the rows that train: as many steps as have whole batches in them, and at
+    least one. A pass may end within a batch. Rows that come later stand in for those of dropped groups."""
     batch_prompts: int = Field(ge=1)
     """Groups of one step of the run: what is sampled, trained and published together."""
     mini_batch_prompts: int | None = Field(None, ge=1)
@@ -56,9 +59,35 @@ class TrainerConfig(Config):
     """Where the ranks compute. None: CUDA if there is one."""
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the run, which `over` makes of passes."""
+        assert self.total_steps is not None, "passes are not steps before the rows are there"
+        return self.total_steps
+
+    def over(self, num_rows: int) -> Self:
+        """The same for so many rows that train: with steps in the place of passes."""
+        if self.total_passes is None:
+            return self
+        steps = max(1, round(self.total_passes * num_rows) // self.batch_prompts)
+        return self.model_copy(update={"total_steps": steps, "total_passes": None})
+
+    def describe_length(self, num_rows: int) -> str:
+        """In words, as "12 steps = 2 passes over 100 rows"."""
+        steps, passes = self.over(num_rows).num_steps, self.total_passes
+        over = f" = {passes:g} pass{'es' * (passes != 1)} over {num_rows} rows" if passes is not None else ""
+        return f"{steps} step{'s' * (steps != 1)}{over}"
+
+    @property
     def num_mini_batches(self) -> int:
         """Optimizer steps of one epoch of a batch."""
         return self.batch_prompts // (self.mini_batch_prompts or self.batch_prompts)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.total_steps is None) == (self.total_passes is None):
+            both = ", not both; `null` unsets one" if self.total_steps else ""
+            raise ValueError(f"set total_steps or total_passes{both}")
+        return self
 
     @model_validator(mode="after")
     def _whole_mini_batches(self) -> Self:

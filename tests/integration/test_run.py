@@ -110,7 +110,8 @@ def test_parquet_in_verls_columns_on_two_ranks_to_the_end(launch: Launch, tmp_pa
     launched = launch(
         *("--config", "examples/verl_parquet/config.yaml", f"runs_dir={tmp_path / 'runs'}", f"model.path={model}"),
         *(f"data.train={train}", f"data.held_out={held_out}", f"local.base_port={free_ports(1)}"),
-        *("local.num_ranks=2", "rollout.n=4", "trainer.batch_prompts=8", "trainer.total_steps=3"),
+        *("local.num_ranks=2", "rollout.n=4", "trainer.batch_prompts=8"),
+        *("trainer.total_steps=null", "trainer.total_passes=1"),
         'rollout.stop=["0", "1", "2"]',
     )
     assert launched.exit_code(START_S) == 0, launched.said()
@@ -124,6 +125,8 @@ def test_parquet_in_verls_columns_on_two_ranks_to_the_end(launch: Launch, tmp_pa
     assert 0 < summary["parity_max_abs_diff"] <= 1e-4
     assert summary["wall_s"] > 0
     assert sorted(trained(run_dir)) == list(range(24))
+    assert ": 3 steps = 1 pass over 24 rows\n" in launched.stdout
+    assert "step    3/3  " in launched.stdout
     check_export(Path(summary["checkpoint"]), model)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config import Config, ConfigError, load_config, parse_config
-from learner.config import _MIN_LR_BFLOAT16, LearnerConfig
+from learner.config import _MIN_LR_BFLOAT16, LearnerConfig, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -75,6 +75,12 @@ def test_a_run_that_is_stopped_has_the_checkpoints_that_the_readme_promises() ->
             "evaluation.samples needs rows to evaluate on: data.held_out or",
         ),
         ({"trainer": {**_RUN["trainer"], "eval_every": 5}}, "trainer.eval_every needs rows to evaluate on"),
+        ({"trainer": {"batch_prompts": 1}}, "trainer: set total_steps or total_passes$"),
+        (
+            {"trainer": {**_RUN["trainer"], "total_passes": 2}},
+            "trainer: set total_steps or total_passes, not both; `null` unsets one",
+        ),
+        ({"trainer": {"batch_prompts": 1, "total_passes": 0}}, "trainer.total_passes: .*greater than 0"),
         ({"data": {"train": "t", "max_held_out": 5}}, "data.max_held_out needs rows to evaluate on"),
         (
             {"model": {"path": "m", "dtype": "bfloat16"}},  # at the learning rate that is the default
@@ -86,6 +92,27 @@ def test_what_would_fail_late_or_has_no_effect_is_refused(changes: dict[str, Any
     with pytest.raises(ConfigError, match=message) as refused:
         parse_config(LearnerConfig, _RUN | changes, "run.yaml")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("passes", "num_rows", "steps", "words"),
+    [
+        (2, 100, 12, "12 steps = 2 passes over 100 rows"),  # 200 rows are 12 batches of 16 and 8 rows
+        (1, 32, 2, "2 steps = 1 pass over 32 rows"),
+        (0.5, 100, 3, "3 steps = 0.5 passes over 100 rows"),
+        (0.32, 100, 2, "2 steps = 0.32 passes over 100 rows"),
+        (0.57, 100 * 16, 57, "57 steps = 0.57 passes over 1600 rows"),  # 0.57 * 1600 is less than 912 in floats
+        (1, 3, 1, "1 step = 1 pass over 3 rows"),
+    ],
+)
+def test_passes_become_steps(passes: float, num_rows: int, steps: int, words: str) -> None:
+    trainer = TrainerConfig(total_passes=passes, batch_prompts=16)
+    assert trainer.describe_length(num_rows) == words
+    resolved = trainer.over(num_rows)
+    assert (resolved.num_steps, resolved.total_passes) == (steps, None)
+    assert TrainerConfig.model_validate(resolved.model_dump()) == resolved
+    assert resolved.over(7) == resolved
+    assert resolved.describe_length(7) == words.partition(" = ")[0]
 
 
 @pytest.mark.parametrize(

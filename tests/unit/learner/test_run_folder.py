@@ -59,6 +59,27 @@ def test_a_run_that_an_earlier_version_has_begun_is_continued(tmp_path: Path) ->
     assert _chosen(_config(tmp_path)) == first
 
 
+def test_a_run_of_so_many_passes_is_continued_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passes = {"total_passes": 2, "batch_prompts": 2}
+    first = _chosen(_config(tmp_path, trainer=passes))
+    values = yaml.safe_load((first / "config.yaml").read_text())
+    _checkpoint(first)
+    assert _chosen(_config(tmp_path, trainer=passes)) == first
+    assert _chosen(LearnerConfig.model_validate(values)) == first
+    assert capsys.readouterr().out == ""
+    longer = _config(tmp_path, run_dir=first, trainer={"total_passes": 3, "batch_prompts": 2})
+    assert _chosen(longer) == first
+    assert capsys.readouterr().out == f"{first} goes on with another trainer.total_passes\n"
+
+
+def test_a_run_of_steps_that_knew_no_passes_is_continued(tmp_path: Path) -> None:
+    first = _chosen(_config(tmp_path))
+    values = yaml.safe_load((first / "config.yaml").read_text())
+    del values["trainer"]["total_passes"]
+    (first / "config.yaml").write_text(yaml.safe_dump(values))
+    assert _chosen(_config(tmp_path)) == first
+
+
 def test_a_new_run_says_in_what_an_unfinished_one_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = _chosen(_config(tmp_path))
     _checkpoint(first)
