@@ -6,7 +6,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,7 +243,7 @@ class VllmEngine:
         async with contextlib.aclosing(self._outputs(engine_input, parameters, request)) as outputs:
             async for output in outputs:
                 now_s = time.monotonic() - request.accepted_at
-                finished = []
+                finished: list[Callable[[], Completion]] = []
                 for part in output.outputs:
                     if part.index not in samples:
                         samples[part.index] = Sample(now_s, request.sampling.top_logprobs)
@@ -251,9 +251,10 @@ class VllmEngine:
                     if part.finish_reason is not None:
                         sample = samples.pop(part.index)
                         name = request.trajectory_id(part.index, self._actor_id)
-                        finished.append(sample.completion(part, request, name, finished_s=now_s))
-                if finished:
-                    yield finished
+                        finished.append(functools.partial(sample.completion, part, request, name, finished_s=now_s))
+                if finished:  # alternatives hold up the loop
+                    has_many = request.sampling.top_logprobs > 0
+                    yield await asyncio.to_thread(_call_all, finished) if has_many else _call_all(finished)
 
     async def _search(
         self, request: EngineRequest, engine_input: "EngineInput"
@@ -384,6 +385,10 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDead("the engine is not running")
         return self._engine
+
+
+def _call_all(jobs: Sequence[Callable[[], Completion]]) -> list[Completion]:
+    return [job() for job in jobs]
 
 
 def _with_logprobs(info: PromptInfo, flat: Any, wanted: SamplingParams) -> PromptInfo:

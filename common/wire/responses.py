@@ -1,6 +1,7 @@
 """What `Generate` streams: `PromptInfo` first, then `Completion`s."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,16 +27,24 @@ from common.wire.tensors import (
     tensor_to_proto,
 )
 
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
 _FINISH = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 _FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
 
 
 def response_to_proto(event: PromptInfo | Sequence[Completion]) -> pb.GenerateResponse:
     """One message of the stream."""
+    # Filled in where they stand: a message that is given as a part is copied, with the interpreter held all the while.
+    message = pb.GenerateResponse()
     if isinstance(event, PromptInfo):
-        return pb.GenerateResponse(prompt=prompt_info_to_proto(event))
-    items = [completion_to_proto(completion) for completion in event]
-    return pb.GenerateResponse(completions=pb.Completions(items=items))
+        _fill_prompt_info(message.prompt, event)
+        return message
+    message.completions.SetInParent()
+    for completion in event:
+        _fill_completion(message.completions.items.add(), completion)
+    return message
 
 
 def response_from_proto(message: pb.GenerateResponse) -> PromptInfo | list[Completion]:
@@ -51,7 +60,13 @@ def response_from_proto(message: pb.GenerateResponse) -> PromptInfo | list[Compl
 
 def prompt_info_to_proto(info: PromptInfo) -> pb.PromptInfo:
     """`PromptInfo` as a message."""
-    return pb.PromptInfo(
+    message = pb.PromptInfo()
+    _fill_prompt_info(message, info)
+    return message
+
+
+def _fill_prompt_info(message: pb.PromptInfo, info: PromptInfo) -> None:
+    rest = pb.PromptInfo(
         group_id=info.group_id,
         actor_id=info.actor_id,
         unexpanded_ids=info.unexpanded_ids.tolist(),
@@ -59,9 +74,10 @@ def prompt_info_to_proto(info: PromptInfo) -> pb.PromptInfo:
         media=[_media_use_to_proto(use) for use in info.media],
         suppressed_token_ids=info.suppressed_token_ids,
         prompt_logprobs=info.prompt_logprobs,
-        prompt_top_logprobs=[_top_to_proto(top) for top in info.prompt_top_logprobs],
         prompt_logprobs_policy_version=info.prompt_logprobs_policy_version,
     )
+    message.MergeFrom(rest)
+    _fill_top(message.prompt_top_logprobs, info.prompt_top_logprobs)
 
 
 def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
@@ -86,7 +102,13 @@ def prompt_info_from_proto(message: pb.PromptInfo) -> PromptInfo:
 
 def completion_to_proto(completion: Completion) -> pb.Completion:
     """`Completion` as a message."""
-    message = pb.Completion(
+    message = pb.Completion()
+    _fill_completion(message, completion)
+    return message
+
+
+def _fill_completion(message: pb.Completion, completion: Completion) -> None:
+    rest = pb.Completion(
         trajectory_id=completion.trajectory_id,
         index=completion.index,
         token_ids=completion.token_ids.tolist(),
@@ -98,8 +120,9 @@ def completion_to_proto(completion: Completion) -> pb.Completion:
         ],
         timing=pb.Timing(first_token_s=completion.first_token_s, finished_s=completion.finished_s),
         text=completion.text,
-        top_logprobs=[_top_to_proto(top) for top in completion.top_logprobs],
     )
+    message.MergeFrom(rest)
+    _fill_top(message.top_logprobs, completion.top_logprobs)
     if isinstance(completion.stop, int):
         message.stop_token_id = completion.stop
     elif completion.stop is not None:
@@ -108,7 +131,6 @@ def completion_to_proto(completion: Completion) -> pb.Completion:
         message.routed_experts.CopyFrom(tensor_to_proto(completion.routed_experts))
     if (beam := completion.beam) is not None:
         message.beam.CopyFrom(pb.Beam(cumulative_logprob=beam.cumulative_logprob, score=beam.score))
-    return message
 
 
 def completion_from_proto(message: pb.Completion) -> Completion:
@@ -150,8 +172,9 @@ def _experts(message: pb.Tensor, num_tokens: int) -> Tensor:
     return experts
 
 
-def _top_to_proto(top: TopLogprobs) -> pb.TopLogprobs:
-    return pb.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs)
+def _fill_top(messages: "RepeatedCompositeFieldContainer[pb.TopLogprobs]", tops: Iterable[TopLogprobs]) -> None:
+    for top in tops:
+        messages.add(token_ids=top.token_ids, logprobs=top.logprobs)
 
 
 def _top_from_proto(message: pb.TopLogprobs) -> TopLogprobs:
