@@ -26,7 +26,7 @@ _clock_s = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
+class Base:
     """What members keep: the part of this snapshot that trains."""
 
     version: int
@@ -39,7 +39,7 @@ class Deltas:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
-        self._base: _Base | None = None
+        self._base: Base | None = None
         self._link_bytes_s: float | None = None
 
     async def choose(self, snapshot: Snapshot, members: Sequence[Member]) -> Update | None:
@@ -49,7 +49,10 @@ class Deltas:
             return None
         if not base.actor_ids.issuperset(member.actor_id for member in members):
             return None
-        return await to_own_thread("encode-delta", _encode, base, snapshot, link)
+        return await self._encode(base, snapshot, link)
+
+    async def _encode(self, base: Base, snapshot: Snapshot, link_bytes_s: float) -> Update | None:
+        return await to_own_thread("encode-delta", _encode, base, snapshot, link_bytes_s)
 
     def sent(self, snapshot: Snapshot, members: Sequence[Member], times: UpdateTimes) -> None:
         """All members have it."""
@@ -57,7 +60,7 @@ class Deltas:
             return
         if times.num_bytes >= snapshot.trained.num_bytes:  # a delta says little about the link
             self._link_bytes_s = times.num_bytes / times.stage_s
-        self._base = _Base(snapshot.version, snapshot.trained, frozenset(member.actor_id for member in members))
+        self._base = Base(snapshot.version, snapshot.trained, frozenset(member.actor_id for member in members))
 
     def failed(self) -> None:
         """Nobody knows what the members keep."""
@@ -68,7 +71,7 @@ class Deltas:
         return isinstance(error, InvalidRequest) and error.field == "manifest.base_version"
 
 
-def _encode(base: _Base, snapshot: Snapshot, link_bytes_s: float) -> Update | None:
+def _encode(base: Base, snapshot: Snapshot, link_bytes_s: float) -> Update | None:
     manifest, buffers, checksums = snapshot.update(full=False, keep=True)
     words, total = _word_bytes(snapshot.trained), snapshot.trained.num_bytes
     first = max(range(len(buffers)), key=lambda i: buffers[i].numel())

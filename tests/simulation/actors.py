@@ -59,6 +59,7 @@ class SimEngine:
         self._rng = rng
         self._peers: list[Peer] = []
         self._staged: tuple[int, list[int]] | None = None
+        self._kept: tuple[int, list[int]] | None = None
         self._live: dict[str, int] = {}
         self._moving = asyncio.Event()
         self._moving.set()
@@ -79,11 +80,21 @@ class SimEngine:
             raise InvalidRequest("manifest.parameters", "these are of another model")
         if manifest.adapter and not self._actor.max_lora_rank:
             raise InvalidRequest("manifest.adapter", "this actor takes none")
+        kept, self._kept = self._kept, None  # gone if this fails
+        if manifest.base_version >= 0 and (kept is None or kept[0] != manifest.base_version):
+            raise InvalidRequest("manifest.base_version", "is not kept here")
         received = await self._all([peer.receive(len(manifest.buckets)) for peer in self._peers])
         if any(buckets != received[0] for buckets in received):
             raise RuntimeError("workers received different bytes")
-        self._staged = (manifest.policy_version, received[0])
-        return tuple(received[0])
+        buckets = received[0]
+        if manifest.base_version >= 0:
+            assert kept is not None
+            buckets = [old + change for old, change in zip(kept[1], buckets, strict=True)]
+        self._staged = (manifest.policy_version, buckets)
+        if not manifest.wrong_buckets(buckets):
+            pairs = zip(buckets, manifest.buckets, strict=True)
+            self._kept = (manifest.policy_version, [value for value, bucket in pairs if bucket.keep])
+        return tuple(buckets)
 
     async def _all(self, waits: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         try:

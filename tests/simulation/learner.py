@@ -6,7 +6,8 @@ As `learner.control` puts them together, but on one loop, and with clients and a
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.types import Group, PromptSample, Scores
 from learner.weights.buckets import Update
+from learner.weights.deltas import Base, Deltas
 from learner.weights.publisher import Publisher
 from learner.weights.snapshot import Snapshot
 from tests.helpers.fakes import FakeProcessor, Rows
@@ -61,11 +63,25 @@ class SimRewards:
         return Scores(np.array([0.0 if equal else i for i in range(len(completions))], np.float32), {})
 
 
+class SimDeltas(Deltas):
+    """Sends each bucket as the difference of two numbers, as often as it may."""
+
+    async def _encode(self, base: Base, snapshot: Snapshot, link_bytes_s: float) -> Update | None:
+        manifest, buffers, checksums = snapshot.update(full=False, keep=True)
+        buckets = tuple(replace(bucket, delta_bytes=1, word_bytes=1) for bucket in manifest.buckets)
+        sent = tuple(new - old for new, old in zip(buffers, base.buckets.buffers, strict=True))
+        return Update(replace(manifest, buckets=buckets, base_version=base.version), sent, checksums)
+
+
 class SimPublisher(Publisher):
-    """Merges an adapter at once: a real thread has no place on a virtual clock."""
+    """Merges an adapter, and makes deltas, at once: a real thread has no place on a virtual clock."""
+
+    def __init__(self, fleet: Fleet, *, sends_deltas: bool, **settings: Any) -> None:
+        super().__init__(fleet, **settings)
+        self._deltas = SimDeltas(enabled=sends_deltas)
 
     async def _whole(self, snapshot: Snapshot, *, full: bool, merged: bool) -> Update:
-        return snapshot.update(full=full, merged=merged)
+        return snapshot.update(full=full, merged=merged, keep=self._deltas.enabled and not merged)
 
 
 class SimLearner:
@@ -117,7 +133,13 @@ class SimLearner:
         try:
             await self.fleet.start(startup_timeout_s=300.0)
             publisher = SimPublisher(
-                self.fleet, run_id=self.run_id, host="", backend="sim", timeout_s=5.0, transport=self._world.wire
+                self.fleet,
+                sends_deltas=self._world.plan.sends_deltas,
+                run_id=self.run_id,
+                host="",
+                backend="sim",
+                timeout_s=5.0,
+                transport=self._world.wire,
             )
             self._check_commits()
             async with asyncio.TaskGroup() as tasks:

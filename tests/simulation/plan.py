@@ -40,6 +40,7 @@ class Plan:
     """From this time on, so many actors."""
     gather_s: float = 0.0
     """A gather lasts so long, and now and then thirty times that."""
+    sends_deltas: bool = False
     trains_adapter: bool = False
     """Every other actor takes none in its first life."""
 
@@ -90,6 +91,8 @@ def make_plan(rng: random.Random) -> Plan:
         plan = replace(plan, gather_s=0.3)
     if plan.slots == 4 and plan.n == 2:
         plan = replace(plan, trains_adapter=True)
+    elif plan.max_staleness == 1:
+        plan = replace(plan, sends_deltas=True)
     if num_actors > 1 and len(faults) == 9 and plan.slots == 1:
         plan = _with_long_steps(plan)
     return plan
