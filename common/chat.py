@@ -42,8 +42,11 @@ logging.getLogger("transformers.processing_utils").addFilter(
 def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modality] | None = None) -> str:
     """The chat as text with one placeholder string for each media item, ready for the answer.
 
-    `modalities` as in `template_messages`. Raises InvalidRequest for what the template cannot render.
+    `modalities` as in `template_messages`. Raises InvalidRequest for what the template cannot render, and where the
+    model has none.
     """
+    if not has_template(processor):
+        raise InvalidRequest("chat", "the model has no chat template; give it one, or send text or token ids")
     arguments = template_arguments(prompt.template_arguments, "chat.template_arguments")
     try:
         text: str = processor.apply_chat_template(
@@ -56,6 +59,11 @@ def render_chat(processor: Any, prompt: ChatPrompt, modalities: Sequence[Modalit
         field = "chat.template_arguments" if arguments else "prompt"
         raise InvalidRequest(field, " ".join(f"{type(error).__name__}: {error}".split())) from error
     return text
+
+
+def has_template(processor: Any) -> bool:
+    """Whether a processor, or the tokenizer of a text model, has one; base models have none."""
+    return bool(getattr(processor, "chat_template", None))
 
 
 def template_arguments(values: Mapping[str, Any], field: str) -> dict[str, Any]:

@@ -27,16 +27,12 @@ from actor.validation_sampling import check_prompt_logprobs
 from common.config import ConfigError
 from common.errors import EngineDead, InvalidRequest, Unimplemented, WeightsPending
 from common.types import (
-    ChatMessage,
-    ChatPrompt,
     Completion,
     EpochSpec,
     FinishReason,
     Manifest,
-    MediaPart,
     PromptInfo,
     SamplingParams,
-    TextPart,
     TopLogprobs,
 )
 
@@ -125,10 +121,9 @@ class VllmEngine:
         Raises ConfigError where there is no room for so little.
         """
         has_images = bool(self._prompts.placeholder_ids) and self._config.max_images > 0
-        parts = ((MediaPart(0),) if has_images else ()) + (TextPart("Hello."),)
         request = EngineRequest(
             group_id="warm-up",
-            prompt=ChatPrompt((ChatMessage("user", parts),)),
+            prompt=self._prompts.greeting(has_image=has_images),
             media=(EngineMedia(bytes(32), Image.new("RGB", (64, 64), "gray")),) if has_images else (),
             sampling=SamplingParams(n=2, max_tokens=_WARM_UP_TOKENS, ignore_eos=True),
         )

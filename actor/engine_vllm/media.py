@@ -42,6 +42,10 @@ class VllmMedia:
         self._pace = Pace(processor, max_context_tokens)
         self.takes_videos = processor is not None and "video" in processor.info.get_supported_mm_limits()
 
+    def image_text(self) -> str:
+        """How the text of a prompt says where an image is."""
+        return str(self._renderer.get_mm_processor().dummy_inputs.get_dummy_text({"image": 1}))
+
     async def render(
         self,
         token_ids: list[int],

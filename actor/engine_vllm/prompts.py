@@ -10,13 +10,16 @@ import numpy as np
 
 from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm.media import VllmMedia
-from common.chat import render_chat
+from common.chat import has_template, render_chat
 from common.errors import InvalidRequest, TooLarge
 from common.placeholders import placeholder_ids
-from common.types import PromptInfo, TextPrompt, TokenPrompt
+from common.types import ChatMessage, ChatPrompt, MediaPart, Prompt, PromptInfo, TextPart, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput
+
+
+_HELLO = "Hello."
 
 
 class VllmPrompts:
@@ -59,6 +62,13 @@ class VllmPrompts:
         except (ValueError, VLLMClientError) as error:
             raise InvalidRequest("prompt", " ".join(str(error).split())) from error
         return self._info(request, [] if placeholders else token_ids, engine_input), engine_input
+
+    def greeting(self, *, has_image: bool) -> Prompt:
+        """A short prompt that the model takes, with one image or none."""
+        if has_template(self._processor):
+            parts = ((MediaPart(0),) if has_image else ()) + (TextPart(_HELLO),)
+            return ChatPrompt((ChatMessage("user", parts),))
+        return TextPrompt((self._media.image_text() if has_image else "") + _HELLO)
 
     def by_name(self, engine_input: "EngineInput") -> "EngineInput":
         """See `VllmMedia.by_name`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from common.errors import InvalidRequest
 from common.media import content_hash
 from common.tensors import NamedTensor, pixels_hash, tensor_of, tensors_hash
 from common.types import (
+    ChatMessage,
     ChatPrompt,
     MediaItem,
     PlaceholderRange,
     RolloutRequest,
     SamplingParams,
+    TextPart,
     TextPrompt,
     TokenPrompt,
 )
@@ -32,7 +35,7 @@ from learner.batch.processing import PromptProcessor
 from learner.rollouts.tripwire import check_images
 from learner.types import PixelBounds
 from tests.helpers.groups import IMAGE_PAD, SUPPRESSED, image_bytes, sample
-from tests.integration.live_actor import CONFIG, LiveActor, media_of
+from tests.integration.live_actor import CONFIG, LiveActor, media_of, running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -379,3 +382,17 @@ def _same_answer(found: SampledGroup, expected: SampledGroup) -> None:
     [one], [other] = found.completions, expected.completions
     assert one.token_ids.tolist() == other.token_ids.tolist()
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=PARITY)
+
+
+async def test_a_model_without_a_chat_template(model_dir: Path, tmp_path: Path) -> None:
+    """It starts, and takes text and token ids."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (bare / name).unlink(missing_ok=True)
+    async with running(bare) as actor:
+        for prompt in (TextPrompt("<|image_pad|> what is this?"), TokenPrompt((IMAGE_PAD, 5))):
+            assert (await actor.ask(prompt, media_of(IMAGES[:1]), **ANSWER)).completions
+        with pytest.raises(InvalidRequest, match="the model has no chat template") as refused:
+            await actor.ask(ChatPrompt((ChatMessage("user", (TextPart("hi"),)),)), **ANSWER)
+        assert refused.value.field == "chat"

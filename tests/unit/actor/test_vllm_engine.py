@@ -246,7 +246,7 @@ async def test_a_context_without_room_for_the_first_prompt_is_the_users_mistake(
             raise InvalidRequest("prompt", "24 tokens leave no room in a context of 20")
         yield
 
-    engine._prompts = cast("Any", SimpleNamespace(placeholder_ids=()))
+    engine._prompts = cast("Any", SimpleNamespace(placeholder_ids=(), greeting=lambda **_: TextPrompt("x")))
     monkeypatch.setattr(engine, "generate", refuse)
     with pytest.raises(
         ConfigError, match=r"^vllm\.max_model_len is too small: .*24 tokens leave no room in a context of 20$"

@@ -12,7 +12,7 @@ import pytest
 from transformers import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from common.chat import arguments_from_json, render_chat, template_arguments
+from common.chat import arguments_from_json, has_template, render_chat, template_arguments
 from common.errors import InvalidRequest
 from common.types import ChatMessage, ChatPrompt, TextPart
 from examples.digits.model import build_processor
@@ -55,6 +55,18 @@ def test_a_template_that_raises_names_the_field(processor: Any) -> None:
     processor.chat_template = "{{ raise_exception('no system\nprompt') }}"
     with pytest.raises(InvalidRequest, match=r"^prompt: TemplateError: no system prompt$"):
         render_chat(processor, ChatPrompt(MESSAGES))
+
+
+def test_a_model_without_a_template(processor: Any) -> None:
+    bare = build_processor()
+    bare.chat_template = None
+    bare.tokenizer.chat_template = None
+    for made in (bare, bare.tokenizer):
+        with pytest.raises(InvalidRequest, match=r"^chat: the model has no chat template") as refused:
+            render_chat(made, ChatPrompt(MESSAGES))
+        assert refused.value.field == "chat"
+        assert not has_template(made)
+    assert has_template(processor)
 
 
 def test_a_name_that_the_template_does_not_use_is_no_warning(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
