@@ -3,13 +3,13 @@
 `python -m actor.config FILE` only reads it, for the launcher of the learner, which cannot import it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from common.checkpoint import check_checkpoint
 from common.config import Config, ConfigError, load_config
 from common.rpc.options import DEFAULT_MAX_MESSAGE_BYTES
 from common.types import ServerLimits
@@ -157,20 +157,10 @@ def parse_cores(cores: str) -> frozenset[int]:
 
 
 def check_model(path: Path | None) -> Path:
-    """A directory that an engine can load: `config.json` and safetensors. Raises ConfigError."""
+    """A directory that an engine can load, see `check_checkpoint`. Raises ConfigError."""
     if path is None:
         raise ConfigError("model: is missing; give a checkpoint directory with --model")
-    if not path.is_dir():
-        raise ConfigError(f"model: {path} is not a directory; give a checkpoint directory in Hugging Face format")
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"model: {path} has no config.json; give a checkpoint directory in Hugging Face format")
-    try:
-        json.loads((path / "config.json").read_bytes())
-    except ValueError:
-        raise ConfigError(f"model: {path / 'config.json'} is not JSON; the checkpoint is damaged") from None
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"model: {path} has no *.safetensors file; other weight formats are not loaded")
-    return path
+    return check_checkpoint(path, "model")
 
 
 def main() -> int:

@@ -44,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_dir: Path | None = None) -> None:
     """Write the policy of `checkpoint`. Raises ConfigError for mistakes of the user, and OSError."""
+    from common.checkpoint import check_checkpoint
     from common.config import ConfigError, load_config
     from learner.config import LearnerConfig
-    from learner.preflight import check_checkpoint
 
     if not (checkpoint / "state.json").is_file():
         raise ConfigError(f"{checkpoint} is no checkpoint of a run; give one, as RUN/checkpoints/step-000200")
@@ -59,7 +59,7 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
         raise ConfigError(f"{run_dir} has no config.yaml, which says what was trained; copy it beside `checkpoints`")
     moved = [f"model.path={model_dir.absolute()}"] if model_dir is not None else []
     settings = load_config(LearnerConfig, file, moved).model
-    check_checkpoint(settings.path)
+    check_checkpoint(settings.path, "model.path")
 
     import torch
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.checkpoint import check_checkpoint
 from common.config import ConfigError, load_config
 from common.rpc.tls import read_certificates
 from learner.config import LearnerConfig, RolloutConfig
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 
 # Between two lines of progress.
 _TELL_S = 10.0
-
-
-def check_checkpoint(path: Path) -> None:
-    """Whether `path` looks like a checkpoint in Hugging Face format. Raises ConfigError."""
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"model.path: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
-            "`hf download NAME --local-dir DIRECTORY` makes it of a model of the hub"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {path} has no *.safetensors file; other weight formats are not loaded")
 
 
 def check_actors(config: RolloutConfig) -> None:
@@ -72,7 +62,7 @@ def main() -> int:
     try:
         config = load_config(LearnerConfig, options.config, options.overrides)
         if not options.rows_only:
-            check_checkpoint(config.model.path)
+            check_checkpoint(config.model.path, "model.path")
         train, held_out = load_task(config)
     except ConfigError as error:
         print(error, file=sys.stderr)

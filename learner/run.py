@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from common import log as logging
 from common import tracing
+from common.checkpoint import check_checkpoint
 from common.lifecycle import end_with_parent
 from learner import last_words, run_folder
 from learner.batch.processing import PromptProcessor
@@ -18,7 +19,7 @@ from learner.data.dataset import PromptDataset
 from learner.distributed import Ranks, join_ranks
 from learner.ledger import Ledger
 from learner.policy import Policy
-from learner.preflight import check_actors, check_checkpoint, load_task
+from learner.preflight import check_actors, load_task
 from learner.rank_watch import watching
 from learner.reporting.completions_log import CompletionsLog
 from learner.reporting.display import make_display
@@ -38,7 +39,7 @@ Rows = tuple[PromptDataset, PromptDataset | None]
 
 def run(config: LearnerConfig) -> int:
     """Run this rank to the end; the exit code. Raises ConfigError for mistakes of the user."""
-    check_checkpoint(config.model.path)
+    check_checkpoint(config.model.path, "model.path")
     check_actors(config.rollout)
     check_trackers(config.trackers)
     stop = StopRequest()

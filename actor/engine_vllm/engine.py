@@ -19,7 +19,7 @@ from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.engine_vllm.arguments import engine_config
 from actor.engine_vllm.beams import search_beams
 from actor.engine_vllm.outputs import NoProbability, NothingSampled, Sample, diverged, top_logprobs
-from actor.engine_vllm.probes import check_model
+from actor.engine_vllm.probes import probe_model
 from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
@@ -192,7 +192,7 @@ class VllmEngine:
             except NoProbability as blamed:
                 # Once more with the media: the worker may have dropped them.
                 _, engine_input = await self._prompts.understand(request, with_tensors=True)
-                await check_model(engine_input, blamed.token_ids, functools.partial(self._outputs, request=request))
+                await probe_model(engine_input, blamed.token_ids, functools.partial(self._outputs, request=request))
                 raise
         except NothingSampled as error:
             if wanted.structured_output is None:

@@ -26,7 +26,7 @@ class NothingSampled(EngineDead):
 class NoProbability(InvalidRequest):
     """No token had a probability after `token_ids`: it is the constraints that left none, or the model has diverged.
 
-    The two look the same; `probes.check_model` tells them apart.
+    The two look the same; `probes.probe_model` tells them apart.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from actor.engine_vllm.outputs import diverged
 from actor.engine_vllm.sampling import probing_params
 
 
-async def check_model(engine_input: Any, token_ids: Sequence[int], generate: Generate) -> None:
+async def probe_model(engine_input: Any, token_ids: Sequence[int], generate: Generate) -> None:
     """Raises EngineDead unless the model gives what may follow these tokens of a completion a probability.
 
     `generate` streams what vLLM reports of one request.

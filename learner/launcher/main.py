@@ -73,10 +73,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
+    from common.checkpoint import check_checkpoint
     from learner import run_folder
     from learner.launcher.actors import addresses
     from learner.launcher.gpus import share_gpus
-    from learner.preflight import check_actors, check_checkpoint
+    from learner.preflight import check_actors
     from learner.reporting.trackers import check_trackers
     from learner.rollouts.limits import check_local_limits
 
@@ -89,7 +90,7 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
     check_local_limits(listed)  # reads local.actor, as the next
     gpus = share_gpus(listed)
     if prepare is None:
-        check_checkpoint(listed.model.path)
+        check_checkpoint(listed.model.path, "model.path")
     check_actors(listed.rollout)
     check_trackers(listed.trackers)
     if (words := _try_task(listed, gpus.learner)) is not None:

@@ -132,7 +132,8 @@ async def test_a_dead_engine_ends_the_process(launch: Launch) -> None:
         ((), "actor: model: is missing; give a checkpoint directory with --model"),
         (
             ("--model", "no/such/place"),
-            "actor: model: no/such/place is not a directory; give a checkpoint directory in Hugging Face format",
+            "actor: model: no/such/place holds no checkpoint (config.json); give a directory in Hugging Face format, "
+            "as `hf download NAME --local-dir DIRECTORY` makes it of a model of the hub",
         ),
         ((*FAKE, "vllm.dytpe=float32"), "actor: configuration: vllm.dytpe: unknown key; did you mean dtype?"),
         (

@@ -1,0 +1,25 @@
+"""Whether a directory is a checkpoint that learner and actors can load, from its files alone."""
+
+import json
+from pathlib import Path
+
+from common.config import ConfigError
+
+
+def check_checkpoint(path: Path, key: str) -> Path:
+    """`path`, if it looks like a checkpoint in Hugging Face format: `config.json` and safetensors.
+
+    Raises ConfigError, which names the `key` of the configuration.
+    """
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{key}: {path} holds no checkpoint (config.json); give a directory in Hugging Face format, as "
+            "`hf download NAME --local-dir DIRECTORY` makes it of a model of the hub"
+        )
+    try:
+        json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        raise ConfigError(f"{key}: {path / 'config.json'} is not JSON; the checkpoint is damaged") from None
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(f"{key}: {path} has no *.safetensors file; other weight formats are not loaded")
+    return path
