@@ -4,6 +4,13 @@ import pytest
 
 from actor.config import ActorConfig, VllmConfig, check_model, parse_cores
 from common.config import ConfigError, load_config
+from tests.helpers.settings import num_keys, undocumented_keys
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_every_key_has_a_docstring_below_it() -> None:
+    assert undocumented_keys([ROOT / "actor/config.py"]) == (num_keys(ActorConfig), [])
 
 
 def test_model_directory_is_checked(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """The configuration of a run."""
 
-import ast
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from common.config import Config, ConfigError, load_config, parse_config
+from common.config import ConfigError, load_config, parse_config
 from learner.config import _MIN_LR_BFLOAT16, LearnerConfig, TrainerConfig
+from tests.helpers.settings import num_keys, undocumented_keys
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,26 +28,9 @@ _RUN: dict[str, Any] = {
 
 
 def test_every_key_has_a_docstring_below_it() -> None:
-    keys, without = 0, []
-    for path in sorted((ROOT / "learner/config").glob("*.py")):
-        for cls in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(cls, ast.ClassDef) or [ast.unparse(base) for base in cls.bases] != ["Config"]:
-                continue
-            for key, below in zip(cls.body, [*cls.body[1:], None], strict=True):
-                if isinstance(key, ast.AnnAssign):
-                    keys += 1
-                    match below:
-                        case ast.Expr(ast.Constant(str())):
-                            pass
-                        case _:
-                            without.append(f"{path.name}: {ast.unparse(key.target)}")
+    found, without = undocumented_keys(sorted((ROOT / "learner/config").glob("*.py")))
     assert without == []
-    assert keys == _num_keys(LearnerConfig)  # no section is anywhere else
-
-
-def _num_keys(cls: type[Config]) -> int:
-    kinds = [field.annotation for field in cls.model_fields.values()]
-    return len(kinds) + sum(_num_keys(kind) for kind in kinds if isinstance(kind, type) and issubclass(kind, Config))
+    assert found == num_keys(LearnerConfig)  # no section is anywhere else
 
 
 def test_a_run_that_is_stopped_has_the_checkpoints_that_the_readme_promises() -> None:
