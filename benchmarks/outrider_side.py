@@ -23,7 +23,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data.dataset import load_datasets
 from learner.launcher.actors import LocalActors, addresses
-from learner.launcher.main import learner_environment
+from learner.launcher.environment import learner_environment
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "digits" / "config.yaml"
 _BASE_PORT = 52451

@@ -1,8 +1,8 @@
 """Checks of a run's settings that need no model, so that a mistake of the user shows within seconds.
 
 `python -m learner.preflight FILE` tries model.path, rows and rewards. `--all-rows` reads all rows, and not only the
-first. The launcher tries `--rows-only`: what the modules of the user leave behind, as the memory of a GPU, ends with
-the process.
+first. The launcher, which looks at the rest itself, tries `--rows-only`: what the modules of the user leave behind, as
+the memory of a GPU, ends with the process.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> int:
     )
     parser.add_argument("--all-rows", action="store_true", help="read every row, and print each that is broken")
     parser.add_argument("--rows-only", action="store_true", help="not the model, and say nothing of what is well")
+    parser.add_argument("--sound", metavar="NAME", help="say what is well, and that NAME is sound")
     parser.add_argument("config", type=Path, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
     options = parser.parse_intermixed_args()
@@ -69,13 +70,19 @@ def main() -> int:
         return error.exit_code
     if options.all_rows:
         return _read_all([part for part in (train, held_out) if part is not None])
-    if not options.rows_only:
-        print(
-            f"no mistake found: {len(train)} rows, {len(held_out or ())} held out (columns and the first row, or every "
-            f"row with --all-rows), rewards {', '.join(config.reward.functions)} (imported), the files of model.path; "
-            f"{config.trainer.describe_length(len(train))}"
-        )
+    if options.sound:
+        print(f"{options.sound} is sound: {_summary(config, train, held_out)}")
+    elif not options.rows_only:
+        print(f"no mistake found: {_summary(config, train, held_out)}, the files of model.path")
     return 0
+
+
+def _summary(config: LearnerConfig, train: "PromptDataset", held_out: "PromptDataset | None") -> str:
+    return (
+        f"{len(train)} rows, {len(held_out or ())} held out (columns and the first rows; `python -m learner.preflight "
+        f"--all-rows` reads every one), {config.trainer.describe_length(len(train))}, rewards "
+        f"{', '.join(config.reward.functions)} (imported)"
+    )
 
 
 def _read_all(parts: "Sequence[PromptDataset]") -> int:

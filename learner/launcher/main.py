@@ -14,15 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.lifecycle import end_with_parent
-from learner.stopping import STEP_END_S, TORCHRUN_VARIABLE
+from learner.stopping import STEP_END_S
 
 if TYPE_CHECKING:
     from learner.config import LearnerConfig
@@ -32,6 +31,7 @@ EPILOG = """\
 examples:
   outrider --config examples/digits/config.yaml model.path=runs/my-model trainer.total_steps=50
   outrider --config run.yaml local.num_actors=1 local.num_ranks=2
+  outrider --check --config run.yaml
 
 Every key of the configuration can be given as key.path=value; learner/config/ lists them.
 """
@@ -50,7 +50,12 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
 
     try:
         overrides = [*options.overrides, *([f"seed={options.seed}"] if options.seed is not None else [])]
-        return _run(load_config(LearnerConfig, options.config, overrides), prepare)
+        config = load_config(LearnerConfig, options.config, overrides)
+        if options.check:
+            from learner.launcher.check import check
+
+            return check(config, str(options.config), has_model=prepare is None)
+        return _run(config, prepare)
     except ConfigError as error:
         return _say(2, str(error))
     except KeyboardInterrupt:
@@ -67,83 +72,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="YAML file of the run")
+    parser.add_argument("--check", action="store_true", help="tell every mistake that is found, and start nothing")
     parser.add_argument("--seed", type=int, help="seed of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration")
     return parser.parse_intermixed_args(arguments)
 
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
-    from common.checkpoint import check_checkpoint
     from learner import run_folder
-    from learner.launcher.actors import addresses
+    from learner.launcher.check import mistakes, try_task, with_local_actors
     from learner.launcher.gpus import share_gpus
-    from learner.preflight import check_actors
-    from learner.reporting.trackers import check_trackers
-    from learner.rollouts.limits import check_local_limits
 
     signal.signal(signal.SIGTERM, _interrupt)
-    actors = addresses(config.local) or config.rollout.actors
-    listed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"actors": actors})})
     # A mistake leaves neither a run folder nor an actor behind.
-    if (words := _try_actor(listed)) is not None:
-        return _say(*words)
-    check_local_limits(listed)  # reads local.actor, as the next
+    listed = with_local_actors(config)
+    if (mistake := next(mistakes(listed, has_model=prepare is None), None)) is not None:
+        return _say(*mistake)
     gpus = share_gpus(listed)
-    if prepare is None:
-        check_checkpoint(listed.model.path, "model.path")
-    check_actors(listed.rollout)
-    check_trackers(listed.trackers)
-    if (words := _try_task(listed, gpus.learner)) is not None:
-        return _say(*words)
+    if (mistake := try_task(listed, gpus.learner)) is not None:
+        return _say(*mistake)
     with run_folder.held(config, "launcher") as run_dir:
         if prepare is not None:
             model = listed.model.model_copy(update={"path": prepare(config, run_dir)})
             listed = listed.model_copy(update={"model": model})
         return _run_in(run_dir, listed.model_copy(update={"run_dir": run_dir}), gpus)
-
-
-def _try_actor(config: "LearnerConfig") -> tuple[int, str] | None:
-    """Read `local.actor` as the actors will, which the learner does not import; its last words if that fails."""
-    return _try("local.actor", "actor.config", config.local.actor, dict(os.environ))
-
-
-def _try_task(config: "LearnerConfig", gpus: "tuple[str, ...] | None") -> tuple[int, str] | None:
-    """Load rows and rewards as the learner will; its last words if that fails."""
-    return _try(
-        "rows and rewards",
-        "learner.preflight",
-        config.model_dump(mode="json"),
-        learner_environment(config, gpus),
-        "--rows-only",
-    )
-
-
-def _try(
-    what: str, module: str, settings: dict[str, Any], environment: dict[str, str], *options: str
-) -> tuple[int, str] | None:
-    """`python -m MODULE FILE` with a file of these settings, in a process that ends with what it loads.
-
-    Its last words if it fails, with `what` in the place of the file's name.
-    """
-    import yaml
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(settings, file)
-        file.flush()
-        tried = subprocess.run(
-            [sys.executable, "-m", module, *options, file.name],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            preexec_fn=end_with_parent,
-        )
-    if tried.returncode == 0:
-        return None
-    lines = tried.stderr.splitlines() or [f"{what}: the process ended with {tried.returncode}"]
-    own = [line for line in lines if line.startswith(f"{file.name}: ")] or lines[-1:]  # one for each unknown key
-    return abs(tried.returncode), "\n".join(line.replace(f"{file.name}: ", f"{what}: ", 1) for line in own)
 
 
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
@@ -209,6 +161,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
     import yaml
 
     from learner import last_words
+    from learner.launcher.environment import learner_environment
 
     last_words.clear(run_dir)  # one may have ended only now
     path = run_dir / "learner.yaml"
@@ -224,18 +177,6 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
             start_new_session=True,
             preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls the kernel and nothing else
         )
-
-
-def learner_environment(config: "LearnerConfig", gpus: "tuple[str, ...] | None" = None) -> dict[str, str]:
-    """Variables of a learner's process beside local actors.
-
-    Threads that wait for each other at every operation are slow on cores that the actors use at the same time. With
-    `max_staleness = 0` the actors rest while the learner trains.
-    """
-    num_used = config.local.num_actors if config.trainer.max_staleness else 0
-    num_threads = max(1, (len(os.sched_getaffinity(0)) - num_used) // config.local.num_ranks)
-    visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    return {"OMP_NUM_THREADS": str(num_threads), TORCHRUN_VARIABLE: str(STEP_END_S), **os.environ, **visible}
 
 
 def _wait_for_step(learner: subprocess.Popen[bytes]) -> None:
