@@ -102,7 +102,7 @@ FOUND = {
     1110: take_a_form_for_everybodys,
     507: update_whoever_answers,
     176: sample_again_under_the_old_name,
-    19613: finish_the_old_runs_commit,
+    2457: finish_the_old_runs_commit,
     151: answer_the_old_run,
 }
 

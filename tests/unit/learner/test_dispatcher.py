@@ -252,7 +252,8 @@ async def test_the_user_is_told_once_of_each_reason() -> None:
     async with dispatching(
         batch=3, total_steps=1, reward=reward, drop_uniform_groups=True, notify=lines.append
     ) as setup:
-        await until(lambda: setup.dispatcher.stats().dropped.get("REWARD_RAISED", 0) > 1)
+        stats = setup.dispatcher.stats
+        await until(lambda: stats().dropped.get("REWARD_RAISED", 0) > 1 and "NO_SIGNAL" in stats().dropped)
     assert [line.partition(" (")[0] for line in lines if "RAISED" in line] == [
         f"group dropped, REWARD_RAISED: row {first}, completion 0: KeyError: 'column'"
     ]
