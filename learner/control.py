@@ -120,6 +120,7 @@ class Control:
             sampling=sampling_params(config),
             run_id=self.run_id,
             sampling_seed=config.rollout.seed,
+            max_prompt_tokens=config.data.max_prompt_tokens,
             drop_uniform_groups=config.rollout.drop_uniform_groups,
             notify=notify,
         )

@@ -44,6 +44,9 @@ class DataConfig(Config):
     """Of an image once resized; its own min_pixels go first. None: the model's own."""
     max_pixels: int | None = None
     """As `min_pixels`."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Of a row that trains, with what its images expand to: longer ones are dropped groups (PROMPT_TOO_LONG). None:
+    what the actors take."""
     max_media_pixels: int = Field(ServerLimits().max_media_pixels, ge=1)
     """Of an image; one with more ends the run. Actors have theirs (`limits.max_media_pixels`)."""
     chat_template_arguments: dict[str, Any] = Field(default_factory=dict)

@@ -39,6 +39,8 @@ _MAX_UNIFORM_BATCHES = 8
 
 STALE = "STALE"
 """The reason of groups that came too late, in `DispatchStats.dropped`: they are sampled again."""
+TOO_LONG = "PROMPT_TOO_LONG"
+"""The reason of groups whose prompt has more than `max_prompt_tokens`: no actor is asked."""
 SKIPPED = "STEP_SKIPPED"
 """The reason of groups whose update was skipped."""
 
@@ -96,6 +98,7 @@ class Dispatcher:
         sampling: of every group.
         run_id: part of group ids.
         sampling_seed: makes sampling reproducible, as far as the engine is; None leaves it to the actors.
+        max_prompt_tokens: of an expanded prompt; a longer one is a dropped group. None: no bound.
         num_threads: for reading and processing rows.
         max_consecutive_drops: groups dropped with none finished between them that end the run.
         drop_uniform_groups: sample another group in place of one whose rewards are all equal.
@@ -115,6 +118,7 @@ class Dispatcher:
         sampling: SamplingParams,
         run_id: str,
         sampling_seed: int | None = None,
+        max_prompt_tokens: int | None = None,
         num_threads: int = 2,
         max_consecutive_drops: int = 64,
         drop_uniform_groups: bool = False,
@@ -130,6 +134,7 @@ class Dispatcher:
         self._sampling = sampling
         self._run_id = run_id
         self._sampling_seed = sampling_seed
+        self._max_prompt_tokens = max_prompt_tokens
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="process")
         self._max_consecutive_drops = max_consecutive_drops
         self._consecutive_drops = 0
@@ -196,6 +201,10 @@ class Dispatcher:
     async def _make_group(self, sequence: int, trained_at: int) -> Group:
         with tracing.span("learner.prepare"):
             sample, processed = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, sequence)
+        limit, length = self._max_prompt_tokens, len(processed.input_ids)
+        if limit is not None and length > limit:
+            what = f"its prompt has {length} tokens, more than data.max_prompt_tokens ({limit})"
+            raise GroupFailed(TOO_LONG, f"row {sample.row}: {what}")
         max_staleness = self._credits.max_staleness
         with tracing.span("learner.rollout"):
             try:

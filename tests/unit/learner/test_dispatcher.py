@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 
 import learner.__main__ as learner_main
@@ -25,7 +26,7 @@ from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
-from learner.types import Group, PromptSample
+from learner.types import Group, ProcessedPrompt, PromptSample
 from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, make_sample, until
 
 
@@ -60,6 +61,7 @@ async def dispatching(
     dataset: Dataset | None = None,
     reward: Callable[..., float] = one,
     actor: FakeActor | None = None,
+    processor: FakeProcessor | None = None,
     **options: Any,
 ) -> AsyncIterator[Setup]:
     actor = actor or FakeActor("one", version=100)
@@ -69,7 +71,7 @@ async def dispatching(
     dispatcher = Dispatcher(
         dataset=dataset or Rows(10),
         ledger=ledger,
-        processor=FakeProcessor(),
+        processor=processor or FakeProcessor(),
         sampler=Sampler(fleet),
         rewards=InlineRewards(reward),
         buffer=buffer,
@@ -238,6 +240,38 @@ async def test_failed_rewards_are_dropped_counted_and_replaced() -> None:
             "REWARD_NOT_FINITE": [1, 3]
         }
         assert setup.dispatcher.stats().dropped == {"REWARD_NOT_FINITE": 2}
+
+
+async def test_prompts_with_too_many_tokens_are_dropped_counted_and_replaced() -> None:
+    """Of all that they expand to, and before an actor is asked."""
+    rows = [Ledger(0, 10).row(i) for i in range(5)]
+
+    class Uneven(FakeProcessor):
+        def process(self, sample: PromptSample) -> ProcessedPrompt:
+            processed = super().process(sample)
+            num_more = {rows[1]: 1, rows[3]: 7}.get(sample.row, 0)
+            more = np.repeat(processed.input_ids[-1:], num_more)
+            return dataclasses.replace(processed, input_ids=np.concatenate([processed.input_ids, more]))
+
+    limit = len(FakeProcessor().process(make_sample(0)).input_ids)
+    lines: list[str] = []
+    async with dispatching(
+        batch=3, total_steps=1, processor=Uneven(), max_prompt_tokens=limit, notify=lines.append
+    ) as setup:
+        assert await setup.take(3) == [0, 2, 4]
+        assert setup.ledger.dropped == {"PROMPT_TOO_LONG": [1, 3]}
+        assert setup.dispatcher.stats().dropped == {"PROMPT_TOO_LONG": 2}
+        assert len(setup.actor.requests) == 3
+    assert [line.partition(";")[0] for line in lines] == [
+        f"group dropped, PROMPT_TOO_LONG: row {rows[1]}: its prompt has {limit + 1} tokens, more than "
+        f"data.max_prompt_tokens ({limit})"
+    ]
+
+
+async def test_a_bound_that_no_prompt_keeps_ends_the_run() -> None:
+    async with dispatching(max_prompt_tokens=1) as setup:
+        with pytest.raises(TooManyDrops, match=r"64 groups in a row were dropped; .* data.max_prompt_tokens \(1\)"):
+            await setup.take(1)
 
 
 async def test_the_user_is_told_once_of_each_reason() -> None:

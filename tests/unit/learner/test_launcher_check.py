@@ -74,6 +74,7 @@ def test_an_unknown_key_is_told(check: Check, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().err == "outrider: local.actor: vlm: unknown key; did you mean vllm?\n"
 
 
+@pytest.mark.timeout(180)
 def test_actors_that_run_already_are_asked(
     check: Check, capfd: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
