@@ -34,6 +34,12 @@ def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     no_model = subprocess.run([*command, "model.path=nope"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert no_model.returncode == 2
     assert no_model.stderr.startswith("model.path: nope holds no checkpoint")
+    by_name = subprocess.run(
+        [*command, "model.path=Qwen/Qwen2.5-VL-3B-Instruct"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert by_name.returncode == 2
+    assert by_name.stderr.count("\n") == 1
+    assert "`hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIRECTORY`" in by_name.stderr
     rows_only = subprocess.run(
         [*command, "--rows-only", "model.path=nope"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
