@@ -10,6 +10,7 @@ learner, as the one of a launcher that was killed ends its step.
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -59,10 +60,12 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
         run_dir = config.run_dir or unfinished or _new(config)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        place = f"run_dir: {config.run_dir}" if config.run_dir else f"runs_dir: {config.runs_dir}"
-        raise _not_written(place, error) from None
+        key, place = ("run_dir", config.run_dir) if config.run_dir else ("runs_dir", config.runs_dir)
+        raise _not_written(place, error, f"{key}: ") from None
     _gets_free(run_dir, patience_s, role)
-    with _lock(run_dir, role):
+    with _lock(run_dir, role):  # a disk that fails is told here
+        if not _is_ours(run_dir):
+            raise ConfigError(f"{run_dir}{_owner(run_dir)} cannot be written, or a part of it; name another run_dir")
         # A launcher does this for its learner, whose configuration has the model that was prepared for it.
         if role == "launcher" or _is_free(run_dir, "launcher"):
             last_words.clear(run_dir)
@@ -80,7 +83,7 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
     try:
         descriptor = os.open(run_dir / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise _not_written(str(run_dir), error) from None
+        raise _not_written(run_dir, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,14 +101,25 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _not_written(place: str, error: OSError) -> ConfigError | NotYet:
+def _not_written(place: Path, error: OSError, key: str = "") -> ConfigError | NotYet:
     kind = ConfigError if error.errno in _NO_PLACE else NotYet
-    return kind(f"{place} cannot be written: {error.strerror}")
+    return kind(f"{key}{place}{_owner(place)} cannot be written: {error.strerror}")
+
+
+def _owner(place: Path) -> str:
+    """Whose it is, in words, if it is another user's."""
+    try:
+        if place.stat().st_uid == os.geteuid():
+            return ""
+        return f" (of the user {place.owner()})"
+    except (OSError, KeyError):  # it is not there, or the user has no name here
+        return ""
 
 
 def _is_ours(run_dir: Path) -> bool:
     """Whether this user may work in it."""
-    return all(os.access(path, os.R_OK | os.W_OK) for path in (run_dir, *run_dir.glob("*.lock")))
+    parts = (run_dir.glob(pattern) for pattern in ("*.lock", "*.jsonl", "logs", "logs/*", "checkpoints"))
+    return all(os.access(path, os.R_OK | os.W_OK) for path in (run_dir, *itertools.chain(*parts)))
 
 
 def _is_free(run_dir: Path, *roles: Role) -> bool:
@@ -158,10 +172,14 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
     empty: Path | None = None
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
         begun = _read(run_dir / "config.yaml")
-        if begun is None or begun.get("name") != config.name or _is_finished(run_dir) or not _is_ours(run_dir):
+        if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue
         then = identity(begun)
         odd = differences(then, wanted)
+        if not _is_ours(run_dir):
+            if not odd and _has_checkpoints(run_dir):
+                hint = hint or f"{run_dir}{_owner(run_dir)} is unfinished, and cannot be written, or a part of it"
+            continue
         is_free = _gets_free(run_dir, 0.0 if odd or empty else patience_s, *rivals)
         if _is_finished(run_dir):  # by now
             continue

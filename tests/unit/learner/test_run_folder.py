@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -386,14 +387,25 @@ def test_a_folder_that_cannot_be_made_is_one_line(
         _chosen(_config(tmp_path, run_dir=made))
 
 
-@pytest.mark.parametrize("refused", ["", "launcher.lock"])
-def test_a_run_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+@pytest.mark.parametrize("refused", ["", "launcher.lock", "logs", "logs/learner-0.log", "metrics.jsonl", "checkpoints"])
+def test_a_run_of_another_user_is_left_alone_and_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
     theirs = _chosen(_config(tmp_path))
     _checkpoint(theirs)
+    (theirs / "logs" / "learner-0.log").touch()
+    (theirs / "metrics.jsonl").touch()
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs / refused and access(path, mode))
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    whose = f"{theirs} (of the user {theirs.owner()})"
     with run_folder.held(_config(tmp_path), "launcher") as mine:
         assert mine != theirs
+    assert capsys.readouterr().out == f"a new run: {whose} is unfinished, and cannot be written, or a part of it\n"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(whose)} cannot be written, or a part of it; name another run"):
+        _chosen(_config(tmp_path, run_dir=theirs))
+    with run_folder.held(_config(tmp_path, optimizer={"lr": 0.1}), "launcher"):
+        assert capsys.readouterr().out == ""  # it is no run of these settings anyway
 
 
 def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,3 +418,7 @@ def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=rf"^{theirs} cannot be written: Permission denied$") as caught:
         _chosen(_config(tmp_path, run_dir=theirs))
     assert caught.value.exit_code == 2
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    whose = re.escape(f"{theirs} (of the user {theirs.owner()})")
+    with pytest.raises(ConfigError, match=rf"^{whose} cannot be written: Permission denied$"):
+        _chosen(_config(tmp_path, run_dir=theirs))
