@@ -62,25 +62,25 @@ class VllmMedia:
         if not media:
             return (await self._renderer.render_cmpl_async([{"prompt_token_ids": token_ids}]))[0]
         self._pace.check_given(media)
-        if placeholders or with_tensors or not all(item.is_plain for item in media):
-            # The one thread in which vLLM's processor runs.
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._renderer._mm_executor,
-                self._assemble,
-                token_ids,
-                placeholders,
-                media,
-            )
-        prompt = {
-            "prompt_token_ids": token_ids,
-            "multi_modal_data": _by_modality(media, map(vllm_item, media)),
-            "multi_modal_uuids": _by_modality(media, (item.name for item in media)),
-        }
-        try:
-            return (await self._renderer.render_cmpl_async([prompt]))[0]
-        except AssertionError as error:  # vLLM's way to say that a placeholder is missing
-            raise InvalidRequest("media", f"{len(media)} items came, the prompt has not room for all") from error
+        if not (placeholders or with_tensors) and all(item.is_plain for item in media):
+            prompt = {
+                "prompt_token_ids": token_ids,
+                "multi_modal_data": _by_modality(media, map(vllm_item, media)),
+                "multi_modal_uuids": _by_modality(media, (item.name for item in media)),
+            }
+            # vLLM's way to say that a placeholder is missing, or that an item has left its cache under this request,
+            # with one that failed: the other way names the first, and does without that cache.
+            with contextlib.suppress(AssertionError):
+                return (await self._renderer.render_cmpl_async([prompt]))[0]
+        # The one thread in which vLLM's processor runs.
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._renderer._mm_executor,
+            self._assemble,
+            token_ids,
+            placeholders,
+            media,
+        )
 
     def forget(self, media: Sequence[EngineMedia]) -> None:
         """Send these again next time: the request that should have brought them to the worker has failed.

@@ -118,6 +118,20 @@ async def test_an_item_whose_first_request_was_cancelled_on_its_way(
     assert engine_input["mm_kwargs"]["video"] != [None]  # type: ignore[typeddict-item]
 
 
+async def test_an_item_that_leaves_the_cache_under_a_request(
+    renderer: _Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another one fails that brought it: this request is answered all the same."""
+
+    async def left(_prompts: list[Any]) -> list[Any]:
+        raise AssertionError("Expected a cached item")
+
+    monkeypatch.setattr(renderer, "render_cmpl_async", left)
+    info, engine_input = await _prompts(renderer, monkeypatch).understand(_request(8.0), with_tensors=False)
+    assert info.media[0].grid_thw == (4, 2, 2)
+    assert engine_input["mm_kwargs"]["video"] != [None]  # type: ignore[typeddict-item]
+
+
 async def test_what_has_been_looked_at_is_processed_once(renderer: _Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer.may_end.set()
     prompts = _prompts(renderer, monkeypatch)
