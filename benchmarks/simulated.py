@@ -253,4 +253,4 @@ def _stats(num_tokens: int, num_sequences: int) -> StepStats:
     """Of a step that learned nothing."""
     nothing: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(StepStats)}
     counts = {"num_tokens": num_tokens, "num_input_tokens": num_tokens, "num_sequences": num_sequences}
-    return StepStats(**nothing | counts | {"num_updates": 1, "num_skipped": 0, "parity_tokens": 0})
+    return StepStats(**nothing | counts | {"skipped": False, "parity_tokens": 0})

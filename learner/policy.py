@@ -117,20 +117,23 @@ class Policy:
         if self._reference is not None:
             self._reference.reshard()  # the root, which FSDP2 leaves whole for a backward pass that does not come
         updates: list[list[StepStats]] = [[] for _ in mini_batches]
+        is_of_version = True  # the logprobs that are compared; each token once
         for epoch in range(trainer.epochs):
             for i, packs in enumerate(mini_batches):
-                updates[i].append(self._update(packs, untouched=epoch == i == 0))
+                stats = self._update(packs, has_parity=is_of_version and epoch == 0)
+                is_of_version &= stats.skipped or self._needs_old_logprobs
+                updates[i].append(stats)
         self.version += 1
         return updates
 
-    def _update(self, packs: Sequence[PackedBatch], *, untouched: bool) -> StepStats:
-        """One optimizer step. `untouched`: the parameters are still those of `version`."""
+    def _update(self, packs: Sequence[PackedBatch], *, has_parity: bool) -> StepStats:
+        """One optimizer step. `has_parity`: there are logprobs by `version`, to compare with those of the actors."""
         return train_step(
             self.model,
             self._optimizer,
             packs,
             self._config.algorithm,
-            policy_version=self.version if untouched else None,
+            policy_version=self.version if has_parity else None,
             forward=self._forward,
             num_copies=self._config.trainer.sequence_parallel_size,
             max_grad_norm=self._config.optimizer.max_grad_norm,

@@ -38,10 +38,8 @@ class StepStats:
     loss: float
     grad_norm: float
     """Before clipping."""
-    num_updates: int
-    """Of the optimizer, those that were skipped included."""
-    num_skipped: int
-    """Updates that came to nothing, as loss or gradient was not finite."""
+    skipped: bool
+    """Loss or gradient was not finite and nothing was updated."""
     entropy: float
     """Nats."""
     clip_fraction: float
@@ -64,40 +62,29 @@ class StepStats:
     """Tokens that went through the model."""
     learning_rate: float
 
-    @property
-    def skipped(self) -> bool:
-        """Nothing was updated."""
-        return self.num_skipped == self.num_updates
-
 
 # Fields of `StepStats`: means over tokens, and all that micro-batches and ranks add up.
 _PER_TOKEN = ("entropy", "clip_fraction", "masked_fraction", "ratio_mean", "mismatch_kl", "reference_kl")
 _SUMS = ("loss", *_PER_TOKEN, "parity_mean_abs_diff", "parity_tokens", "num_input_tokens")
 
 
-def merge_stats(of_mini_batches: Sequence[Sequence[StepStats]]) -> StepStats:
-    """The updates of one batch as one: those of each mini-batch, one for each epoch.
-
-    Sums of counts, extremes of extremes, means weighted by tokens. Sequences and their tokens count once, what went
-    through the model as often as it did.
-    """
-    updates = [update for of_mini_batch in of_mini_batches for update in of_mini_batch]
-    weights = sum(stats.num_tokens for stats in updates)
+def merge_stats(updates: Sequence[StepStats]) -> StepStats:
+    """The updates of one batch as one: sums of counts, extremes of extremes, means weighted by tokens."""
+    tokens = sum(stats.num_tokens for stats in updates)
     parity_tokens = sum(stats.parity_tokens for stats in updates)
 
     def mean(name: str) -> float:
-        return float(sum(getattr(stats, name) * stats.num_tokens for stats in updates)) / weights
+        return float(sum(getattr(stats, name) * stats.num_tokens for stats in updates)) / tokens
 
     return StepStats(
         **{name: mean(name) for name in ("loss", "grad_norm", *_PER_TOKEN)},
-        num_updates=sum(stats.num_updates for stats in updates),
-        num_skipped=sum(stats.num_skipped for stats in updates),
+        skipped=all(stats.skipped for stats in updates),
         parity_max_abs_diff=float(np.max([stats.parity_max_abs_diff for stats in updates])),  # NaN stays NaN
         parity_mean_abs_diff=sum(stats.parity_mean_abs_diff * stats.parity_tokens for stats in updates)
         / max(1, parity_tokens),
         parity_tokens=parity_tokens,
-        num_tokens=sum(first.num_tokens for first, *_ in of_mini_batches),
-        num_sequences=sum(first.num_sequences for first, *_ in of_mini_batches),
+        num_tokens=tokens,
+        num_sequences=sum(stats.num_sequences for stats in updates),
         num_input_tokens=sum(stats.num_input_tokens for stats in updates),
         learning_rate=updates[-1].learning_rate,
     )
@@ -157,7 +144,7 @@ def train_step(
     skipped = not (math.isfinite(grad_norm) and math.isfinite(meter.loss))
     if skipped:
         log.error(
-            "loss or gradient is not finite: update skipped",
+            "loss or gradient is not finite: step skipped",
             loss=meter.loss,
             grad_norm=float(grad_norm),
             policy_version=policy_version,
@@ -256,8 +243,7 @@ class _Meter:
             **{name: sums[name] / totals.num_tokens for name in _PER_TOKEN},
             loss=sums["loss"],
             grad_norm=grad_norm,
-            num_updates=1,
-            num_skipped=int(skipped),
+            skipped=skipped,
             parity_max_abs_diff=parity_max,
             parity_mean_abs_diff=sums["parity_mean_abs_diff"] / max(1.0, sums["parity_tokens"]),
             parity_tokens=int(sums["parity_tokens"]),

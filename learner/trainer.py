@@ -18,7 +18,6 @@ synchronous.
 """
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
 
-# Steps in a row of whose updates at least half came to nothing, for a gradient that is not finite, that end the run.
+# Steps in a row without an update, for a gradient that is not finite, that end the run.
 _MAX_SKIPPED_STEPS = 3
 # Of fewer tokens the mean says little: one that was very unlikely can be far off in bfloat16.
 _MIN_PARITY_TOKENS = 64
@@ -87,8 +86,7 @@ class Trainer:
                 cost=policy.cost,
                 is_stopping=self._is_asked_to_stop,
             )
-        self._num_in_vain = 0  # steps in a row
-        self._parity = _MeanParity()
+        self._num_skipped = 0
 
     def run(self) -> Path:
         """Train to the last step; the directory of the final export.
@@ -143,7 +141,7 @@ class Trainer:
         self._stop_if_asked()
         wait_s = max(0.0, batch.taken_at - started_at) if batch is not None else 0.0
         updates = self._policy.step(batch.parts if batch is not None else None)
-        stats = merge_stats(updates)
+        stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
         if self._zero is not None and batch is not None:
             skipped = [
                 group
@@ -171,17 +169,17 @@ class Trainer:
                 f"trainer.max_parity_diff ({limit:.0e}): what is trained is not what was sampled"
             )
         limit = self._config.trainer.max_mean_parity_diff
-        if limit is not None and self._parity.add(stats) > limit:
+        is_enough = stats.parity_tokens >= _MIN_PARITY_TOKENS
+        if limit is not None and is_enough and stats.parity_mean_abs_diff > limit:  # of NaN, the update is skipped
             raise ParityError(
-                f"step {step}: logprobs of learner and actor differ by {self._parity.mean:.2g} on average, "
+                f"step {step}: logprobs of learner and actor differ by {stats.parity_mean_abs_diff:.2g} on average, "
                 f"more than trainer.max_mean_parity_diff ({limit:g}): the two compute different models"
             )
-        is_in_vain = 2 * stats.num_skipped >= stats.num_updates
-        self._num_in_vain = self._num_in_vain + 1 if is_in_vain else 0
-        if self._num_in_vain == _MAX_SKIPPED_STEPS:
+        self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
+        if self._num_skipped == _MAX_SKIPPED_STEPS:
             raise RunFailed(
-                f"step {step}: loss or gradient of {stats.num_skipped} of {stats.num_updates} updates was not finite, "
-                f"as in the {_MAX_SKIPPED_STEPS - 1} steps before; lower optimizer.lr, or look at rewards and data"
+                f"step {step}: loss or gradient of {self._num_skipped} steps in a row was not finite; lower "
+                "optimizer.lr, or look at rewards and data"
             )
 
     def _is_evaluation_due(self) -> bool:
@@ -226,27 +224,6 @@ class Trainer:
             self._zero.reporter.note(f"stopping: {saved if version else 'no step has been trained'}")
         with contextlib.suppress(RuntimeError):  # one that could not write its part says so
             self._ranks.any(True)  # once one has ended, torchrun ends the others
-
-
-class _MeanParity:
-    """The mean difference of logprobs over enough tokens to say something, of as many small steps as it takes."""
-
-    def __init__(self) -> None:
-        self.mean = 0.0
-        self._sum = 0.0
-        self._num_tokens = 0
-
-    def add(self, stats: StepStats) -> float:
-        """The mean, which is 0 until there are enough tokens; then it begins anew."""
-        if math.isnan(stats.parity_mean_abs_diff):  # its update is skipped
-            return 0.0
-        self._sum += stats.parity_mean_abs_diff * stats.parity_tokens
-        self._num_tokens += stats.parity_tokens
-        if self._num_tokens < _MIN_PARITY_TOKENS:
-            return 0.0
-        self.mean = self._sum / self._num_tokens
-        self._sum, self._num_tokens = 0.0, 0
-        return self.mean
 
 
 def _is_due(version: int, every: int) -> bool:

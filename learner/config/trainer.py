@@ -41,9 +41,9 @@ class TrainerConfig(Config):
     max_parity_diff: float | None = Field(None, gt=0)
     """Stop the run when an on-policy logprob of actor and learner differs by more. None: only report."""
     max_mean_parity_diff: float | None = Field(0.5, gt=0)
-    """Stop it when they differ by more on average over a step, where it has 64 tokens to compare. Rounding, of
-    quantised actors too, stays far below this; what computes another function does not: a scaling that one side leaves
-    out, stale weights. None: only report."""
+    """Stop it when they differ by more on average over a step, or over the several that it takes to have 64 tokens to
+    compare. Rounding, of quantised actors too, stays far below this; what computes another function does not: a scaling
+    that one side leaves out, stale weights. None: only report."""
     fsdp_size: int | None = Field(None, ge=1)
     """Ranks that share one copy of the parameters: on several nodes, the ranks of a node (hybrid sharding). None:
     all."""

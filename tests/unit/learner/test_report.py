@@ -30,7 +30,7 @@ NO_GROUPS = DispatchStats(0, {"STALE": 1}, {"HUNG": 2})
 def _stats(parity_tokens: int = 8) -> StepStats:
     """The number of a field, from 1, stands for its value."""
     values: dict[str, Any] = {field.name: float(i) for i, field in enumerate(dataclasses.fields(StepStats), 1)}
-    return StepStats(**values | {"num_updates": 1, "num_skipped": 0, "parity_tokens": parity_tokens})
+    return StepStats(**values | {"skipped": False, "parity_tokens": parity_tokens})
 
 
 def _report(folder: Path, metrics: LearnerMetrics, *, parity_tokens: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:

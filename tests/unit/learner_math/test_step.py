@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_loud(
     assert stats.skipped
     assert math.isnan(stats.loss)
     assert [(entry["log_level"], entry["event"]) for entry in logs] == [
-        ("error", "loss or gradient is not finite: update skipped")
+        ("error", "loss or gradient is not finite: step skipped")
     ]
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert not optimizer.state
