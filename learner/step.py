@@ -40,6 +40,10 @@ class StepStats:
     """Before clipping."""
     skipped: bool
     """Loss or gradient was not finite and nothing was updated."""
+    num_updates: int
+    """Optimizer updates made."""
+    num_skipped: int
+    """Those that were not, for their loss or gradient."""
     entropy: float
     """Nats."""
     clip_fraction: float
@@ -68,25 +72,32 @@ _PER_TOKEN = ("entropy", "clip_fraction", "masked_fraction", "ratio_mean", "mism
 _SUMS = ("loss", *_PER_TOKEN, "parity_mean_abs_diff", "parity_tokens", "num_input_tokens")
 
 
-def merge_stats(updates: Sequence[StepStats]) -> StepStats:
-    """The updates of one batch as one: sums of counts, extremes of extremes, means weighted by tokens."""
-    tokens = sum(stats.num_tokens for stats in updates)
-    parity_tokens = sum(stats.parity_tokens for stats in updates)
+def merge_stats(updates: Sequence[Sequence[StepStats]]) -> StepStats:
+    """The updates of one batch as one: sums of counts, extremes of extremes, means weighted by tokens.
+
+    Args:
+        updates: for each mini-batch those of its epochs. Its completions are counted once, for all of them.
+    """
+    every = [update for of_mini_batch in updates for update in of_mini_batch]
+    tokens = sum(stats.num_tokens for stats in every)
+    parity_tokens = sum(stats.parity_tokens for stats in every)
 
     def mean(name: str) -> float:
-        return float(sum(getattr(stats, name) * stats.num_tokens for stats in updates)) / tokens
+        return float(sum(getattr(stats, name) * stats.num_tokens for stats in every)) / tokens
 
     return StepStats(
         **{name: mean(name) for name in ("loss", "grad_norm", *_PER_TOKEN)},
-        skipped=all(stats.skipped for stats in updates),
-        parity_max_abs_diff=float(np.max([stats.parity_max_abs_diff for stats in updates])),  # NaN stays NaN
-        parity_mean_abs_diff=sum(stats.parity_mean_abs_diff * stats.parity_tokens for stats in updates)
+        skipped=all(stats.skipped for stats in every),
+        num_updates=sum(stats.num_updates for stats in every),
+        num_skipped=sum(stats.num_skipped for stats in every),
+        parity_max_abs_diff=float(np.max([stats.parity_max_abs_diff for stats in every])),  # NaN stays NaN
+        parity_mean_abs_diff=sum(stats.parity_mean_abs_diff * stats.parity_tokens for stats in every)
         / max(1, parity_tokens),
         parity_tokens=parity_tokens,
-        num_tokens=tokens,
-        num_sequences=sum(stats.num_sequences for stats in updates),
-        num_input_tokens=sum(stats.num_input_tokens for stats in updates),
-        learning_rate=updates[-1].learning_rate,
+        num_tokens=sum(epochs[0].num_tokens for epochs in updates),
+        num_sequences=sum(epochs[0].num_sequences for epochs in updates),
+        num_input_tokens=sum(stats.num_input_tokens for stats in every),
+        learning_rate=every[-1].learning_rate,
     )
 
 
@@ -244,6 +255,8 @@ class _Meter:
             loss=sums["loss"],
             grad_norm=grad_norm,
             skipped=skipped,
+            num_updates=int(not skipped),
+            num_skipped=int(skipped),
             parity_max_abs_diff=parity_max,
             parity_mean_abs_diff=sums["parity_mean_abs_diff"] / max(1.0, sums["parity_tokens"]),
             parity_tokens=int(sums["parity_tokens"]),

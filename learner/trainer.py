@@ -19,6 +19,7 @@ synchronous.
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,10 @@ from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)
 
-# Steps in a row without an update, for a gradient that is not finite, that end the run.
+# Steps in a row without an update, for a loss or gradient that is not finite, that end the run, and updates in a row
+# where a step has several.
 _MAX_SKIPPED_STEPS = 3
+_MAX_SKIPPED_UPDATES = 10
 # Of fewer tokens the mean says little: one that was very unlikely can be far off in bfloat16.
 _MIN_PARITY_TOKENS = 64
 
@@ -86,7 +89,8 @@ class Trainer:
                 cost=policy.cost,
                 is_stopping=self._is_asked_to_stop,
             )
-        self._num_skipped = 0
+        self._num_skipped_steps = 0
+        self._num_skipped_updates = 0
 
     def run(self) -> Path:
         """Train to the last step; the directory of the final export.
@@ -141,7 +145,7 @@ class Trainer:
         self._stop_if_asked()
         wait_s = max(0.0, batch.taken_at - started_at) if batch is not None else 0.0
         updates = self._policy.step(batch.parts if batch is not None else None)
-        stats = merge_stats([update for of_mini_batch in updates for update in of_mini_batch])
+        stats = merge_stats(updates)
         if self._zero is not None and batch is not None:
             skipped = [
                 group
@@ -154,13 +158,15 @@ class Trainer:
         if self._zero is not None and batch is not None:
             dispatched = self._zero.control.stats()
             self._zero.reporter.step(self._policy.version, batch.groups, stats, dispatched, wait_s=wait_s)
-        self._stop_if_wrong(stats)
+        self._stop_if_apart(stats)
+        in_order = [update for of_epoch in zip(*updates, strict=True) for update in of_epoch]
+        self._stop_if_nothing_changes(in_order)
 
     def _publish(self, snapshot: Snapshot) -> None:
         assert self._zero is not None
         self._zero.control.publish(snapshot)
 
-    def _stop_if_wrong(self, stats: StepStats) -> None:
+    def _stop_if_apart(self, stats: StepStats) -> None:
         step = self._policy.version - 1
         limit = self._config.trainer.max_parity_diff
         if limit is not None and not stats.parity_max_abs_diff <= limit:  # NaN is no parity either
@@ -175,11 +181,20 @@ class Trainer:
                 f"step {step}: logprobs of learner and actor differ by {stats.parity_mean_abs_diff:.2g} on average, "
                 f"more than trainer.max_mean_parity_diff ({limit:g}): the two compute different models"
             )
-        self._num_skipped = self._num_skipped + 1 if stats.skipped else 0
-        if self._num_skipped == _MAX_SKIPPED_STEPS:
+
+    def _stop_if_nothing_changes(self, updates: Sequence[StepStats]) -> None:
+        """`updates`: of a step, in their order."""
+        in_a_row = self._num_skipped_updates
+        for update in updates:
+            in_a_row = in_a_row + 1 if update.skipped else 0
+            if in_a_row == _MAX_SKIPPED_UPDATES:
+                break
+        self._num_skipped_updates = in_a_row
+        self._num_skipped_steps = self._num_skipped_steps + 1 if all(update.skipped for update in updates) else 0
+        if self._num_skipped_steps == _MAX_SKIPPED_STEPS or in_a_row == _MAX_SKIPPED_UPDATES:
             raise RunFailed(
-                f"step {step}: loss or gradient of {self._num_skipped} steps in a row was not finite; lower "
-                "optimizer.lr, or look at rewards and data"
+                f"step {self._policy.version - 1}: loss or gradient of {in_a_row} optimizer updates in a row was not "
+                "finite, and nothing is learned; lower optimizer.lr, or look at rewards and data"
             )
 
     def _is_evaluation_due(self) -> bool:

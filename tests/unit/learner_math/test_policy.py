@@ -33,8 +33,8 @@ from learner.policy import Policy
 from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import Summary
 from learner.rollouts.dispatcher import TooManyDrops
-from learner.step import merge_stats
-from learner.stopping import StopRequest
+from learner.step import StepStats, merge_stats
+from learner.stopping import RunFailed, StopRequest
 from learner.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
@@ -143,8 +143,10 @@ def test_mini_batches_and_epochs_are_those_of_a_naive_loop(
     if old_policy == "learner":
         assert in_order[0].ratio_mean == pytest.approx(1.0, abs=1e-6)
         assert in_order[2].clip_fraction > 0
-    merged = merge_stats(in_order)
-    assert merged.num_tokens == 2 * 31
+    merged = merge_stats(updates)
+    assert (merged.num_tokens, merged.num_sequences) == (31, 11)  # though the optimizer goes over them twice
+    assert merged.num_input_tokens == sum(update.num_input_tokens for update in in_order)
+    assert (merged.num_updates, merged.num_skipped) == (4, 0)
     assert merged.loss == pytest.approx(
         sum(update.loss * update.num_tokens for update in in_order) / (2 * 31), rel=1e-6
     )
@@ -195,6 +197,67 @@ def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
     (call,) = control.finish_step.call_args_list
     assert call.args[0] == groups
     assert call.kwargs["skipped"] == [groups[2]]
+
+
+def update_stats(**values: Any) -> StepStats:
+    """Of an update of 10 tokens; `skipped` says whether it was made."""
+    zeros: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(StepStats)}
+    counts = {"num_updates": int(not values.get("skipped")), "num_skipped": int(values.get("skipped", False))}
+    return StepStats(**zeros | {"skipped": False, "num_tokens": 10, "parity_tokens": 0} | counts | values)
+
+
+def train_on(tmp_path: Path, steps: list[list[list[StepStats]]], **trainer: Any) -> int:
+    """The trainer on one rank that is not the main one; what the steps do is made up. The steps that it took."""
+    settings = {"total_steps": len(steps), "batch_prompts": 1} | trainer
+    config = LearnerConfig.model_validate({"model": {"path": "m"}, "data": {"train": "t"}, "trainer": settings})
+    policy = MagicMock(version=0)
+
+    def step(_: None) -> list[list[StepStats]]:
+        policy.version += 1
+        return steps[policy.version - 1]
+
+    policy.step.side_effect = step
+    Trainer(config, MagicMock(**{"any.return_value": False}), policy, tmp_path, None).run()
+    return int(policy.version)
+
+
+def updates_of(pattern: str, *, epochs: int = 1) -> list[list[StepStats]]:
+    """A step by its updates in order: `x` was skipped, `.` was not."""
+    in_order = [update_stats(skipped=letter == "x") for letter in pattern]
+    num_mini_batches = len(pattern) // epochs
+    return [in_order[i::num_mini_batches] for i in range(num_mini_batches)]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "epochs", "skipped"),
+    [
+        (["x", "x", ".", "x", "x"], 1, None),
+        (["x", ".", "x", "x", "x"], 1, 3),
+        (["xxxx", "xxxx", "x.xx", "xxxx"], 1, None),
+        ([".xxx", "xxxx", "xxx."], 1, 10),  # no step is skipped as a whole but one
+        (["xx..", "xxxx", "xx.x"], 2, None),  # in the order of the epochs: 2, then 6
+        (["..xx", "xxxx", "xxxx"], 2, 10),
+        (["x" * 12], 3, 10),
+    ],
+)
+def test_a_run_that_only_skips_updates_ends(
+    tmp_path: Path, patterns: list[str], epochs: int, skipped: int | None
+) -> None:
+    steps = [updates_of(pattern, epochs=epochs) for pattern in patterns]
+    if skipped is None:
+        assert train_on(tmp_path, steps) == len(patterns)
+        return
+    told = f"step {len(patterns) - 1}: loss or gradient of {skipped} optimizer updates in a row was not finite"
+    with pytest.raises(RunFailed, match=told) as failure:
+        train_on(tmp_path, steps)
+    assert "\n" not in str(failure.value)
+
+
+def test_the_updates_of_a_step_are_counted() -> None:
+    merged = merge_stats(updates_of("x...x.", epochs=2))
+    assert (merged.skipped, merged.num_updates, merged.num_skipped) == (False, 4, 2)
+    merged = merge_stats(updates_of("xx"))
+    assert (merged.skipped, merged.num_updates, merged.num_skipped) == (True, 0, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_loud(
     optimizer = build_optimizer(policy, OPTIMIZER)
     with structlog.testing.capture_logs() as logs:
         stats = train_step(policy, optimizer, [pack], LOSS, policy_version=0)
-    assert stats.skipped
+    assert (stats.skipped, stats.num_updates, stats.num_skipped) == (True, 0, 1)
     assert math.isnan(stats.loss)
     assert [(entry["log_level"], entry["event"]) for entry in logs] == [
         ("error", "loss or gradient is not finite: step skipped")
@@ -104,7 +104,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_loud(
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert not optimizer.state
     getattr(pack, field)[0] = 1.0
-    assert not train_step(policy, optimizer, [pack], LOSS, policy_version=0).skipped
+    again = train_step(policy, optimizer, [pack], LOSS, policy_version=0)
+    assert (again.skipped, again.num_updates, again.num_skipped) == (False, 1, 0)
 
 
 def test_completions_that_were_cut_off_have_no_gradient(
