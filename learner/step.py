@@ -120,8 +120,8 @@ def train_step(
         optimizer: over the model's parameters.
         micro_batches: this rank's, as `pack_batch` makes them.
         algorithm: coefficients of the loss.
-        policy_version: of the parameters now; tokens of this version count for parity. None between two versions,
-            when no actor has sampled from these parameters.
+        policy_version: tokens of this version count for parity, by `PackedBatch.old_logprobs` where packs have them
+            and else by the parameters now, which must be of this version. None: no token is compared.
         forward: `completion_logprobs` with the settings of the sampling.
         num_copies: ranks that have the same micro-batches and share each of them, as `forward`'s sequence group does.
         max_grad_norm: gradients are scaled down to it.
@@ -212,10 +212,12 @@ class _Meter:
     @torch.no_grad()
     def add(self, pack: PackedBatch, terms: LossTerms, logprobs: Tensor, entropy: Tensor) -> None:
         """Count one micro-batch."""
-        current = torch.zeros_like(logprobs, dtype=torch.float64)
+        current = torch.zeros_like(pack.versions, dtype=torch.bool)
         if self._policy_version is not None:
-            current = (pack.versions == self._policy_version).double()
-        difference = (logprobs - pack.actor_logprobs).abs().double() * current
+            current = pack.versions == self._policy_version
+        of_version = pack.old_logprobs if pack.old_logprobs is not None else logprobs
+        difference = (of_version - pack.actor_logprobs).abs().double()
+        difference = torch.where(current, difference, 0.0)  # a product would keep a NaN of other tokens
         values = {
             "loss": terms.loss.detach(),
             "entropy": entropy.sum(),

@@ -18,6 +18,7 @@ synchronous.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ log = get_logger(__name__)
 # where a step has several.
 _MAX_SKIPPED_STEPS = 3
 _MAX_SKIPPED_UPDATES = 10
-# Of fewer tokens the mean says little: one that was very unlikely can be far off in bfloat16.
+# Of fewer tokens the mean says little: one that was very unlikely can be far off in bfloat16. Several steps may add up.
 _MIN_PARITY_TOKENS = 64
 
 
@@ -89,6 +90,7 @@ class Trainer:
                 cost=policy.cost,
                 is_stopping=self._is_asked_to_stop,
             )
+        self._parity_sum, self._parity_tokens = 0.0, 0  # since the last comparison with the limit
         self._num_skipped_steps = 0
         self._num_skipped_updates = 0
 
@@ -158,15 +160,16 @@ class Trainer:
         if self._zero is not None and batch is not None:
             dispatched = self._zero.control.stats()
             self._zero.reporter.step(self._policy.version, batch.groups, stats, dispatched, wait_s=wait_s)
-        self._stop_if_apart(stats)
         in_order = [update for of_epoch in zip(*updates, strict=True) for update in of_epoch]
+        self._stop_if_apart(stats, in_order)
         self._stop_if_nothing_changes(in_order)
 
     def _publish(self, snapshot: Snapshot) -> None:
         assert self._zero is not None
         self._zero.control.publish(snapshot)
 
-    def _stop_if_apart(self, stats: StepStats) -> None:
+    def _stop_if_apart(self, stats: StepStats, updates: Sequence[StepStats]) -> None:
+        """`stats` are those of all `updates` of a step."""
         step = self._policy.version - 1
         limit = self._config.trainer.max_parity_diff
         if limit is not None and not stats.parity_max_abs_diff <= limit:  # NaN is no parity either
@@ -174,12 +177,19 @@ class Trainer:
                 f"step {step}: a logprob of learner and actor differs by {stats.parity_max_abs_diff:.2e}, more than "
                 f"trainer.max_parity_diff ({limit:.0e}): what is trained is not what was sampled"
             )
+        for update in updates:
+            if not math.isnan(update.parity_mean_abs_diff):  # it is skipped then, and must not hide the others
+                self._parity_sum += update.parity_mean_abs_diff * update.parity_tokens
+                self._parity_tokens += update.parity_tokens
+        if self._parity_tokens < _MIN_PARITY_TOKENS:
+            return
+        mean = self._parity_sum / self._parity_tokens
+        self._parity_sum, self._parity_tokens = 0.0, 0
         limit = self._config.trainer.max_mean_parity_diff
-        is_enough = stats.parity_tokens >= _MIN_PARITY_TOKENS
-        if limit is not None and is_enough and stats.parity_mean_abs_diff > limit:  # of NaN, the update is skipped
+        if limit is not None and mean > limit:
             raise ParityError(
-                f"step {step}: logprobs of learner and actor differ by {stats.parity_mean_abs_diff:.2g} on average, "
-                f"more than trainer.max_mean_parity_diff ({limit:g}): the two compute different models"
+                f"step {step}: logprobs of learner and actor differ by {mean:.2g} on average, more than "
+                f"trainer.max_mean_parity_diff ({limit:g}): the two compute different models"
             )
 
     def _stop_if_nothing_changes(self, updates: Sequence[StepStats]) -> None:

@@ -139,11 +139,23 @@ def test_mini_batches_and_epochs_are_those_of_a_naive_loop(
             expected.append(loss.item())
     in_order = [updates[0][0], updates[1][0], updates[0][1], updates[1][1]]
     assert [update.loss for update in in_order] == pytest.approx(expected, rel=2e-3, abs=1e-5)
-    assert [update.parity_tokens > 0 for update in in_order] == [True, False, False, False]
+    sizes = [
+        sum(len(each.token_ids) for group in of_groups for each in group.completions) for of_groups, _ in mini_batches
+    ]
+    compared = sizes if old_policy == "learner" else [sizes[0], 0]
+    assert [update.parity_tokens for update in in_order] == [*compared, 0, 0]
+    differences = [
+        np.abs(began[group.group_id][i].numpy() - completion.logprobs)
+        for of_groups, _ in mini_batches[: sum(size > 0 for size in compared)]
+        for group in of_groups
+        for i, completion in enumerate(group.completions)
+    ]
+    merged = merge_stats(updates)
+    assert merged.parity_mean_abs_diff == pytest.approx(np.concatenate(differences).mean(), rel=1e-4)
+    assert merged.parity_max_abs_diff == pytest.approx(np.concatenate(differences).max(), rel=1e-4)
     if old_policy == "learner":
         assert in_order[0].ratio_mean == pytest.approx(1.0, abs=1e-6)
         assert in_order[2].clip_fraction > 0
-    merged = merge_stats(updates)
     assert (merged.num_tokens, merged.num_sequences) == (31, 11)  # though the optimizer goes over them twice
     assert merged.num_input_tokens == sum(update.num_input_tokens for update in in_order)
     assert (merged.num_updates, merged.num_skipped) == (4, 0)
@@ -199,6 +211,26 @@ def test_groups_of_a_skipped_mini_batch_are_dropped_and_the_others_trained(
     assert call.kwargs["skipped"] == [groups[2]]
 
 
+def test_tokens_behind_a_skipped_update_are_still_those_of_the_policy(
+    model_dir: Path, processor: PromptProcessor
+) -> None:
+    config = LearnerConfig.model_validate(
+        {
+            "model": {"path": model_dir},
+            "data": {"train": "unused"},
+            "trainer": {"total_steps": 1, "batch_prompts": 4, "mini_batch_prompts": 1, "epochs": 2},
+        }
+    )
+    groups = mixed_groups(processor)
+    groups[0].completions[0].logprobs[0] = np.nan
+    with join_ranks("cpu") as ranks:
+        updates = Policy(config, ranks).step(
+            [parts_of([group], values, processor) for group, values in zip(groups, zip(centred(groups)), strict=True)]
+        )
+    assert [[update.skipped for update in epochs] for epochs in updates] == [[True] * 2, *[[False] * 2] * 3]
+    assert [[update.parity_tokens for update in epochs] for epochs in updates] == [[8, 0], [8, 0], [0, 0], [0, 0]]
+
+
 def update_stats(**values: Any) -> StepStats:
     """Of an update of 10 tokens; `skipped` says whether it was made."""
     zeros: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(StepStats)}
@@ -251,6 +283,34 @@ def test_a_run_that_only_skips_updates_ends(
     with pytest.raises(RunFailed, match=told) as failure:
         train_on(tmp_path, steps)
     assert "\n" not in str(failure.value)
+
+
+def parity(mean: float, tokens: int) -> StepStats:
+    return update_stats(parity_mean_abs_diff=mean, parity_tokens=tokens, skipped=bool(np.isnan(mean)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean"),
+    [
+        ([[parity(9.0, 63)]], None),  # too few to say anything
+        ([[parity(9.0, 1), parity(0.1, 100)]], None),
+        ([[parity(0.1, 100), parity(2.0, 50)]], "0.73"),
+        ([[parity(0.6, 32)], [parity(0.6, 32)]], "0.6"),  # no step has enough
+        ([[parity(0.3, 63)], [parity(0.3, 63)], [parity(0.9, 63)]], None),  # of the last alone
+        ([[parity(np.nan, 100), parity(0.7, 64)]], "0.7"),
+        ([[parity(np.nan, 100)], [parity(0.7, 64)]], "0.7"),
+        ([[parity(np.inf, 64)]], "inf"),
+    ],
+)
+def test_the_mean_difference_to_the_actors_is_that_over_enough_tokens(
+    tmp_path: Path, steps: list[list[StepStats]], mean: str | None
+) -> None:
+    nested = [[[update] for update in step] for step in steps]
+    if mean is None:
+        assert train_on(tmp_path, nested) == len(steps)
+        return
+    with pytest.raises(ParityError, match=f"step {len(steps) - 1}: .* differ by {mean} on average"):
+        train_on(tmp_path, nested)
 
 
 def test_the_updates_of_a_step_are_counted() -> None:

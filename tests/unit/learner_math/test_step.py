@@ -35,7 +35,8 @@ def packs(processor: PromptProcessor, max_tokens: int = 10_000) -> list[PackedBa
 def step(policy: Any, batches: list[PackedBatch], num: int = 1, **options: Any) -> StepStats:
     # Plain SGD: Adam divides by the size of the gradient, and so makes much of rounding where that is nearly zero.
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-    return [train_step(policy, optimizer, batches, LOSS, policy_version=0, **options) for _ in range(num)][-1]
+    options = {"policy_version": 0} | options
+    return [train_step(policy, optimizer, batches, LOSS, **options) for _ in range(num)][-1]
 
 
 def test_accumulated_micro_batches_are_one_batch(make_policy: Callable[[], Any], processor: PromptProcessor) -> None:
@@ -84,6 +85,20 @@ def test_parity_counts_tokens_of_the_current_version_only(
     assert stats.parity_tokens == 20
     assert stats.parity_max_abs_diff == pytest.approx(0.25, abs=1e-4)
     assert stats.parity_mean_abs_diff == pytest.approx(0.25 / 20, abs=1e-5)
+
+
+def test_parity_is_that_of_the_policy_before_the_batch(
+    make_policy: Callable[[], Any], processor: PromptProcessor
+) -> None:
+    """Not of the parameters, which other mini-batches have changed since."""
+    [pack] = packs(processor)
+    pack.versions[:20] = 7
+    old = pack.actor_logprobs.clone()
+    old[3] += 0.5
+    old[25] = math.nan  # of another version
+    stats = step(make_policy(), [replace(pack, old_logprobs=old)], policy_version=7)
+    assert (stats.parity_tokens, stats.parity_max_abs_diff) == (20, pytest.approx(0.5))
+    assert stats.parity_mean_abs_diff == pytest.approx(0.5 / 20)
 
 
 @pytest.mark.parametrize("field", ["advantages", "actor_logprobs"])
