@@ -75,8 +75,12 @@ class Control:
         ledger: Ledger,
         version: int,
         notify: Callable[[str], None],
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`notify` is told what the user should know, one line each time: of actors, updates and dropped groups."""
+        """`notify` is told what the user should know, one line each time: of actors, updates and dropped groups.
+
+        What becomes of actors is no news while the run `is_stopping`: they may end together with it.
+        """
         self.run_id = uuid.uuid4().hex[:12]
         self.processor = processor
         self._config = config
@@ -84,6 +88,7 @@ class Control:
         self._held_out = held_out
         self._ledger = ledger
         self._notify = notify
+        self._is_stopping = is_stopping
         trainer = config.trainer
         self._buffer = GroupBuffer(
             max_groups=(trainer.max_staleness + 1) * trainer.batch_prompts, max_stale_share=trainer.max_stale_share
@@ -287,7 +292,7 @@ class Control:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
     async def _serve(self) -> None:
-        self._fleet.subscribe(lambda event: self._notify(describe(event)))
+        self._fleet.subscribe(self._tell_event)
         self._fleet.subscribe(self._metrics.fleet_event)
         try:
             await self._fleet.start(
@@ -321,6 +326,10 @@ class Control:
         """Towards the actors that answer, and those that may come later."""
         members = sorted(self._fleet.members(), key=lambda member: not member.reachable)
         return await to_own_thread("own-address", own_address, [member.address for member in members])
+
+    def _tell_event(self, event: FleetEvent) -> None:
+        if not self._is_stopping():
+            self._notify(describe(event))
 
     def _update_failed(self, line: str) -> None:
         self._metrics.update_failed()

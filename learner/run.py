@@ -29,7 +29,7 @@ from learner.reporting.question import write_question
 from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import format_summary, write_summary
 from learner.reporting.trackers import Trackers, check_trackers
-from learner.stopping import StopRequest, is_news
+from learner.stopping import StopRequest
 from learner.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
@@ -99,7 +99,8 @@ def _run_rank_zero(
             processor=processor,
             ledger=ledger,
             version=policy.version,
-            notify=lambda line: display.note(line) if is_news(line, stop) else None,
+            notify=display.note,
+            is_stopping=lambda: stop.is_made,
         )
         stack.enter_context(display)
         trackers = Trackers(config, run_dir, policy.version, display.note)

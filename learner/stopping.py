@@ -68,8 +68,3 @@ class StopRequest:
         elif self._made_at is None or now - self._made_at > _SAME_S:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise KeyboardInterrupt
-
-
-def is_news(line: str, stop: StopRequest) -> bool:
-    """Whether to tell it: what becomes of actors is not while the run stops, since they may end together with it."""
-    return not (stop.is_made and line.startswith("actor "))

@@ -45,6 +45,16 @@ def make_control(notify: Callable[[str], None] = print, ledger: Ledger | None = 
     )
 
 
+def test_actors_that_end_with_the_run_are_no_news() -> None:
+    lines: list[str] = []
+    control = make_control(notify=lines.append)
+    event = FleetEvent("left", "127.0.0.1:1", "one#1", None, "it was killed")
+    control._tell_event(event)
+    control._is_stopping = lambda: True
+    control._tell_event(event)
+    assert lines == [describe(event)]
+
+
 def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
     ledger = Ledger(0, 3)
     lines: list[str] = []

@@ -12,7 +12,7 @@ from learner.__main__ import _run, parse
 from learner.config import LearnerConfig
 from learner.evaluate import TooManyFailed
 from learner.rollouts.dispatcher import TooManyDrops
-from learner.stopping import AgreedStop, StopRequest, is_news
+from learner.stopping import AgreedStop, StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -62,19 +62,6 @@ def test_a_request_that_the_loop_has_not_seen_ends_the_run_after_it(stop: StopRe
     with pytest.raises(KeyboardInterrupt), stop.heeded():
         loop()
     assert seen == [True]
-
-
-def test_actors_that_end_with_the_run_are_no_news(stop: StopRequest) -> None:
-    line = "actor 127.0.0.1:50051 draining: it refused a call"
-    news = [is_news(line, stop)]
-
-    def loop() -> None:
-        signal.raise_signal(signal.SIGTERM)
-        news.extend([is_news(line, stop), is_news("stopping: the checkpoint of step 3 is written", stop)])
-
-    with pytest.raises(KeyboardInterrupt), stop.heeded():
-        loop()
-    assert news == [True, False, True]
 
 
 def test_what_ends_the_loop_is_told(stop: StopRequest) -> None:
