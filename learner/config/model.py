@@ -66,7 +66,8 @@ class ModelConfig(Config):
     exclude_modules: tuple[str, ...] = ()
     """Ends of the names of modules that have no adapter."""
     lora_adapter_path: Path | None = None
-    """Go on with this adapter, a directory that PEFT wrote; rank, alpha and modules are then its own."""
+    """Go on with this adapter, a directory that PEFT wrote; rank, alpha and modules are then its own. More than plain
+    LoRA (DoRA, aLoRA, modules_to_save and so on) is refused by name."""
 
     @property
     def frozen(self) -> tuple[Part, ...]:

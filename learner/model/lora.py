@@ -19,19 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from learner.config.model import Adapter
+from learner.model.adapter_settings import read_settings
 
 _NAME = "default"
 _BASE = ".base_layer."
 _WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT puts before the names of the model's own modules in its files.
 FILE_PREFIX = "base_model.model."
-# Settings of PEFT that say what a plain adapter is, where it goes and where it came from. Any other makes more of it.
-_PLAIN = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("megatron_core", "qalora_group_size", "eva_config"),
-}
 
 
 def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -> int:
@@ -57,10 +51,7 @@ def add_adapter(model: Any, adapter: Adapter, *, left_out: Sequence[str] = ()) -
     excluded += [rf"{re.escape(name)}(?:\..*)?" for name in left_out]
     if adapter.path is not None:
         where = str(adapter.path)
-        config: Any = LoraConfig.from_pretrained(str(adapter.path))
-        _require_plain(config, adapter.path)
-        config.inference_mode = False  # it would not train
-        config.lora_dropout = 0.0  # actors have none: what is trained would not be what was sampled
+        config = LoraConfig(**read_settings(adapter.path))
     else:
         targets: Any = adapter.target_modules
         where = f"target_modules {targets}" + (f" outside {', '.join(left_out)}" if left_out else "")
@@ -173,18 +164,6 @@ def save_adapter(model: Any, state: Mapping[str, Tensor], base: Path, directory:
         if ".lora_" in name
     }
     save_file(weights, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def _require_plain(config: Any, path: Path) -> None:
-    """Refuse what is more than W + scaling * B A, or changes W itself."""
-    plain = type(config)().to_dict()
-    odd = {name: value for name, value in config.to_dict().items() if name not in _PLAIN and value != plain[name]}
-    init = config.init_lora_weights
-    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
-        odd["init_lora_weights"] = init
-    if odd:
-        name, value = next(iter(odd.items()))
-        raise ValueError(f"{path} is not a plain LoRA adapter: it has {name}: {str(value)[:100]}")
 
 
 def _load(model: nn.Module, file: Path) -> None:

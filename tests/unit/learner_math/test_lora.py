@@ -1,6 +1,7 @@
 """LoRA: what trains, what the actors get, and that PEFT and transformers read what is written."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from learner.config import LearnerConfig
 from learner.config.model import Adapter
 from learner.distributed import Ranks, join_ranks
 from learner.launcher.main import _lora_rank
+from learner.model.adapter_settings import _is_plain, read_settings
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
-from learner.model.lora import add_adapter, without_adapter
+from learner.model.lora import adapter_parameters, add_adapter, merged_state, save_adapter, without_adapter
 from learner.model.parts import vision_parts
 from learner.policy import Policy
 from learner.weights.snapshot import Snapshot, Snapshotter
@@ -279,20 +281,90 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path,
         {"lora_bias": True},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
-        {"alora_invocation_tokens": [7]},
+        {"init_lora_weights": "lora_ga"},
+        {"peft_type": "ADALORA"},
         {"modules_to_save": ["lm_head"]},
-        {"target_parameters": ["experts.down_proj"]},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"alora_invocation_tokens": [1, 2]},
         {"trainable_token_indices": [3]},
-        {"layer_replication": [[0, 1], [0, 1]]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+        {"use_qalora": True},
+        {"use_bdlora": {"nblocks": 2}},
+        {"velora_config": {"scale": 1.0}},
+        {"kasa_config": {"beta": 0.1}},
+        {"arrow_config": {"top_k": 2}},
+        {"monteclora_config": {"buffer_size": 8}},
+        {"loftq_config": {"loftq_bits": 4}},
+        {"ensure_weight_tying": True},
         {"fan_in_fan_out": True},
+        {"use_something_of_next_year": True},
     ],
 )
-def test_what_is_more_than_lora_is_refused(model_dir: Path, tmp_path: Path, odd: dict[str, Any], ranks: Ranks) -> None:
-    Policy(make_config(model_dir, lora_rank=2), ranks).export(tmp_path / "export")
-    file = tmp_path / "export" / "adapter" / "adapter_config.json"
+def test_what_is_more_than_lora_is_refused(tmp_path: Path, model_dir: Path, odd: dict[str, Any]) -> None:
+    model = load_policy(model_dir, adapter=Adapter(rank=2))[0]
+    save_adapter(model, model.state_dict(), model_dir, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    assert read_settings(file.parent)["r"] == 2
     file.write_text(json.dumps(json.loads(file.read_text()) | odd))
-    with pytest.raises(ValueError, match=f"is not a plain LoRA adapter: it has {next(iter(odd))}"):
-        Policy(make_config(model_dir, lora_adapter_path=file.parent), ranks)
+    with pytest.raises(ValueError, match=f"is not a plain LoRA adapter: it has {next(iter(odd))}: ") as refusal:
+        load_policy(model_dir, adapter=Adapter(path=file.parent))
+    assert "\n" not in str(refusal.value)
+
+
+def test_each_setting_of_peft_is_off_or_known() -> None:
+    """A new one of PEFT's, with a default that is neither, is to be looked at."""
+    from peft import LoraConfig
+
+    settings = dataclasses.asdict(LoraConfig())
+    assert [name for name, value in settings.items() if not _is_plain(name, value)] == []
+
+
+def test_a_directory_without_adapter_is_named(tmp_path: Path, model_dir: Path) -> None:
+    for content in (None, "{", "[]"):
+        if content is not None:
+            (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"{tmp_path} holds no adapter: adapter_config.json"):
+            load_policy(model_dir, adapter=Adapter(path=tmp_path))
+
+
+def test_an_adapter_of_several_ranks_and_scalings_is_what_peft_makes_of_it(
+    large_model_dir: Path, tmp_path: Path, pack: PackedBatch
+) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    def base() -> Any:
+        return AutoModelForImageTextToText.from_pretrained(large_model_dir)
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj"],
+        exclude_modules=r".*visual.*",
+        rank_pattern={"down_proj": 3},
+        alpha_pattern={"down_proj": 9},
+        layers_to_transform=[1],
+        init_lora_weights=False,
+        lora_dropout=0.5,
+        bias="none",
+    )
+    get_peft_model(base(), config).save_pretrained(str(tmp_path))
+    expected = PeftModel.from_pretrained(base(), str(tmp_path)).merge_and_unload()
+    model = load_policy(large_model_dir, adapter=Adapter(path=tmp_path))[0]
+    matrices = {name: (tuple(value.shape), factor) for name, value, factor in adapter_parameters(model)}
+    assert {shape[0] for name, (shape, _) in matrices.items() if ".lora_A." in name} == {2, 3}
+    assert {round(factor, 4) for name, (_, factor) in matrices.items() if ".lora_B." in name} == {2.8284, 5.1962}
+    merged = merged_state(model, model.state_dict())
+    changed = []
+    for name, value in base().state_dict().items():
+        torch.testing.assert_close(merged[name], expected.state_dict()[name], atol=1e-6, rtol=1e-5)
+        changed += [name] if not torch.equal(value, merged[name]) else []
+    assert sorted(name.split(".layers.")[-1] for name in changed) == [
+        "1.mlp.down_proj.weight",
+        "1.self_attn.q_proj.weight",
+    ]
 
 
 def test_a_policy_has_no_dropout(model_dir: Path, tmp_path: Path, pack: PackedBatch, ranks: Ranks) -> None:
