@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 _MAX_ELEMENTS_CPU = 2**22
 _MAX_ELEMENTS = 2**24
 
-# The logit of an id that could not be sampled. Far below every other but finite: p is exactly 0, and p * log(p) is too,
-# also where a gradient multiplies it.
+# The logit of an id that could not be sampled. Far below every other but finite: p is exactly 0, and p * log(p) is too.
+# And far above the least float32, so that neither sums of its logprob nor their product with a gradient are infinite.
 SUPPRESSED_LOGIT = -1e30
 
 

@@ -1,5 +1,7 @@
 """Fused logprobs against autograd in float64 on the whole logits."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,19 +61,52 @@ def test_values_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("temperature", [0.01, 1.0])
-def test_a_steep_gradient_of_the_entropy_meets_no_infinity(fused: bool, temperature: float) -> None:
-    layer, hidden, targets = torch.nn.Linear(3, 6), torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    if fused:
-        _, entropy = fused_logprobs(layer, hidden, targets, temperature, (4, 5))
-    else:
-        _, entropy = token_logprobs(layer(hidden), targets, temperature, (4, 5))
-    (1e4 * entropy).sum().backward()
-    assert layer.weight.grad is not None
-    assert torch.isfinite(layer.weight.grad).all()
-    assert torch.isfinite(entropy).all()
-    assert not layer.weight.grad[4:].any()
+def plain_logprobs(
+    layer: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float, suppressed: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The other way to the same: from whole logits."""
+    return token_logprobs(layer(hidden), targets, temperature, suppressed)
+
+
+@pytest.mark.parametrize("compute", [plain_logprobs, fused_logprobs])
+@pytest.mark.parametrize("allowed", [[8, 22], [8, 11, 22], list(range(8, V))])
+def test_ids_that_cannot_be_sampled_count_nothing_though_their_logits_are_highest(
+    monkeypatch: pytest.MonkeyPatch, compute: Callable[..., tuple[Tensor, Tensor]], allowed: list[int]
+) -> None:
+    """Minus infinity would make 0 * inf, no number, of their share in the entropy and in its gradient."""
+    monkeypatch.setattr(module, "_MAX_ELEMENTS_CPU", 4 * N)
+    suppressed = tuple(set(range(V)) - set(allowed))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        layer, hidden, _ = inputs(bias=True)
+        with torch.no_grad():
+            layer.bias[list(suppressed)] += 80.0
+        targets = torch.tensor([allowed[i % len(allowed)] for i in range(N)])
+        layer, hidden = layer.to(dtype), hidden.detach().to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            values = naive(layer, hidden, targets, 0.7, suppressed)
+        else:
+            values = torch.stack(compute(layer, hidden, targets, 0.7, suppressed), 1)
+        (values * torch.linspace(-3, 3, 2 * N).view(N, 2)).sum().backward()
+        results.append((values.double(), hidden.grad, *(parameter.grad for parameter in layer.parameters())))
+    for mine, expected in zip(*results, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compute", [plain_logprobs, fused_logprobs])
+def test_a_target_that_cannot_be_sampled_is_very_unlikely_and_no_nan(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+) -> None:
+    layer, hidden, _ = inputs(bias=True)
+    logprobs, entropy = compute(layer, hidden, torch.arange(N), 1.0, (0, 1, 2))
+    assert (logprobs < -1e20).tolist() == [True] * 3 + [False] * (N - 3)
+    of_one_completion = torch.zeros(N, dtype=torch.int64)
+    log_ratios = torch.zeros(1).index_add(0, of_one_completion, logprobs)  # as GSPO has it
+    (log_ratios.clamp(min=-20.0).sum() + entropy.sum()).backward()
+    for value in (log_ratios, entropy, hidden.grad, layer.weight.grad):
+        assert value is not None
+        assert bool(value.isfinite().all())
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:
