@@ -237,10 +237,10 @@ class _TellingReporter(Reporter):
         self._on_step = on_step
 
     def step(
-        self, version: int, groups: Sequence[Group], stats: StepStats, dispatch: DispatchStats, *, wait_s: float
+        self, version: int, groups: Sequence[Group], stats: StepStats, dispatch: DispatchStats, **more: Any
     ) -> None:
         """See `Reporter.step`."""
-        super().step(version, groups, stats, dispatch, wait_s=wait_s)
+        super().step(version, groups, stats, dispatch, **more)
         self._on_step(version, groups)
 
 

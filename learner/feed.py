@@ -49,6 +49,8 @@ class Batch:
     parts: list[list[torch.Tensor]]
     taken_at: float
     """When its groups were there, on the monotonic clock."""
+    overlong_penalties: list[FloatArray] | None = None
+    """What each completion of a group has lost of its reward for its length; None without `overlong_buffer`."""
 
     @property
     def groups(self) -> list[Group]:
@@ -110,11 +112,14 @@ class BatchFeed:
         taken_at = time.monotonic()
         self._check(groups)
         lengths = [np.array([len(completion.token_ids) for completion in group.completions]) for group in groups]
-        rewards = [self._shaped(group.rewards, of_group) for group, of_group in zip(groups, lengths, strict=True)]
+        rewards = [group.rewards for group in groups]
+        penalties = self._overlong_penalties(lengths)
+        if penalties is not None:
+            rewards = [of_group - lost for of_group, lost in zip(rewards, penalties, strict=True)]
         values = advantages(rewards, lengths, self._config.algorithm.advantage)
         mini_batches = self._split(groups)
         parts = [self._pack(*pair) for pair in zip(mini_batches, self._split(values), strict=True)]
-        return Batch(mini_batches, parts, taken_at)
+        return Batch(mini_batches, parts, taken_at, penalties)
 
     def _are_next(self, groups: Sequence[Group]) -> bool:
         """Whether these were begun before all others that are not trained yet."""
@@ -149,9 +154,9 @@ class BatchFeed:
         parts = [encode_packs(of_group) for of_group in packs]
         return [part for part in parts for _ in range(num_copies)]  # neighbours share their sequences
 
-    def _shaped(self, rewards: FloatArray, lengths: IntArray) -> FloatArray:
+    def _overlong_penalties(self, lengths: Sequence[IntArray]) -> list[FloatArray] | None:
         settings = self._config.algorithm
         if not settings.overlong_buffer:
-            return rewards
-        punishment = overlong_penalty(lengths, self._config.rollout.max_tokens, settings.overlong_buffer)
-        return rewards + np.float32(settings.overlong_penalty) * punishment
+            return None
+        weight, longest = np.float32(settings.overlong_penalty), self._config.rollout.max_tokens
+        return [-weight * overlong_penalty(of_group, longest, settings.overlong_buffer) for of_group in lengths]

@@ -158,8 +158,14 @@ class Trainer:
             self._zero.control.finish_step(batch.groups, self._policy.version, skipped=skipped)
         self._policy.snapshot(self._publish)
         if self._zero is not None and batch is not None:
-            dispatched = self._zero.control.stats()
-            self._zero.reporter.step(self._policy.version, batch.groups, stats, dispatched, wait_s=wait_s)
+            self._zero.reporter.step(
+                self._policy.version,
+                batch.groups,
+                stats,
+                self._zero.control.stats(),
+                wait_s=wait_s,
+                overlong_penalties=batch.overlong_penalties,
+            )
         in_order = [update for of_epoch in zip(*updates, strict=True) for update in of_epoch]
         self._stop_if_apart(stats, in_order)
         self._stop_if_nothing_changes(in_order)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.types import FinishReason
+from common.types import FinishReason, FloatArray
 from learner.evaluate import Evaluation
 from learner.reporting.completions_log import CompletionsLog
 from learner.reporting.display import Display, StepReport
@@ -64,9 +64,19 @@ class Reporter:
         self._step_ended_at = time.monotonic()
 
     def step(
-        self, version: int, groups: Sequence[Group], stats: StepStats, dispatch: DispatchStats, *, wait_s: float
+        self,
+        version: int,
+        groups: Sequence[Group],
+        stats: StepStats,
+        dispatch: DispatchStats,
+        *,
+        wait_s: float,
+        overlong_penalties: Sequence[FloatArray] | None = None,
     ) -> None:
-        """The step that led to `version` is done; `wait_s` of it went by waiting for `groups`."""
+        """The step that led to `version` is done; `wait_s` of it went by waiting for `groups`.
+
+        `overlong_penalties`: as `Batch` has them.
+        """
         now = time.monotonic()
         step_s, self._step_ended_at = now - self._step_ended_at, now
         num_completions = sum(len(group.completions) for group in groups)
@@ -105,6 +115,7 @@ class Reporter:
             {
                 "step": version,
                 **rewards,
+                **describe_penalties(overlong_penalties),
                 "completions_per_s": num_completions / step_s,
                 "staleness": staleness,
                 **dataclasses.asdict(stats),
@@ -205,6 +216,14 @@ def describe_rewards(groups: Sequence[Group]) -> dict[str, Any]:
         "uniform_fraction": float(np.mean([group.rewards.min() == group.rewards.max() for group in groups])),
         "truncated_fraction": float(np.mean([each.finish_reason is FinishReason.LENGTH for each in completions])),
     }
+
+
+def describe_penalties(of_groups: Sequence[FloatArray] | None) -> dict[str, float | None]:
+    """What completions have lost of their rewards for their length, under its names in metrics.jsonl."""
+    if of_groups is None:
+        return {"overlong_penalty": None, "overlong_fraction": None}
+    lost = np.concatenate(of_groups)
+    return {"overlong_penalty": float(lost.mean()), "overlong_fraction": float((lost > 0).mean())}
 
 
 def mean_parts(of_groups: Sequence[RewardParts]) -> dict[str, float | None]:

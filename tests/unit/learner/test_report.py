@@ -125,6 +125,18 @@ def test_the_rewards_of_a_step_by_hand() -> None:
     }
 
 
+def test_what_long_completions_lose_is_told(tmp_path: Path) -> None:
+    writer = JsonLines(tmp_path / "metrics.jsonl")
+    reporter = Reporter(Display(name="x", total_steps=2, run_dir=tmp_path, stream=StringIO()), writer, Progress())
+    lost = [np.array(values, np.float32) for values in ([0, 0.5], [0.25, 0, 0])]
+    for step, penalties in enumerate((None, lost), 1):
+        reporter.step(step, [GROUP], _stats(), NO_GROUPS, wait_s=0.5, overlong_penalties=penalties)
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["overlong_penalty"] for line in lines] == [None, pytest.approx(0.15)]
+    assert [line["overlong_fraction"] for line in lines] == [None, 0.4]
+
+
 def test_the_share_of_dropped_groups_is_that_of_the_step_and_shown_unless_small(tmp_path: Path) -> None:
     stream = StringIO()
     display = Display(name="x", total_steps=9, run_dir=tmp_path, stream=stream)

@@ -175,6 +175,8 @@ def test_long_completions_lose_some_of_their_reward(processor: PromptProcessor, 
     expected = sorted(value for rewards in shaped for value in (rewards - rewards.mean()).tolist())
     assert trained == pytest.approx(expected, abs=1e-6)
     assert [group.rewards.tolist() for group in batch.groups] == [group.rewards.tolist() for group in groups]
+    assert batch.overlong_penalties is not None
+    assert [of_group.tolist() for of_group in batch.overlong_penalties] == lost
 
 
 def test_another_model_is_noticed(processor: PromptProcessor) -> None:
