@@ -15,7 +15,7 @@ class DataConfig(Config):
     """Where the prompts come from."""
 
     train: str = Field(min_length=1)
-    """A file, a glob, a folder, or "package.module:function"."""
+    """A file, a folder, a glob where nothing has that very name, or "package.module:function"."""
     held_out: str = ""
     """As `train`, for the rows that are evaluated; or leave it empty and set `held_out_fraction`."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)

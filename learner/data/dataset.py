@@ -7,6 +7,7 @@ described in `learner.data.rows`.
 No `datasets`, no gRPC and no torch at import.
 """
 
+import contextlib
 import glob
 import importlib
 import itertools
@@ -179,13 +180,15 @@ def _file_rows(where: str, kind: Format, base_dir: Path) -> tuple[_Rows, Path]:
     if kind == "imagefolder":
         if not path.is_dir():
             raise ConfigError(f"data: {where} is no folder of images")
-        arguments: dict[str, Any] = {"data_dir": str(path), "drop_labels": None}
+        # It and the files below are patterns to `datasets`.
+        arguments: dict[str, Any] = {"data_dir": glob.escape(str(path)), "drop_labels": None}
     else:
         files = _files(path, kind)
         if not files:
             raise ConfigError(f"data: {where} does not exist; give a {kind} file, a glob, or a folder of them")
-        if not any(file.stat().st_size for file in files):
-            raise ConfigError(f"data: {files[0]} is empty")
+        files = [file for file in files if _has_rows(file, kind)]  # the readers fail at others, and do not say at which
+        if not files:
+            raise ConfigError(f"data: {where} has no rows")
         arguments = {"data_files": [glob.escape(str(file)) for file in files]}
     builder = {"parquet": "parquet", "jsonl": "json", "imagefolder": "imagefolder"}[kind]
     rows = _reading(where, kind, datasets.load_dataset, builder, split="train", **arguments)
@@ -222,6 +225,17 @@ def _files(path: Path, kind: Format) -> list[Path]:
     if path.exists():
         return [path]
     return sorted(path.parent.glob(path.name))
+
+
+def _has_rows(file: Path, kind: Format) -> bool:
+    """Whether a file has any, or cannot be read: the reader says why."""
+    with contextlib.suppress(OSError, ValueError):
+        if kind == "parquet":
+            parquet = importlib.import_module("pyarrow.parquet")
+            return bool(parquet.read_metadata(file).num_rows)
+        with file.open("rb") as text:
+            return any(chunk.strip() for chunk in iter(lambda: text.read(2**16), b""))
+    return True
 
 
 class _Encoded:

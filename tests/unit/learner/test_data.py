@@ -118,6 +118,49 @@ def test_image_folder_asks_one_question_and_answers_with_the_class(tmp_path: Pat
     assert dataset[0].messages == (ChatMessage("user", (MediaPart(0), TextPart("Which animal?"))),)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", ["rows[1]", "r?ws*", "folder[1]/rows", "folder[1]"])
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path, name: str, suffix: str) -> None:
+    """Also where a pattern of this name would find another file."""
+
+    def write(path: Path, answer: str) -> None:
+        rows = [{"prompt": "Which?", "answer": answer}]
+        path.parent.mkdir(exist_ok=True)
+        if suffix == "parquet":
+            write_parquet(path, rows)
+        else:
+            path.write_text(json.dumps(rows[0]) + "\n")
+
+    for other in (f"rows1.{suffix}", f"folder1/rows.{suffix}"):
+        write(tmp_path / other, "another")
+    train = name if name == "folder[1]" else f"{name}.{suffix}"
+    write(tmp_path / (f"{name}/rows.{suffix}" if name == "folder[1]" else train), "right")
+    dataset, _ = load_datasets(DataConfig(train=train, image_column="", answer_column="answer"), base_dir=tmp_path)
+    assert [dataset[row].ground_truth for row in range(len(dataset))] == ["right"]
+
+
+def test_a_folder_of_images_may_have_brackets_in_its_name(tmp_path: Path) -> None:
+    for folder, value in (("d[1]", 1), ("d1", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "1.png").write_bytes(image(value))
+    dataset = load(tmp_path / "d[1]", question="Which animal?")
+    found = {dataset[row].ground_truth: dataset[row].images for row in range(len(dataset))}
+    assert found == {"cat": (image(1),), "dog": (image(1),)}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_files_without_rows_are_passed_over(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": "Which?", "answer": "cat"}]
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows)[:0], tmp_path / "0.parquet")
+        write_parquet(tmp_path / "1.parquet", rows)
+    else:
+        (tmp_path / "0.jsonl").touch()
+        (tmp_path / "1.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert len(load(tmp_path, image_column="", answer_column="answer")) == 1
+
+
 @pytest.mark.parametrize("prompt", ["Which?", [{"role": "user", "content": "Which?"}]])
 @pytest.mark.parametrize("pictures", [[1], [1, 2]])
 def test_images_stand_before_a_text_without_markers(
@@ -396,11 +439,20 @@ def test_mistakes_in_rows_are_one_line(
         ("no_such_package:rows", "cannot import 'no_such_package'"),
         ("broken.parquet", "broken.parquet cannot be read as parquet"),
         ("notes.txt", "the format of notes.txt is not clear; set data.format"),
+        ("empty.jsonl", "empty.jsonl has no rows"),
+        ("blank.jsonl", "blank.jsonl has no rows"),
+        ("empty.parquet", "empty.parquet has no rows"),
+        ("*.jsonl", r"\*.jsonl has no rows"),
+        ("nothing.parquet", "nothing.parquet cannot be read as parquet: .* 0 bytes"),
     ],
 )
 def test_mistakes_in_paths_are_one_line(tmp_path: Path, train: str, message: str) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    (tmp_path / "nothing.parquet").touch()
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigError, match=message) as caught:
         load_datasets(DataConfig(train=train), base_dir=tmp_path)
     assert "\n" not in str(caught.value)
@@ -684,9 +736,3 @@ def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
     assert answers(folder / "rows[1].jsonl") == ["a"]
     assert sorted(answers(folder)) == ["a", "b"]
     assert sorted(answers(folder / "rows*.jsonl")) == ["a", "b"]
-
-
-def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"data: .*rows\.jsonl is empty$"):
-        load(tmp_path / "rows.jsonl", image_column="")
