@@ -85,7 +85,7 @@ class FakeModelProcessor:
     filler = None
 
     def process(self, sample: PromptSample) -> ProcessedPrompt:
-        """See `learner.rollouts.dispatcher.Processor`."""
+        """See `learner.types.Processor`."""
         ids: list[int] = []
         for message in sample.messages:
             ids += _text_ids(message.role)

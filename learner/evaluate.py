@@ -9,17 +9,15 @@ import asyncio
 import collections
 import math
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from common.log import get_logger
 from common.threads import to_own_thread
 from common.types import SamplingParams
-from learner.batch.processing import PromptProcessor
 from learner.config import EvaluationConfig
 from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.stopping import RunFailed
-from learner.types import Group, ProcessedPrompt, PromptSample, RewardParts
+from learner.types import Dataset, Group, ProcessedPrompt, Processor, PromptSample, RewardParts
 
 log = get_logger(__name__)
 
@@ -30,14 +28,6 @@ _MAX_ROWS_AT_ONCE = 512
 _PREPARED_AT_ONCE = 2
 # Whose answers are kept to be read.
 _MAX_KEPT_ROWS = 64
-
-
-class Rows(Protocol):
-    """Rows by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> PromptSample: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +71,11 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 
 
 async def evaluate(
-    rows: Rows,
+    rows: Dataset,
     *,
     sampler: Sampler,
     rewards: Rewards,
-    processor: PromptProcessor,
+    processor: Processor,
     greedy: SamplingParams,
     sampled: SamplingParams | None,
     settings: EvaluationConfig,
@@ -169,7 +159,7 @@ def _too_many(sample: PromptSample, error: GroupFailed | RewardError, num_failed
     )
 
 
-def _prepare(rows: Rows, row: int, processor: PromptProcessor) -> tuple[PromptSample, ProcessedPrompt]:
+def _prepare(rows: Dataset, row: int, processor: Processor) -> tuple[PromptSample, ProcessedPrompt]:
     """The row, and what its answers are held against, which needs no tensors."""
     sample = rows[row]
     return sample, replace(processor.process(sample), media={})

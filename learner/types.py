@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,22 @@ class ProcessedPrompt:
     media: dict[str, torch.Tensor]
     media_sha256: tuple[bytes, ...]
     num_image_tokens: tuple[int, ...]
+
+
+class Dataset(Protocol):
+    """Rows by number; read from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> PromptSample: ...
+
+
+class Processor(Protocol):
+    """The model's own processor; called from several threads."""
+
+    def process(self, sample: PromptSample) -> ProcessedPrompt:
+        """Ids, positions and tensors of one prompt."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from common import tracing
 from common.log import get_logger
@@ -31,7 +30,7 @@ from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.stopping import RunFailed
-from learner.types import Group, ProcessedPrompt, PromptSample
+from learner.types import Dataset, Group, ProcessedPrompt, Processor, PromptSample
 
 log = get_logger("learner.rollouts.dispatcher")
 
@@ -51,22 +50,6 @@ def describe_drop(reason: str, what: str) -> str:
         f"group dropped, {reason}: {' '.join(what.split())}; more of them are only counted (groups_dropped in "
         'metrics.jsonl). docs/metrics.md says under "Dropped groups" what to do'
     )
-
-
-class Dataset(Protocol):
-    """Rows by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> PromptSample: ...
-
-
-class Processor(Protocol):
-    """The model's own processor; called from several threads."""
-
-    def process(self, sample: PromptSample) -> ProcessedPrompt:
-        """Ids, positions and tensors of one prompt."""
-        ...
 
 
 class TooManyDrops(RunFailed):

@@ -22,11 +22,11 @@ from learner.data.rows import RowReader
 from learner.ledger import Ledger
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
-from learner.rollouts.dispatcher import Dataset, Dispatcher, TooManyDrops
+from learner.rollouts.dispatcher import Dispatcher, TooManyDrops
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import Sampler
 from learner.rollouts.tripwire import ImageMismatch
-from learner.types import Group, ProcessedPrompt, PromptSample
+from learner.types import Dataset, Group, ProcessedPrompt, PromptSample
 from tests.helpers.fakes import FakeActor, FakeProcessor, InlineRewards, Rows, make_sample, until
 
 
