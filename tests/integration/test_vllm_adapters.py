@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from common.errors import InvalidRequest, WeightsPending
+from learner.config.model import Adapter
+from learner.model.load import load_policy
 from learner.weights.epoch import EpochFailed
-from learner.weights.snapshot import Snapshot
+from learner.weights.snapshot import Snapshot, Snapshotter
 from tests.helpers.fakes import until
 from tests.helpers.groups import image_bytes, sample
 from tests.integration.live_actor import LiveActor, Trained, WeightSource, largest_difference
@@ -53,6 +57,39 @@ async def test_the_policy_is_the_model_with_the_adapter(
         assert largest_difference(first.model, hf, group) > 100 * PARITY
         base = await actor.group(prompt, model_dir.name, n=2, max_tokens=12)
         assert largest_difference(second.base, hf, base) <= PARITY
+
+
+async def test_an_adapter_may_have_several_ranks_and_scalings(
+    actor: LiveActor, source: WeightSource, model_dir: Path, hf: Any, tmp_path: Path
+) -> None:
+    """As PEFT writes it; vLLM packs q_proj and v_proj together."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(9)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        exclude_modules=".*visual.*",
+        rank_pattern={"v_proj": 4, "down_proj": 3},
+        alpha_pattern={"q_proj": 9},
+        init_lora_weights=False,
+    )
+    by_peft = get_peft_model(AutoModelForImageTextToText.from_pretrained(model_dir), config).eval()
+    by_peft.save_pretrained(str(tmp_path))
+    policy, _ = load_policy(model_dir, adapter=Adapter(path=tmp_path))
+    taken = Snapshotter(policy, ["model.visual"], is_sender=True, bucket_bytes=2**19).take(source.version + 1)
+    assert taken is not None
+    assert taken.adapter is not None
+    assert (taken.adapter.rank, taken.adapter.merged_because) == (4, "")
+    await source.publish_snapshot(taken)
+    assert actor.engine.adapters() == ("policy",)
+    base = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+    for prompt in SAMPLES:
+        group = await actor.group(prompt, n=2, max_tokens=12)
+        assert largest_difference(by_peft.base_model.model, hf, group) <= PARITY
+        assert largest_difference(base, hf, group) > 100 * PARITY
 
 
 async def test_a_new_adapter_goes_under_requests_that_go_on(
