@@ -151,6 +151,8 @@ class Publisher:
                     await self._bring_up_to_date()
                 except EpochFailed as failure:
                     await self._end_epoch(failure)
+                except NotFilled:
+                    continue  # `_watch_gather` is about to see it too
         finally:
             if self._gathering is not None:
                 self._gathering.cancel()

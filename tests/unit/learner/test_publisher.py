@@ -409,3 +409,20 @@ async def test_a_gather_that_breaks_off_is_the_trainers_to_tell(is_first: bool) 
         assert not fleet.member("one").held
         fleet.publisher.submit(snapshot(2))
         await fleet.all_at(2, "one")
+
+
+@pytest.mark.timeout(20)
+async def test_a_gather_that_has_broken_off_before_it_is_sent_ends_nothing() -> None:
+    async with running() as (fleet, task):
+        await fleet.add("one")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "one")
+        taken = unfilled(1)
+        taken.trained.checksums[0].set_exception(NotFilled("a rank is gone"))
+        fleet.publisher._snapshot = taken  # as it is before the publisher has seen the end of the gather
+        fleet.publisher._wake.set()
+        await until(lambda: not fleet.publisher._wake.is_set())
+        await asyncio.sleep(0)
+        assert not task.done()
+        fleet.publisher.submit(snapshot(2))
+        await fleet.all_at(2, "one")
