@@ -185,7 +185,7 @@ class Publisher:
             log.info(
                 "published",
                 version=snapshot.version,
-                num_actors=len(members),
+                num_actors=sum(member.version == snapshot.version for member in members),
                 full=full,
                 delta=changes is not None,
                 num_bytes=times.num_bytes,

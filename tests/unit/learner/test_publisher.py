@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+import structlog
 import torch
 
 from common.dtypes import tensor_in
@@ -291,11 +292,13 @@ async def test_who_serves_a_version_was_updated_whatever_became_of_another() -> 
         fleet.publisher.submit(snapshot(0))
         await fleet.all_at(0, "well", "drains")
         drains.refusal["commit"] = Draining("this actor is draining")
-        fleet.publisher.submit(snapshot(1))
-        await until(lambda: fleet.member("drains").held, 0.001)
+        with structlog.testing.capture_logs() as logs:
+            fleet.publisher.submit(snapshot(1))
+            await until(lambda: fleet.member("drains").held, 0.001)
         assert fleet.member("well").version == 1
         assert all(times.num_bytes for times in told)
         assert len(told) == 2
+        assert [entry["num_actors"] for entry in logs if entry["event"] == "published"] == [1]
 
 
 @pytest.mark.timeout(20)
