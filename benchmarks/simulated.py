@@ -143,9 +143,9 @@ class SimulatedPolicy:
         self.version += 1
         return [[stats]]
 
-    def snapshot(self) -> Snapshot | None:
-        """Of this version."""
-        return self._snapshotter.take(self.version)
+    def snapshot(self, publish: Callable[[Snapshot], None]) -> None:
+        """As `learner.policy.Policy`."""
+        self._snapshotter.take(self.version, publish)
 
     def save(self, run_dir: Path, _state: dict[str, Any]) -> Path:
         """Nothing is written."""
