@@ -1,6 +1,7 @@
 """What Prometheus is told, by value."""
 
 import urllib.request
+from unittest import mock
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_values() -> None:
 def test_the_share_of_time_that_the_trainer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of our own; a wait under way counts, and groups that come before the trainer asks are none."""
     now = 100.0
-    monkeypatch.setattr("learner.reporting.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("learner.reporting.metrics.time", mock.Mock(monotonic=lambda: now))
     metrics = make_metrics()
 
     def waited_s() -> float | None:

@@ -5,8 +5,10 @@ import errno
 import fcntl
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -287,7 +289,7 @@ def test_a_learner_waits_for_the_one_before_it_to_end(
                 (first / "summary.json").write_text("{}")
             before.close()
 
-        monkeypatch.setattr("time.sleep", sleep)
+        monkeypatch.setattr(run_folder, "time", mock.Mock(wraps=time, sleep=sleep))  # other threads sleep on
         with run_folder.held(_config(tmp_path), "learner") as second:
             assert (second == first) == (not is_finished)
     assert capsys.readouterr().out == f"another learner is at work in {first}; waiting up to 300 s for its end\n"
@@ -296,7 +298,7 @@ def test_a_learner_waits_for_the_one_before_it_to_end(
 def test_a_learner_waits_for_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.ExitStack() as before:
         first = before.enter_context(run_folder.held(_config(tmp_path), "learner"))
-        monkeypatch.setattr("time.sleep", lambda _seconds: before.close())
+        monkeypatch.setattr(run_folder, "time", mock.Mock(wraps=time, sleep=lambda _seconds: before.close()))
         with run_folder.held(_config(tmp_path, run_dir=first), "learner") as second:
             assert second == first
 

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from learner import last_words
+from learner import last_words, stopping
 from learner.__main__ import _run, parse
 from learner.config import LearnerConfig
 from learner.evaluate import TooManyFailed
@@ -39,7 +41,7 @@ def test_in_the_loop_the_first_signal_asks_and_the_second_insists(
     stop: StopRequest, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([100.0, 100.9, 101.1])  # the second one is the first, passed on
-    monkeypatch.setattr("learner.stopping.time.monotonic", lambda: next(times))
+    monkeypatch.setattr(stopping, "time", mock.Mock(wraps=time, monotonic=lambda: next(times)))  # of no other thread
     seen = []
 
     def loop() -> None:
