@@ -4,13 +4,16 @@ A test belongs to the folder that it lies in (`unit/`, `contract/`, `integration
 the marker of that name. GPU tests and slow ones are left out unless asked for with `-m gpu`, `-m slow`.
 """
 
+import contextlib
 import fcntl
+import functools
 import os
 import signal
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -30,6 +33,7 @@ _SESSION_VARIABLE = "OUTRIDER_TEST_SESSION"
 # A helper of multiprocessing lives until its parent ends: no leak.
 _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 _EXIT_GRACE_S = 10.0
+_LEAKED: list[str] = []
 
 
 def _is_worker(config: pytest.Config) -> bool:
@@ -73,11 +77,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             os.close(held)
 
 
-def _leaked_processes() -> list[psutil.Process]:
-    """Processes other than this one that carry this session's variable, without the helpers of multiprocessing."""
+def _leaked_processes(candidates: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those other than this process that carry the session's variable, without the helpers of multiprocessing."""
     session = os.environ[_SESSION_VARIABLE]
     leaked = []
-    for process in psutil.process_iter():
+    for process in candidates:
         try:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
@@ -91,21 +95,35 @@ def _leaked_processes() -> list[psutil.Process]:
     return leaked
 
 
-@pytest.hookimpl(trylast=True)  # when pytest-xdist has ended its workers
+def _killed(find: Callable[[], Iterable[psutil.Process]]) -> list[str]:
+    """End what is still there after a grace period; a line for each."""
+    deadline = time.monotonic() + _EXIT_GRACE_S
+    while (leaked := _leaked_processes(find())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lines = []
+    for process in leaked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(f"LEAKED PROCESS {process.pid}: {' '.join(process.cmdline())[:200]}")
+            process.kill()
+    return lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker's tests left behind would have ended with the worker."""
+    _LEAKED.extend(getattr(node, "workeroutput", {}).get("leaked", []))
+
+
+@pytest.hookimpl(trylast=True)  # when fixtures are torn down, and pytest-xdist has ended its workers
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session if a process that it started is still there after a grace period, and end that process."""
     if _is_worker(session.config):
+        children = functools.partial(psutil.Process().children, recursive=True)
+        session.config.workeroutput["leaked"] = _killed(children)  # type: ignore[attr-defined]
         return
-    deadline = time.monotonic() + _EXIT_GRACE_S
-    while (leaked := _leaked_processes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for process in leaked:
-        try:
-            line = f"LEAKED PROCESS {process.pid}: {' '.join(process.cmdline())[:200]}"
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    _LEAKED.extend(_killed(psutil.process_iter))
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for line in _LEAKED:
         if reporter is not None:
             reporter.write_line(f"\n{line}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

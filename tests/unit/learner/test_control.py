@@ -1,12 +1,13 @@
 """Rank 0's loop thread, from outside."""
 
 import asyncio
+import contextlib
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import MagicMock
 
 import pytest
@@ -23,29 +24,44 @@ from learner.types import ProcessedPrompt, PromptSample
 from tests.helpers.fakes import FakeActor, Rows, make_group
 
 
-def make_control(notify: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:
-    config = LearnerConfig.model_validate(
-        {
-            "model": {"path": "m"},
-            "data": {"train": "t"},
-            "trainer": {"total_steps": 1, "batch_prompts": 1},
-            "rollout": {"actors": ["127.0.0.1:1"]},
-            **values,
-        }
-    )
-    return Control(
-        config,
-        backend="gloo",
-        train=Rows(3),  # type: ignore[arg-type]
-        held_out=None,
-        processor=MagicMock(),
-        ledger=ledger or Ledger(0, 3),
-        version=0,
-        notify=notify,
-    )
+class Make(Protocol):
+    def __call__(
+        self, notify: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any
+    ) -> Control: ...
 
 
-def test_actors_that_end_with_the_run_are_no_news() -> None:
+@pytest.fixture
+def make_control() -> Iterator[Make]:
+    """A control, closed at the end."""
+    made = contextlib.ExitStack()
+
+    def make(notify: Callable[[str], None] = print, ledger: Ledger | None = None, **values: Any) -> Control:
+        config = LearnerConfig.model_validate(
+            {
+                "model": {"path": "m"},
+                "data": {"train": "t"},
+                "trainer": {"total_steps": 1, "batch_prompts": 1},
+                "rollout": {"actors": ["127.0.0.1:1"]},
+                **values,
+            }
+        )
+        control = Control(
+            config,
+            backend="gloo",
+            train=Rows(3),  # type: ignore[arg-type]
+            held_out=None,
+            processor=MagicMock(),
+            ledger=ledger or Ledger(0, 3),
+            version=0,
+            notify=notify,
+        )
+        return made.enter_context(contextlib.closing(control))
+
+    with made:
+        yield make
+
+
+def test_actors_that_end_with_the_run_are_no_news(make_control: Make) -> None:
     lines: list[str] = []
     control = make_control(notify=lines.append)
     event = FleetEvent("left", "127.0.0.1:1", "one#1", None, "it was killed")
@@ -55,7 +71,7 @@ def test_actors_that_end_with_the_run_are_no_news() -> None:
     assert lines == [describe(event)]
 
 
-def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
+def test_groups_of_a_skipped_step_are_counted_as_dropped(make_control: Make) -> None:
     ledger = Ledger(0, 3)
     lines: list[str] = []
     groups = [make_group(ledger.next_sequence()) for _ in range(3)]
@@ -70,10 +86,9 @@ def test_groups_of_a_skipped_step_are_counted_as_dropped() -> None:
     assert line.startswith("group dropped, STEP_SKIPPED: loss or gradient of step 2 was not finite; ")
     reason = {"reason": "STEP_SKIPPED"}
     assert control._metrics.registry.get_sample_value("outrider_learner_dropped_groups_total", reason) == 2
-    control.close()
 
 
-def test_a_stop_waits_for_no_evaluation() -> None:
+def test_a_stop_waits_for_no_evaluation(make_control: Make) -> None:
     control = make_control()
     control._fleet._connect = lambda _: FakeActor("127.0.0.1:1").connect()
     control.start()
@@ -93,10 +108,9 @@ def test_a_stop_waits_for_no_evaluation() -> None:
     assert control._call(failing(), lambda: True) is None
     with pytest.raises(TooManyFailed):
         control._call(failing(), lambda: False)
-    control.close()
 
 
-def test_a_start_that_fails_can_be_closed() -> None:
+def test_a_start_that_fails_can_be_closed(make_control: Make) -> None:
     """The error stays the one line about the port, and no reward process is left."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         control = make_control(metrics_listen=f"127.0.0.1:{taken.getsockname()[1]}")
@@ -117,7 +131,9 @@ def test_a_start_that_fails_can_be_closed() -> None:
         ),
     ],
 )
-def test_what_no_actor_can_take_ends_the_start(values: dict[str, dict[str, Any]], line: str) -> None:
+def test_what_no_actor_can_take_ends_the_start(
+    make_control: Make, values: dict[str, dict[str, Any]], line: str
+) -> None:
     base: dict[str, dict[str, Any]] = {"rollout": {"actors": ["127.0.0.1:1"]}, "data": {"train": "t"}}
     control = make_control(**{key: base.get(key, {}) | values.get(key, {}) for key in {**base, **values}})
     actor = FakeActor("127.0.0.1:1", limits=ServerLimits(max_context_tokens=128, max_group_size=8))
@@ -125,15 +141,13 @@ def test_what_no_actor_can_take_ends_the_start(values: dict[str, dict[str, Any]]
     with pytest.raises(ConfigError, match=re.escape(line.format("actor 127.0.0.1:1"))) as caught:
         control.start()
     assert caught.value.exit_code == 2
-    control.close()
 
 
-def test_what_an_actor_just_takes_begins() -> None:
+def test_what_an_actor_just_takes_begins(make_control: Make) -> None:
     control = make_control(rollout={"actors": ["127.0.0.1:1"], "max_tokens": 128, "n": 8})
     actor = FakeActor("127.0.0.1:1", limits=ServerLimits(max_context_tokens=128, max_group_size=8))
     control._fleet._connect = lambda _: actor.connect()
     control.start()
-    control.close()
 
 
 @pytest.mark.parametrize(
@@ -162,15 +176,14 @@ def test_the_address_that_every_actor_reaches(
         own_address(["unknown:1"])
 
 
-def test_a_weights_host_of_another_machine_is_named() -> None:
+def test_a_weights_host_of_another_machine_is_named(make_control: Make) -> None:
     control = make_control(weights={"host": "203.0.113.1"})
     control._fleet._connect = lambda _: FakeActor("127.0.0.1:1").connect()
     with pytest.raises(ConfigError, match=r"weights\.host: 203\.0\.113\.1 is no address of this machine: "):
         control.start()
-    control.close()
 
 
-def test_the_fleet_fails_the_trainers_next_call() -> None:
+def test_the_fleet_fails_the_trainers_next_call(make_control: Make) -> None:
     """Its tasks are nobody's child: an actor that is polled no more would only never be heard of again."""
 
     def full_disk(line: str) -> None:
@@ -184,10 +197,9 @@ def test_the_fleet_fails_the_trainers_next_call() -> None:
     actor.kill()
     with pytest.raises(OSError, match="no space left"):
         control.take_batch(0, lambda _: True)
-    control.close()
 
 
-def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_ends_with_what_ended_the_loop(make_control: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row waits for weights that do not come, and is cancelled when the loop ends."""
 
     def broken_row(_: PromptSample) -> ProcessedPrompt:
@@ -211,7 +223,6 @@ def test_an_evaluation_ends_with_what_ended_the_loop(monkeypatch: pytest.MonkeyP
     control.start()
     with pytest.raises(ConfigError, match=r"row 7: images\[0\] is too large"):
         control.evaluate(5, lambda: False)
-    control.close()
 
 
 def test_an_actor_that_still_loads_is_waited_for() -> None:
@@ -219,7 +230,9 @@ def test_an_actor_that_still_loads_is_waited_for() -> None:
     assert describe(event) == "waiting for actor 127.0.0.1:57051 (Connection refused) ..."
 
 
-def test_who_is_waited_for_is_said_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_waited_for_is_said_again_and_again(
+    make_control: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the log of one that the launcher has started; nobody listens at these ports."""
     monkeypatch.setattr("learner.control._WAITING_S", 0.05)
     (tmp_path / "actors.json").write_text('{"127.0.0.1:1": 10, "127.0.0.1:2": 11}')
@@ -229,7 +242,6 @@ def test_who_is_waited_for_is_said_again_and_again(tmp_path: Path, monkeypatch: 
     control = make_control(lines.append, rollout=rollout, run_dir=tmp_path)
     with pytest.raises(NotYet, match="no answer within 1 s"):
         control.start()
-    control.close()
     again = [line for line in lines if "waiting for 3 actors" in line]
     assert len(again) > 2
     log = tmp_path / "logs" / "actor-0.log"

@@ -298,7 +298,8 @@ async def test_who_serves_a_version_was_updated_whatever_became_of_another() -> 
         assert fleet.member("well").version == 1
         assert all(times.num_bytes for times in told)
         assert len(told) == 2
-        assert [entry["num_actors"] for entry in logs if entry["event"] == "published"] == [1]
+        published = [(entry["version"], entry["num_actors"]) for entry in logs if entry["event"] == "published"]
+        assert published[-1] == (1, 1)  # that of version 0 may be told after `drains` serves it
 
 
 @pytest.mark.timeout(20)
