@@ -120,13 +120,16 @@ class BucketWriter:
         buckets = Buckets(self.parameters, buffers, checksums)
         self._used.append((weakref.ref(buckets), buffers))
         on_begin(buckets)
+        made = []
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="checksum") as thread:
                 for parameter, (name, tensor) in zip(self.parameters, tensors, strict=True):
                     assert name == parameter.name
                     tensor_in(buffers[parameter.bucket], parameter).copy_(tensor)
                     if name == self._last_names[parameter.bucket]:
-                        thread.submit(_fulfil, checksums[parameter.bucket], buffers[parameter.bucket])
+                        made.append(thread.submit(_fulfil, checksums[parameter.bucket], buffers[parameter.bucket]))
+            for each in made:
+                each.result()
         except BaseException:
             for result in checksums:
                 if not result.done():

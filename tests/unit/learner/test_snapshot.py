@@ -1,5 +1,6 @@
 """Snapshots against the parameters that they were taken from, byte by byte."""
 
+import asyncio
 import math
 from concurrent.futures import Future
 
@@ -139,7 +140,8 @@ def test_it_is_handed_over_before_it_is_filled_bucket_by_bucket(monkeypatch: pyt
     assert all(torch.equal(received[name], parameter) for name, parameter in model.named_parameters())
 
 
-async def test_a_gather_that_breaks_off_leaves_nobody_waiting() -> None:
+@pytest.mark.parametrize("place", ["learner.weights.snapshot._full", "learner.weights.buckets.checksum"])
+async def test_a_gather_that_breaks_off_leaves_nobody_waiting(place: str) -> None:
     begun: list[Snapshot] = []
     snapshotter = Snapshotter(_Model(), [], is_sender=True, bucket_bytes=1)
     assert snapshotter.take(1) is not None
@@ -148,11 +150,11 @@ async def test_a_gather_that_breaks_off_leaves_nobody_waiting() -> None:
         raise RuntimeError("a rank is gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_full", broken)
+        patch.setattr(place, broken)
         with pytest.raises(RuntimeError, match="a rank is gone"):
             snapshotter.take(2, begun.append)
     with pytest.raises(NotFilled):
-        await begun[0].gathered()
+        await asyncio.wait_for(begun[0].gathered(), 10)
     whole = snapshotter.take(3)
     assert whole is not None
     await whole.gathered()
