@@ -118,7 +118,7 @@ def test_a_schedule_finds_its_mistake(seed: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "seed",
     [
-        29,  # what failed after the end of a weight epoch was reported as unseen (unit/learner/test_epoch.py finds it)
+        29,  # what failed after the end of a weight epoch was reported as unseen (test_epoch.py finds it)
         2017996,  # the simulated engine went on with a step in the middle of a swap, once it was no longer stopped
     ],
 )

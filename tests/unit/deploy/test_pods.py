@@ -155,7 +155,7 @@ def test_a_learner_pod_that_waits_for_the_other_ones_ends_when_it_is_deleted() -
 
 
 def test_the_wire_of_weights_is_left_to_the_learner() -> None:
-    """It takes no NCCL to the GPUs of tensor-parallel actors (tests/unit/learner/test_publisher.py)."""
+    """It takes no NCCL to the GPUs of tensor-parallel actors (tests/unit/learner/weights/test_publisher.py)."""
     backends = {}
     for overlay in ("gpu", "gpu-multinode"):
         manifests = render(overlay)

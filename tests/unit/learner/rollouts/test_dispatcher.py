@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import dataclasses
 import errno
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -288,13 +289,12 @@ async def test_the_user_is_told_once_of_each_reason() -> None:
     ) as setup:
         stats = setup.dispatcher.stats
         await until(lambda: stats().dropped.get("REWARD_RAISED", 0) > 1 and "NO_SIGNAL" in stats().dropped)
-    assert [line.partition(" (")[0] for line in lines if "RAISED" in line] == [
-        f"group dropped, REWARD_RAISED: row {first}, completion 0: KeyError: 'column'"
+    [line] = [line for line in lines if "RAISED" in line]
+    assert line.partition(" (")[0] in [  # they run at once
+        f"group dropped, REWARD_RAISED: row {row}, completion 0: KeyError: 'column'" for row in (first, second)
     ]
     [line] = [line for line in lines if "NO_SIGNAL" in line]
-    assert line.startswith(
-        f"group dropped, NO_SIGNAL: row {Ledger(0, 10).row(0)}: its rewards are all equal; more of them"
-    )
+    assert re.match(r"group dropped, NO_SIGNAL: row \d: its rewards are all equal; more of them", line)
     assert "Dropped groups" in line
     assert len(lines) == 2
 
@@ -310,9 +310,8 @@ async def test_a_dropped_group_is_told_by_the_row_of_its_file() -> None:
     actor = FakeActor("one", version=100, failure=InvalidRequest("chat", "too long"))
     async with dispatching(dataset=Part(10), actor=actor, notify=lines.append) as setup:
         await until(lambda: bool(setup.dispatcher.stats().dropped))
-    assert [line.partition(";")[0] for line in lines] == [
-        f"group dropped, INVALID_REQUEST: row {Ledger(0, 10).row(0) + 100}: chat: too long"
-    ]
+    [line] = lines
+    assert re.match(r"group dropped, INVALID_REQUEST: row 10\d: chat: too long;", line)  # any of those that run at once
 
 
 async def test_nothing_but_failures_ends_the_run() -> None:

@@ -305,7 +305,7 @@ def test_the_innermost_line_of_the_users_code_is_told() -> None:
         return float(json.loads(completion))
 
     line = reward.__code__.co_firstlineno + 1
-    check_failure(reward, "REWARD_RAISED", f"(reward 0) at test_reward_forms.py:{line}")
+    check_failure(reward, "REWARD_RAISED", f"(reward 0) at test_forms.py:{line}")
 
 
 def check_failure(function: Callable[..., Any], reason: str, message: str) -> None:

@@ -20,7 +20,7 @@ from learner.rollouts.dispatcher import DispatchStats
 from learner.step import StepStats
 from tests.helpers.fakes import make_group
 
-METRICS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
+METRICS = Path(__file__).resolve().parents[4] / "docs" / "metrics.md"
 GROUP = dataclasses.replace(
     make_group(0), rewards=np.array([0.25, 0.75], np.float32), reward_parts={"right": (0, 1), "short": (None, 0.5)}
 )
