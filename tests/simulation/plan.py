@@ -93,7 +93,7 @@ def make_plan(rng: random.Random) -> Plan:
         plan = replace(plan, trains_adapter=True)
     elif plan.max_staleness == 1:
         plan = replace(plan, sends_deltas=True)
-    if num_actors > 1 and len(faults) == 9 and plan.slots == 1:
+    if num_actors > 1 and len(faults) == 9 and (plan.slots == 1 or plan.trains_adapter):
         plan = _with_long_steps(plan)
     return plan
 
