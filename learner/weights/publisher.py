@@ -8,7 +8,7 @@
 | an epoch fails | aborts it, says so, reports who is at fault to the fleet, opens the next one with the others |
 | an actor was too slow for an update | leaves it at its version for a while, longer each time |
 | an actor cannot take the LoRA adapter | sends the model with the adapter merged into it, to all, from then on |
-| epochs fail, and nothing else, for ten minutes in which there are actors | ends the run |
+| epochs fail, and nothing else, for ten minutes with actors there, or until all are lost ten times | ends the run |
 
 The trainer never waits for it, and an actor that it cannot bring to a version gets no prompts of that version: the
 fleet knows an actor's version only through `mark_committed`.
@@ -46,6 +46,8 @@ _LONGEST_REST_S = 600.0
 _GATHER_SHARE = 0.25
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
+# Likewise: actors that die of each update are there for some seconds, and load for many minutes.
+_MOST_LOSSES = 10
 # Firewalls and NAT forget connections on which nothing moves, often after four minutes, and tell neither end: after a
 # long step it is quicker to meet again than to find that out.
 _LONGEST_IDLE_S = 120.0
@@ -109,6 +111,7 @@ class Publisher:
         self._num_failures = 0  # in a row
         self._failing_since = 0.0
         self._nobody_since: float | None = None
+        self._num_losses = 0  # of all actors
         self._wake = asyncio.Event()
         fleet.subscribe(self._on_fleet_event)
 
@@ -132,10 +135,12 @@ class Publisher:
             self._gather_s = self._loop.time() - started_at
 
     def _on_fleet_event(self, event: FleetEvent) -> None:
-        # Actors that are gone fail at nothing; those that come, and die of each update, do.
+        # Actors that are gone fail at nothing.
         now = self._loop.time()
         if not self._fleet.live():
-            self._nobody_since = now if self._nobody_since is None else self._nobody_since
+            if self._nobody_since is None:
+                self._nobody_since = now
+                self._num_losses += 1
         elif self._nobody_since is not None:
             self._failing_since += now - self._nobody_since
             self._nobody_since = None
@@ -248,12 +253,13 @@ class Publisher:
         log.warning("epoch failed", epoch=self._last_epoch, reason=str(failure))
         self._notify(f"weight update failed: {failure}")
         if not self._num_failures:
-            self._failing_since = self._loop.time()
+            self._failing_since, self._num_losses = self._loop.time(), 0
         self._num_failures += 1
         failing_s = self._loop.time() - self._failing_since
-        if failing_s > _GIVE_UP_S:
+        if failing_s > _GIVE_UP_S or self._num_losses >= _MOST_LOSSES:
+            losses = f", and all actors were gone {self._num_losses} times" if self._num_losses else ""
             raise UpdatesFailed(
-                f"no weight update has succeeded in {failing_s:.0f} s and {self._num_failures} tries; "
+                f"no weight update has succeeded in {failing_s:.0f} s and {self._num_failures} tries{losses}; "
                 f"the last: {failure}"
             )
         self._deltas.failed()

@@ -321,6 +321,23 @@ async def test_time_without_any_actor_is_no_failure(monkeypatch: pytest.MonkeyPa
         assert not task.done(), task.exception()
 
 
+@pytest.mark.timeout(20)
+async def test_actors_that_die_of_each_update_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long they take to come back."""
+    monkeypatch.setattr(module, "_RETRY_S", 0.001)
+    async with running() as (fleet, task):
+        fleet.publisher.submit(snapshot(0))
+        for i in range(module._MOST_LOSSES + 1):
+            assert not task.done()
+            name = f"life-{i}"
+            actor = await fleet.add(name)
+            actor.refusal["commit"] = Unreachable("out of memory")
+            await until(lambda name=name: fleet.member(name).held or task.done(), 0.001)
+            fleet.drop(name)
+        with pytest.raises(module.UpdatesFailed, match=r"and all actors were gone 10 times; .* out of memory"):
+            await task
+
+
 def unfilled(version: int) -> Snapshot:
     """As `snapshot`; its adapter is still being gathered."""
     whole = snapshot(version)
