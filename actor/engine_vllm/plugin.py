@@ -29,6 +29,12 @@ def register() -> None:
         take_groups()
         tell_cache_load()
     if actor_pid not in (None, str(os.getpid())):
+        from vllm.platforms import current_platform
+
+        from actor.engine_vllm.seeds import keep_seeds
+
+        if current_platform.is_cpu():
+            keep_seeds()
         # vLLM's own processes would outlive an actor that is killed, and compute for nobody.
         end_with_parent(signal.SIGKILL)
         keep_freed()

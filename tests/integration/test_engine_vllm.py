@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from common.types import (
     ActorState,
     ChatMessage,
     ChatPrompt,
+    Completion,
     FinishReason,
     MediaItem,
     MediaPart,
@@ -235,6 +236,30 @@ async def test_each_sample_of_a_group_comes_once_and_whole(
     again = await actor.sample(SAMPLES[0], n=16, max_tokens=40, seed=7)
     tokens = [{c.index: c.token_ids.tolist() for c in group.completions} for group in (sampled, again)]
     assert tokens[0] == tokens[1]
+
+
+async def test_a_seed_gives_the_same_tokens_however_a_prompt_is_split(
+    actor: LiveActor, source: WeightSource, make_model: MakeModel
+) -> None:
+    """The first time not all of them fit into a step; alone they do. And so when an update has them start over."""
+    await source.publish(make_model())
+    prompts = [TokenPrompt(tuple((7 * i + 13 * k) % 200 + 1 for i in range(1100))) for k in range(4)]
+
+    async def completions(prompt: TokenPrompt, max_tokens: int) -> tuple[Completion, ...]:
+        return (await actor.ask(prompt, n=2, max_tokens=max_tokens, seed=7, ignore_eos=True)).completions
+
+    def tokens(groups: Iterable[tuple[Completion, ...]]) -> list[list[int]]:
+        return [completion.token_ids.tolist() for group in groups for completion in group]
+
+    together = await asyncio.gather(*(completions(prompt, 8) for prompt in prompts))
+    assert tokens(together) == tokens([await completions(prompt, 8) for prompt in prompts])
+
+    under_way = asyncio.gather(*(completions(prompt, 400) for prompt in prompts))
+    await until(lambda: actor.engine.load().num_running, pause_s=0.01)
+    await source.publish(make_model())  # the same weights
+    over = await under_way
+    assert all(len(completion.version_spans) == 2 for group in over for completion in group)
+    assert tokens(over) == tokens([await completions(prompt, 400) for prompt in prompts])
 
 
 async def test_closing_the_stream_frees_the_engine(actor: LiveActor) -> None:
