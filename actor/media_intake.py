@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import math
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -33,11 +35,13 @@ class MediaIntake:
         self._metrics = metrics
         self._max_held_bytes = max_held_bytes
         self._held_bytes = 0
+        self._lock = threading.Lock()  # of what is held: a thread that nobody waits for any more releases it
         self._decoded = DecodedMedia(store.max_bytes)
+        self._threads = ThreadPoolExecutor(thread_name_prefix="decode")
 
     @asynccontextmanager
     async def taken(self, media: tuple[MediaItem, ...]) -> AsyncIterator[tuple[EngineMedia, ...]]:
-        """Resolve, verify and decode; they count as held for as long as the block runs.
+        """Resolve, verify and decode; they count as held for as long as the block runs, and a thread decodes.
 
         Raises MediaMissing with every hash that is not stored here, InvalidRequest, TooLarge, and QueueFull before
         anything is decoded that there is no room for.
@@ -51,16 +55,21 @@ class MediaIntake:
             raise TooLarge("media", f"{num_bytes} bytes with what they decode to; the limit is {self._max_held_bytes}")
         if self._held_bytes + num_bytes > self._max_held_bytes:
             raise QueueFull(f"media of {self._held_bytes} bytes are held for the requests under way")
-        self._held_bytes += num_bytes
+        self._hold(num_bytes)
+        decoding = self._threads.submit(_decode, media, contents, self._limits, self._decoded)
         try:
             with tracing.span("actor.decode_media", num_items=len(media)):
-                decoded = await asyncio.to_thread(_decode, media, contents, self._limits, self._decoded)
+                decoded = await asyncio.wrap_future(decoding)
             for item, content in zip(decoded, contents, strict=True):
                 if content_bytes(content) <= self._store.max_item_bytes:
                     self._store.put(item.sha256, content)
             yield decoded
         finally:
-            self._held_bytes -= num_bytes
+            decoding.add_done_callback(lambda _: self._hold(-num_bytes))
+
+    def _hold(self, num_bytes: int) -> None:
+        with self._lock:
+            self._held_bytes += num_bytes
 
     def _contents(self, media: tuple[MediaItem, ...]) -> list[MediaContent]:
         contents: list[MediaContent] = []

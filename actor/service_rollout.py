@@ -24,6 +24,7 @@ from common.errors import (
     Paused,
     QueueFull,
     TooLarge,
+    Unimplemented,
     WeightsPending,
 )
 from common.pb.rollout.v1 import rollout_pb2 as pb
@@ -90,6 +91,9 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             outcome = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
+            raise
+        except (InvalidRequest, TooLarge, Unimplemented, QueueFull, WeightsPending):
+            outcome = "refused"  # by the engine
             raise
         finally:
             self._metrics.groups.labels(outcome).inc()

@@ -1,6 +1,7 @@
 """How full vLLM's cache of keys and values is, and what had to leave it: only the engine process knows.
 
-vLLM tells with each step, if asked to, which costs its front end. Here it is asked now and then.
+vLLM tells with each step, if asked to, which costs its front end. Here it is asked now and then; one that hangs does
+not answer, which vLLM's own check of its health does not notice.
 """
 
 import asyncio
@@ -25,6 +26,8 @@ class CacheLoad:
     def __init__(self, engine: AsyncLLM) -> None:
         self.usage = 0.0
         self.num_preemptions = 0
+        self.unanswered_s = 0.0
+        """How long it has not answered, in whole periods: none passes while this process is stopped itself."""
         self._asking = asyncio.create_task(self._ask(engine))
 
     def stop(self) -> None:
@@ -34,12 +37,24 @@ class CacheLoad:
     async def _ask(self, engine: AsyncLLM) -> None:
         try:
             while True:
-                self.usage, self.num_preemptions = await engine.engine_core.call_utility_async("cache_load")
+                self.usage, self.num_preemptions = await self._answer(engine)
                 await asyncio.sleep(_PERIOD_S)
         except EngineDeadError:
             pass  # others notice
         except Exception as error:  # noqa: BLE001 - vLLM's for what fails there is as plain
             log.warning("the engine does not tell of its cache any more", error=str(error))
+
+    async def _answer(self, engine: AsyncLLM) -> tuple[float, int]:
+        answer: asyncio.Future[tuple[float, int]] = asyncio.ensure_future(
+            engine.engine_core.call_utility_async("cache_load")
+        )
+        try:
+            while not (await asyncio.wait([answer], timeout=_PERIOD_S))[0]:
+                self.unanswered_s += _PERIOD_S
+            self.unanswered_s = 0.0
+            return answer.result()
+        finally:
+            answer.cancel()
 
 
 @functools.cache

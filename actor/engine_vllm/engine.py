@@ -25,7 +25,7 @@ from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
 from actor.validation_sampling import check_prompt_logprobs
 from common.config import ConfigError
-from common.errors import EngineDead, InvalidRequest, Unimplemented, WeightsPending
+from common.errors import EngineDead, InvalidRequest, QueueFull, Unimplemented, WeightsPending
 from common.types import (
     Completion,
     EpochSpec,
@@ -135,13 +135,16 @@ class VllmEngine:
         await self._require().reset_prefix_cache()
 
     async def check(self) -> None:
-        """See `Engine.check`."""
+        """See `Engine.check`. A step may take as long as vLLM's executors wait for one."""
+        from vllm import envs
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             await self._require().check_health()
         except EngineDeadError as error:
             raise EngineDead("the vLLM engine has died; its log says why") from error
+        if self._cache is not None and self._cache.unanswered_s > (limit_s := envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS):
+            raise EngineDead(f"the vLLM engine has not answered for {limit_s} s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)")
 
     def adapters(self) -> tuple[str, ...]:
         """See `Engine.adapters`."""
@@ -275,8 +278,8 @@ class VllmEngine:
     async def _outputs(
         self, engine_input: "EngineInput", parameters: "VllmSamplingParams", request: EngineRequest
     ) -> "AsyncGenerator[RequestOutput, None]":
-        """What vLLM reports. Raises InvalidRequest for what it does not take, and as `_check_model`."""
-        from vllm.exceptions import VLLMClientError
+        """What vLLM reports. Raises InvalidRequest for what it does not take, QueueFull, and as `_check_model`."""
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
         engine, name, lora = self._require(), request.group_id, self._lora_request(request.model)
         prompt: Any = engine_input
@@ -298,6 +301,8 @@ class VllmEngine:
                     yield output
         except (ValueError, VLLMClientError) as error:  # only while it looks at the request
             raise refusal(error, is_structured=parameters.structured_outputs is not None) from error
+        except GracefulHTTPError as error:  # its own bounds on what waits, which `vllm.extra` can set
+            raise QueueFull(error.message) from error
 
     def _lora_request(self, model: str) -> "LoRARequest | None":
         """The adapter that answers. Raises InvalidRequest for one that is not here."""

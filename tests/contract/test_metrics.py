@@ -36,6 +36,9 @@ async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:
     call = actor.rollouts.Generate(pb.GenerateRequest(group_id="g", text="x", sampling=pb.SamplingParams(n=10**6)))
     with pytest.raises(Exception, match=r"sampling\.n"):
         await call.read()
+    call = actor.rollouts.Generate(pb.GenerateRequest(group_id="g", text="x", model="nobody", sampling=sampling))
+    with pytest.raises(Exception, match="nobody"):  # the engine refuses it
+        await call.read()
     samples = await asyncio.to_thread(scrape, port)
     expected = {
         'state{state="serving"}': 1,
@@ -43,7 +46,7 @@ async def test_an_actor_counts_what_it_does(start_actor: StartActor) -> None:
         "policy_version": 0,
         "running_completions": 0,
         'groups_total{outcome="finished"}': 2,
-        'groups_total{outcome="refused"}': 2,
+        'groups_total{outcome="refused"}': 3,
         'completions_total{finish_reason="length"}': 8,
         "tokens_total": 24,
         "first_token_seconds_count": 8,

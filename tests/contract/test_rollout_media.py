@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import io
+import threading
 import time
 from typing import Any
 
@@ -242,3 +243,28 @@ async def test_media_of_requests_under_way_have_a_bound(start_actor: StartActor)
     for task in under_way:
         task.cancel()
     await client.close()
+
+
+async def test_what_is_decoded_for_nobody_is_held_too(start_actor: StartActor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends and cancels has no more than others."""
+    decode, is_decoding, goes_on = media_intake._decode, threading.Event(), threading.Event()
+
+    def decode_slowly(*arguments: Any) -> Any:
+        is_decoding.set()
+        assert goes_on.wait(30)
+        return decode(*arguments)
+
+    monkeypatch.setattr(media_intake, "_decode", decode_slowly)
+    buffer = io.BytesIO()
+    Image.new("1", (1024, 1024)).save(buffer, "PNG")  # 4 MiB once it is decoded
+    item = MediaItem(content_hash(buffer.getvalue()), buffer.getvalue())
+    actor = await start_actor(fake=FAST, limits={"max_held_media_bytes": 6 * 2**20})
+    cancelled = asyncio.create_task(_ask(actor.address, _request(item)))
+    await until(is_decoding.is_set)
+    cancelled.cancel()
+    await until(actor.server._rollouts.idle.is_set)
+    with pytest.raises(QueueFull, match="bytes are held for the requests under way"):
+        await _ask(actor.address, _request(item))
+    goes_on.set()
+    await until(lambda: not actor.server._rollouts._intake._held_bytes)
+    assert await _ask(actor.address, _request(item))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from PIL import Image
+from vllm.exceptions import QueueOverflowError
 
 from actor.config import VllmConfig
 from actor.engine import EngineMedia, EngineRequest
@@ -18,7 +19,7 @@ from actor.engine_vllm import outputs, probes
 from actor.engine_vllm.engine import VllmEngine
 from actor.engine_vllm.outputs import NoProbability, NothingSampled, top_logprobs
 from common.config import ConfigError
-from common.errors import EngineDead, InvalidRequest, TooLarge
+from common.errors import EngineDead, InvalidRequest, QueueFull, TooLarge
 from common.types import (
     Constraint,
     Manifest,
@@ -72,6 +73,22 @@ async def test_only_the_logprobs_that_were_asked_for(engine: VllmEngine, monkeyp
     monkeypatch.setattr(module, "top_logprobs", None)  # not even looked at
     own = await _scored(engine, prompt_logprobs=True)
     assert (own.prompt_logprobs, own.prompt_top_logprobs) == (both.prompt_logprobs, ())
+
+
+async def test_a_bound_of_vllms_own_on_what_waits_is_told_as_ours() -> None:
+    """`vllm.extra` can set some."""
+
+    async def refuse(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        for error in (QueueOverflowError(),):
+            raise error
+        yield
+
+    engine = VllmEngine(Path("model"), VllmConfig(), "actor-1")
+    engine._engine = SimpleNamespace(generate=refuse)  # type: ignore[assignment]
+    request = EngineRequest("g", TextPrompt("x"), (), SamplingParams())
+    parameters = SimpleNamespace(structured_outputs=None)
+    with pytest.raises(QueueFull, match="cannot accept new requests"):
+        [_ async for _ in engine._outputs(cast("Any", {}), cast("Any", parameters), request)]
 
 
 async def test_they_are_made_beside_the_loop(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
