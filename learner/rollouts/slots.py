@@ -24,7 +24,8 @@ class _Waiter:
     min_version: Callable[[], int]
     avoid: AbstractSet[str]
     media: Sequence[bytes]
-    future: asyncio.Future[Member]
+    future: asyncio.Future[tuple[Member, asyncio.Event]]
+    """With what interrupts calls to it from then on."""
 
     def fit(self, free: Iterable[Member]) -> list[Member]:
         """The members that serve a version new enough. -1, which is no version of this run, never is."""
@@ -45,6 +46,19 @@ class Slots:
         self, min_version: Callable[[], int], avoid: AbstractSet[str], media: Sequence[bytes]
     ) -> AsyncIterator[Member]:
         """See `Fleet.slot`."""
+        while True:
+            member, interrupted = await self._next(min_version, avoid, media)
+            if member.interrupted is interrupted:
+                break
+            self._release(member)  # before this task's turn it has gone, or hangs: no call to it would notice
+        try:
+            yield member
+        finally:
+            self._release(member)
+
+    async def _next(
+        self, min_version: Callable[[], int], avoid: AbstractSet[str], media: Sequence[bytes]
+    ) -> tuple[Member, asyncio.Event]:
         waiter = _Waiter(min_version, avoid, media, asyncio.get_running_loop().create_future())
         self._take_up()
         # Whoever waits still cannot be served by those that are free now.
@@ -53,17 +67,13 @@ class Slots:
         else:
             self._waiters.append(waiter)
         try:
-            member = await waiter.future
+            return await waiter.future
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             elif waiter.future.done() and not waiter.future.cancelled():
-                self._release(waiter.future.result())
+                self._release(waiter.future.result()[0])
             raise
-        try:
-            yield member
-        finally:
-            self._release(member)
 
     def offer(self, member: Member) -> None:
         """It may be able to take more than before."""
@@ -101,4 +111,4 @@ class Slots:
         if not member.in_flight:
             member.busy_since = asyncio.get_running_loop().time()
         member.in_flight += 1
-        waiter.future.set_result(member)
+        waiter.future.set_result((member, member.interrupted))

@@ -28,12 +28,19 @@ from learner.weights.transport import Sender, Transport
 
 log = get_logger(__name__)
 
+# A policy may still be gathered while it goes out, and the clocks of the members run meanwhile. Where that takes more
+# than this share of the time that an update has, none of them is at fault for being late.
+GATHER_SHARE = 0.25
 # Where updates have less: a commit that is given up leaves an actor whose version nobody knows.
 _MIN_COMMIT_TIMEOUT_S = 60.0
+# One that hangs must not keep the next version from all others until then: so long after the first that served the
+# new one, or so many times as long as that took.
+_LAST_COMMIT_S = 30.0
+_LAST_COMMIT_RATIO = 10.0
 # How long to wait behind the first that was late, so that the others, hung and cut-off ones too, can speak as well.
 _SPEAK_S = 3.0
-# It says so itself, or its engine does not even answer the server.
-_LATE = (StageTimeout, DeadlineExceeded)
+# Of a member that is late: it says so itself, or its engine does not even answer the server.
+LATE = (StageTimeout, DeadlineExceeded)
 # Who never comes in, while all others wait for it.
 _ABSENT = (DeadlineExceeded, RendezvousUnreachable)
 
@@ -101,16 +108,20 @@ class Epoch:
         manifest, checksums = update.manifest, update.checksums
         version = manifest.policy_version
         started_at = loop.time()
+        gathered_at = [started_at] if not checksums else []
+        for last in checksums[-1:]:  # they are filled in order
+            last.add_done_callback(lambda _: gathered_at.append(loop.time()))
         broadcast = asyncio.ensure_future(self._sender.send(update.buffers, checksums))
         stages = [member.client.stage(run_id, epoch, manifest, timeout_s=timeout_s) for member in self.members]
         try:
             received = await _all_or_fail(f"staging version {version}", self.members, stages, broadcast)
         except EpochFailed as failure:
-            if not all(checksum.done() for checksum in checksums):  # who is late has waited for us
-                others = [(member, error) for member, error in failure.culprits if not isinstance(error, _LATE)]
-                raise EpochFailed(f"{failure}; not all of it was gathered yet", others) from failure
+            gather_s = (gathered_at[0] if gathered_at else loop.time()) - started_at
+            if not gathered_at or gather_s > GATHER_SHARE * timeout_s:  # who is late has waited for us
+                others = [(member, error) for member, error in failure.culprits if not isinstance(error, LATE)]
+                raise EpochFailed(f"{failure}; {gather_s:.1f} s went by with the gather", others) from failure
             culprits = at_fault(failure.culprits)
-            is_late = loop.time() - started_at >= timeout_s and all(isinstance(error, _LATE) for _, error in culprits)
+            is_late = loop.time() - started_at >= timeout_s and all(isinstance(error, LATE) for _, error in culprits)
             raise (TooSlow if is_late else EpochFailed)(str(failure), culprits) from failure
         staged_at = loop.time()
         _check(version, self.members, received, tuple(checksum.result() for checksum in checksums))
@@ -246,22 +257,39 @@ async def _commit_each(
     on_commit: Callable[[Member], None],
 ) -> tuple[list[float], list[tuple[Member, OutriderError]]]:
     """Wait for the commit of each member, which has nothing to do with those of the others: pauses, and who failed."""
+    loop = asyncio.get_running_loop()
+    started_at = loop.time()
+    first: asyncio.Future[None] = loop.create_future()
 
     async def answer(member: Member, commit: Coroutine[Any, Any, float]) -> float:
         pause_s: float = await _while_there(member, commit)
         on_commit(member)
+        if not first.done():
+            first.set_result(None)
         return pause_s
 
-    answers = await asyncio.gather(*map(answer, members, commits), return_exceptions=True)
-    pauses = []
-    culprits = []
-    for member, said in zip(members, answers, strict=True):
-        if isinstance(said, OutriderError):
-            culprits.append((member, said))
-        elif isinstance(said, BaseException):
-            raise said
+    tasks = [asyncio.ensure_future(answer(*pair)) for pair in zip(members, commits, strict=True)]
+    waiting: set[asyncio.Future[Any]] = {*tasks, first}
+    try:
+        while not first.done() and len(waiting) > 1:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if tasks:
+            first_s = loop.time() - started_at
+            await asyncio.wait(tasks, timeout=max(_LAST_COMMIT_S, _LAST_COMMIT_RATIO * first_s))
+    finally:
+        for task in tasks:
+            task.cancel()
+            task.add_done_callback(_look_at)
+    pauses: list[float] = []
+    culprits: list[tuple[Member, OutriderError]] = []
+    for member, task in zip(members, tasks, strict=True):
+        if not task.done():
+            late_s = loop.time() - started_at
+            culprits.append((member, StageTimeout(f"{member.address} has not committed for {late_s:.0f} s")))
+        elif isinstance(error := _error(task), OutriderError):
+            culprits.append((member, error))
         else:
-            pauses.append(said)
+            pauses.append(task.result())
     return pauses, culprits
 
 

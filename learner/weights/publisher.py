@@ -29,7 +29,17 @@ from learner.stopping import RunFailed
 from learner.weights.adapter_forms import AdapterForms
 from learner.weights.buckets import NotFilled, Update
 from learner.weights.deltas import Deltas
-from learner.weights.epoch import CommitFailed, Epoch, EpochFailed, TooSlow, UpdateTimes, num_workers, open_epoch
+from learner.weights.epoch import (
+    GATHER_SHARE,
+    LATE,
+    CommitFailed,
+    Epoch,
+    EpochFailed,
+    TooSlow,
+    UpdateTimes,
+    num_workers,
+    open_epoch,
+)
 from learner.weights.snapshot import Snapshot
 from learner.weights.transport import TorchTransport, Transport
 
@@ -41,9 +51,6 @@ _RETRY_S = 0.2
 # later, then twice as many, and so on.
 _REST_DEADLINES = 4.0
 _LONGEST_REST_S = 600.0
-# An update goes out while the policy is still being gathered, unless the last gather took more than this share of the
-# time that an update may take: the clocks of the members run meanwhile.
-_GATHER_SHARE = 0.25
 # Without a single update that succeeded, while some were tried.
 _GIVE_UP_S = 600.0
 # Likewise: actors that die of each update are there for some seconds, and load for many minutes.
@@ -199,7 +206,7 @@ class Publisher:
             )
 
         with tracing.span("learner.weight_update", policy_version=snapshot.version, num_actors=len(members)):
-            if merged or self._deltas.enabled or self._gather_s > _GATHER_SHARE * self._timeout_s:
+            if merged or self._deltas.enabled or self._gather_s > GATHER_SHARE * self._timeout_s:
                 assert self._gathering is not None
                 await asyncio.wait([self._gathering])
                 if self._snapshot is None:
@@ -271,7 +278,7 @@ class Publisher:
         for member, error in failure.culprits:
             if isinstance(failure, CommitFailed):
                 self._forms.unknown(member)
-            if isinstance(failure, TooSlow):
+            if isinstance(failure, TooSlow) or (isinstance(failure, CommitFailed) and isinstance(error, LATE)):
                 self._rest(member)
             if not self._forms.is_refusal(error) and not self._deltas.is_refusal(error):
                 self._fleet.report_failure(member, error)

@@ -192,16 +192,19 @@ def _merged(adapter: Buckets, base: Buckets, weights_of: Mapping[str, str], *, f
     adapted = {weight: module for module, weight in weights_of.items()}
     parents = {_parent(weight) for weight in adapted}
 
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in base.tensors():
+    def chosen() -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in base.tensors() if full or _parent(name) in parents)
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in chosen():
             if name in adapted:
                 a, b = (matrices[FILE_PREFIX + adapted[name] + ending] for ending in (LORA_A, LORA_B))
                 yield name, merge(tensor, a, b, 1.0)
-            elif full or _parent(name) in parents:
+            else:
                 yield name, tensor
 
-    tensors = list(weights())
-    return BucketWriter(tensors, max(buffer.numel() for buffer in base.buffers)).write(tensors)
+    # One tensor at a time: all of them would be the model once more.
+    return BucketWriter(chosen(), max(buffer.numel() for buffer in base.buffers)).write(merged())
 
 
 def _parent(name: str) -> str:

@@ -24,6 +24,7 @@ from common.errors import (
 )
 from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
+from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
 from common.types import (
     ActorState,
     ChatMessage,
@@ -38,6 +39,7 @@ from common.types import (
     ServerInfo,
     TextPart,
 )
+from common.wire import manifest_to_proto
 from learner.rollouts.sampler import build_request
 from learner.types import PromptSample
 from tests.helpers.fake_actors import StartActor, png
@@ -273,6 +275,42 @@ async def test_bad_fields_are_named(start_actor: StartActor, connect: Callable[.
     with pytest.raises(InvalidRequest) as caught:
         await client.generate(request(n=100_000), timeout_s=10)
     assert caught.value.field == "sampling.n"
+
+
+async def test_a_manifest_is_made_once_for_all_actors_of_an_update(
+    connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 18,000 parameters that holds the learner's loop up for 50 ms."""
+    sent: list[tuple[str, Manifest]] = []
+
+    class Stage(weights_pb2_grpc.WeightServiceServicer):
+        async def Stage(self, request: Any, context: Any) -> Any:  # noqa: N802 - its name in the service
+            sent.append((request.run_id, wire.manifest_from_proto(request.manifest)))
+            return weights_pb2.StageResponse()
+
+    def counted(manifest: Manifest) -> weights_pb2.Manifest:
+        made.append(manifest.policy_version)
+        return manifest_to_proto(manifest)
+
+    made: list[int] = []
+    monkeypatch.setattr(wire, "manifest_to_proto", counted)
+    server = grpc.aio.server()
+    weights_pb2_grpc.add_WeightServiceServicer_to_server(Stage(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    clients = [connect(f"127.0.0.1:{port}") for _ in range(3)]
+    updates = [
+        Manifest(
+            version, (ManifestParameter("w", "F32", (4,), 0, 0),), (ManifestBucket(16, None),), updates_vision=False
+        )
+        for version in (1, 2)
+    ]
+    for update in (*updates, updates[0]):
+        await asyncio.gather(*(client.stage(f"run-{i}", 1, update, timeout_s=10) for i, client in enumerate(clients)))
+    await server.stop(None)
+    expected = [(f"run-{i}", update) for update in (*updates, updates[0]) for i in range(3)]
+    assert sorted(sent, key=lambda said: said[0]) == sorted(expected, key=lambda said: said[0])
+    assert made == [1, 2, 1]
 
 
 async def test_nobody_there(connect: Callable[..., Recorder]) -> None:

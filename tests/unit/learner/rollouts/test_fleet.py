@@ -242,6 +242,22 @@ async def test_cancelled_waiters_leave_no_slot_behind() -> None:
         assert (await waiters[3]).in_flight == 1
 
 
+async def test_who_leaves_before_the_turn_of_the_group_that_was_given_to_it_does_not_get_it() -> None:
+    """No call to it would hear of that any more, and each would wait for its deadline."""
+    one, two = FakeActor("one"), FakeActor("two")
+    async with running(one, two, slots=1) as (fleet, _), fleet.slot(any_version) as other:
+        gone = next(member for member in fleet.members() if member is not other)
+        async with fleet.slot(any_version):
+            waiter = asyncio.ensure_future(anext(aiter_slot(fleet, 0)))
+            await asyncio.sleep(0)
+        # Its slot is given to the waiter in the loop's next turn; it leaves in that one, and the waiter runs after it.
+        asyncio.get_running_loop().call_soon(fleet._leave, fleet._places[gone.address], "killed")
+        await asyncio.sleep(0)
+        assert (gone.in_flight, gone.reachable, waiter.done()) == (1, False, False)
+        assert (await waiter).actor_id == f"{gone.address}#1"
+        assert gone.in_flight == 0
+
+
 @pytest.mark.parametrize(("num_actors", "polls_of_each"), [(1, 20), (64, 20), (128, 10), (256, 5)])
 def test_a_large_fleet_is_polled_less_often(num_actors: int, polls_of_each: int) -> None:
     """In 10 s of virtual time, at 0.5 s between two polls of an actor."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,8 +21,10 @@ from common.errors import (
     Unreachable,
 )
 from common.types import EpochSpec, Manifest, ManifestBucket
+from learner.weights import epoch as module
 from learner.weights.buckets import Update
-from learner.weights.epoch import EpochFailed, TooSlow, at_fault, open_epoch
+from learner.weights.epoch import LATE as LATE_ERRORS
+from learner.weights.epoch import CommitFailed, EpochFailed, TooSlow, at_fault, open_epoch
 from tests.helpers.epoch_clients import Client, member
 from tests.helpers.futures import done
 
@@ -173,13 +176,15 @@ async def test_a_commit_has_the_time_of_an_update_and_never_less_than_a_minute(
 class Receives(Client):
     """Answers with `checksums`, or fails."""
 
-    def __init__(self, *checksums: int, error: OutriderError | None = None) -> None:
+    def __init__(self, *checksums: int, error: OutriderError | None = None, delay_s: float = 0.0) -> None:
         super().__init__("one#1")
         self.checksums = checksums
         self.failure = error
+        self.delay_s = delay_s
         self.committed = 0
 
     async def stage(self, *_: object, timeout_s: float) -> tuple[int, ...]:
+        await asyncio.sleep(self.delay_s)
         if self.failure is not None:
             raise self.failure
         return self.checksums
@@ -207,15 +212,72 @@ async def test_what_was_not_received_as_it_was_sent_is_committed_nowhere(torn: t
     assert [client.committed for client in clients] == [0, 0]
 
 
+class CommitsAfter(Receives):
+    """Takes so long."""
+
+    def __init__(self, commit_s: float) -> None:
+        super().__init__()
+        self.commit_s = commit_s
+
+    async def commit(self, *_: object, timeout_s: float) -> float:
+        await asyncio.sleep(min(self.commit_s, timeout_s))
+        if self.commit_s > timeout_s:
+            raise DeadlineExceeded("no answer")
+        return self.commit_s
+
+
+async def _committed(*commits_s: float, timeout_s: float = 5.0) -> tuple[list[int], list[int]]:
+    """Of members that take so long: which are through, and which are at fault."""
+    members = [member(CommitsAfter(commit_s)) for commit_s in commits_s]
+    through: list[int] = []
+    late: list[int] = []
+    epoch = await open_epoch(replace(SPEC, timeout_s=timeout_s), members, Transport())
+    try:
+        await epoch.send(update(), lambda member: through.append(members.index(member)))
+    except CommitFailed as failure:
+        late = [members.index(culprit) for culprit, error in failure.culprits if isinstance(error, LATE_ERRORS)]
+    return through, late
+
+
+@pytest.mark.timeout(20)  # of the minute that a commit has
+async def test_a_commit_that_hangs_keeps_the_others_no_longer_than_ten_times_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_LAST_COMMIT_S", 0.1)
+    assert await _committed(0.0, math.inf, 0.01) == ([0, 2], [1])
+    assert await _committed(0.05, 0.2) == ([0, 1], [])
+
+
+async def test_the_first_commit_has_all_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LAST_COMMIT_S", 0.0)
+    monkeypatch.setattr(module, "_MIN_COMMIT_TIMEOUT_S", 0.5)
+    assert await _committed(0.3, timeout_s=0.5) == ([0], [])
+    assert await _committed(math.inf, math.inf, timeout_s=0.5) == ([], [0, 1])
+
+
 async def test_who_waits_for_the_gather_is_not_at_fault() -> None:
     late, well, gone = Receives(error=StageTimeout("late")), Receives(error=StageBlocked("")), Receives(error=GONE)
     members = [member(client) for client in (late, well, gone)]
     for said, expected in ((members[:2], []), (members, members[2:])):
         epoch = await open_epoch(SPEC, said, Transport())
-        with pytest.raises(EpochFailed, match="not all of it was gathered yet") as caught:
+        with pytest.raises(EpochFailed, match=r"0\.0 s went by with the gather") as caught:
             await epoch.send(update(done(7), Future()))
         assert not isinstance(caught.value, TooSlow)
         assert [culprit for culprit, _ in caught.value.culprits] == expected
+
+
+@pytest.mark.parametrize(("gather_s", "is_at_fault"), [(0.05, True), (0.45, False), (0.55, False)])
+async def test_who_waited_for_most_of_the_time_is_not_at_fault_either(gather_s: float, is_at_fault: bool) -> None:
+    """Also where all is gathered by the time at which the learner looks."""
+    spec = replace(SPEC, timeout_s=0.5)
+    late: Future[int] = Future()
+    members = [member(Receives(error=StageTimeout("late"), delay_s=0.6))]
+    epoch = await open_epoch(spec, members, Transport())
+    asyncio.get_running_loop().call_later(gather_s, late.set_result, 8)
+    with pytest.raises(EpochFailed) as caught:
+        await epoch.send(update(done(7), late))
+    assert isinstance(caught.value, TooSlow) == is_at_fault
+    assert [culprit for culprit, _ in caught.value.culprits] == members * is_at_fault
 
 
 @pytest.mark.parametrize(

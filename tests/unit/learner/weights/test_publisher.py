@@ -16,6 +16,7 @@ from common.errors import Draining, InvalidRequest, OutriderError, StageTimeout,
 from common.types import LORA_A, LORA_B, ActorState, ActorStatus, EpochSpec, Manifest
 from learner.model.lora import FILE_PREFIX, merge
 from learner.rollouts.members import FleetEvent, Member
+from learner.weights import epoch as epoch_module
 from learner.weights import publisher as module
 from learner.weights.buckets import Buckets, BucketWriter, NotFilled
 from learner.weights.epoch import UpdateTimes
@@ -234,6 +235,26 @@ async def test_a_commit_that_fails_or_lasts_is_that_actors_own() -> None:
 
 
 @pytest.mark.timeout(20)
+async def test_who_hangs_in_a_commit_keeps_the_others_once_and_then_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch_module, "_LAST_COMMIT_S", 0.05)
+    async with running() as (fleet, _):
+        await fleet.add("well")
+        hangs = await fleet.add("hangs")
+        fleet.publisher.submit(snapshot(0))
+        await fleet.all_at(0, "well", "hangs")
+        hangs.hangs.clear()
+        fleet.publisher.submit(snapshot(1))
+        await until(lambda: fleet.member("hangs").held, 0.001)
+        fleet.recover("hangs")  # its server is well
+        for version in (2, 3):
+            fleet.publisher.submit(snapshot(version))
+            await fleet.all_at(version, "well")
+        assert not fleet.member("hangs").held
+        assert fleet.member("hangs").version == 0
+        assert [member.actor_id for member in fleet.publisher._epoch.members] == ["well"]
+
+
+@pytest.mark.timeout(20)
 async def test_after_a_long_step_an_update_has_connections_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as (fleet, _):
         await fleet.add("one")
@@ -379,7 +400,7 @@ async def test_an_update_waits_until_it_is_gathered(why: str, monkeypatch: pytes
         fleet.publisher.submit(snapshot(0))
         await fleet.all_at(0, "one")
         if why == "the last gather was long":
-            monkeypatch.setattr(module, "_GATHER_SHARE", 0.0)
+            monkeypatch.setattr(module, "GATHER_SHARE", 0.0)
         fleet.publisher._deltas.enabled = why == "there may be a delta"
         fleet.wire.began.clear()
         taken = unfilled(1)

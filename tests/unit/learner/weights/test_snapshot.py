@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import weakref
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch import nn
 
 from common import wire
 from common.dtypes import TORCH_DTYPES
-from common.types import Manifest
+from common.types import LORA_A, LORA_B, Manifest
+from learner.model.lora import FILE_PREFIX, merge
 from learner.weights import snapshot as module
-from learner.weights.buckets import NotFilled
-from learner.weights.snapshot import Snapshot, Snapshotter
+from learner.weights.buckets import Buckets, BucketWriter, NotFilled
+from learner.weights.snapshot import AdapterFacts, Snapshot, Snapshotter
 
 
 class _Model(nn.Module):
@@ -158,3 +161,35 @@ async def test_a_gather_that_breaks_off_leaves_nobody_waiting(place: str) -> Non
     whole = snapshotter.take(3)
     assert whole is not None
     await whole.gathered()
+
+
+def test_an_adapter_is_merged_into_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once would be the model once more."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        merged = merge(*args)
+        alive[:] = [tensor for tensor in alive if tensor() is not None] + [weakref.ref(merged)]
+        counts.append(len(alive))
+        return merged
+
+    counts: list[int] = []
+    monkeypatch.setattr(module, "merge", counted)
+    names = [f"l.{i}" for i in range(6)]
+    base = {f"{name}.weight": torch.full((2, 3), float(i)) for i, name in enumerate(names)}
+    halves = {FILE_PREFIX + name + end: torch.ones(shape) for name in names for end, shape in _HALVES.items()}
+    facts = AdapterFacts(1, {name: f"{name}.weight" for name in names})
+    taken = Snapshot(1, _written(halves), _written(base), trains_vision=False, adapter=facts)
+    received = _read(*taken.update(full=True, merged=True))
+    assert {name: tensor.unique().tolist() for name, tensor in received.items()} == {
+        f"{name}.weight": [i + 1.0] for i, name in enumerate(names)
+    }
+    assert len(counts) == 6
+    assert max(counts) <= 2
+
+
+_HALVES = {LORA_A: (1, 3), LORA_B: (2, 1)}
+
+
+def _written(tensors: dict[str, torch.Tensor]) -> Buckets:
+    return BucketWriter(tensors.items(), 64).write(tensors.items())
