@@ -51,8 +51,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
     written, there is something to resume and `resume` is off, or the configuration has other settings than it can go on
     with.
     """
-    if config.run_dir and not config.resume and _has_checkpoints(config.run_dir):
-        raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
+    _check_resume(config)
     # Two launchers are two runs on purpose; a second learner may be what replaces the first.
     patience_s = _GRACE_S if role == "learner" else 0.0
     unfinished = _unfinished(config, role, patience_s) if config.resume and config.run_dir is None else None
@@ -60,8 +59,7 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
         run_dir = config.run_dir or unfinished or _new(config)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        key, place = ("run_dir", config.run_dir) if config.run_dir else ("runs_dir", config.runs_dir)
-        raise _not_written(place, error, f"{key}: ") from None
+        raise _not_written(_place(config), error, _key(config)) from None
     _gets_free(run_dir, patience_s, role)
     with _lock(run_dir, role):  # a disk that fails is told here
         if not _is_ours(run_dir):
@@ -76,6 +74,30 @@ def held(config: LearnerConfig, role: Role) -> Iterator[Path]:
             path = theirs if role == "learner" and theirs.exists() else run_dir / "config.yaml"
             write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         yield run_dir
+
+
+def check(config: LearnerConfig) -> None:
+    """What `held` would refuse, as far as that is known before anything is made. Raises ConfigError."""
+    _check_resume(config)
+    place = _place(config).absolute()
+    there = next(path for path in (place, *place.parents) if os.access(path, os.F_OK))
+    if not there.is_dir():
+        raise _not_written(place, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), _key(config))
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+        raise _not_written(there, OSError(errno.EACCES, os.strerror(errno.EACCES)), _key(config))
+
+
+def _check_resume(config: LearnerConfig) -> None:
+    if config.run_dir and not config.resume and _has_checkpoints(config.run_dir):
+        raise ConfigError(f"resume: is false, but {config.run_dir} has checkpoints; name another run_dir, or none")
+
+
+def _place(config: LearnerConfig) -> Path:
+    return config.run_dir or config.runs_dir
+
+
+def _key(config: LearnerConfig) -> str:
+    return "run_dir: " if config.run_dir else "runs_dir: "
 
 
 @contextlib.contextmanager
@@ -171,6 +193,9 @@ def _unfinished(config: LearnerConfig, role: Role, patience_s: float) -> Path | 
     hint = ""
     empty: Path | None = None
     for run_dir in sorted(config.runs_dir.glob(f"{config.name}-*"), reverse=True):
+        if not os.access(run_dir, os.R_OK | os.X_OK):
+            hint = hint or f"{run_dir}{_owner(run_dir)} cannot be read"
+            continue
         begun = _read(run_dir / "config.yaml")
         if begun is None or begun.get("name") != config.name or _is_finished(run_dir):
             continue

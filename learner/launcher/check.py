@@ -15,6 +15,7 @@ import yaml
 from common.checkpoint import check_checkpoint
 from common.config import ConfigError
 from common.lifecycle import end_with_parent
+from learner import run_folder
 from learner.config import LearnerConfig
 from learner.launcher.actors import addresses
 from learner.launcher.environment import learner_environment
@@ -43,6 +44,7 @@ def mistakes(config: LearnerConfig, *, has_model: bool = True) -> Iterator[tuple
         yield from _said(lambda: share_gpus(config))
     if has_model:
         yield from _said(lambda: check_checkpoint(config.model.path, "model.path"))
+    yield from _said(lambda: run_folder.check(config))
     yield from _said(lambda: check_actors(config.rollout))
     yield from _said(lambda: check_trackers(config.trackers))
 

@@ -49,12 +49,13 @@ def test_a_sound_configuration_is_one_line(check: Check) -> None:
 
 
 def test_every_mistake_is_told(check: Check) -> None:
-    overrides = ("model.path=nope", "reward.functions=[nope:reward]", "rollout.n=300", "rollout.min_actors=3")
-    said = check(*overrides)
+    task = ("model.path=nope", "reward.functions=[nope:reward]", "rollout.n=300", "rollout.min_actors=3")
+    said = check(*task, "runs_dir=rows.jsonl/runs")
     assert (said.returncode, said.stdout) == (2, "")
     found = [
         "outrider: rollout.n is 300, but limits.max_group_size of local.actor is ",
         "outrider: model.path: nope holds no checkpoint",
+        "outrider: runs_dir: ",
         "outrider: rollout.min_actors is 3, but there are 2 actors",
         "outrider: reward: ",
     ]

@@ -389,6 +389,38 @@ def test_a_folder_that_cannot_be_made_is_one_line(
         _chosen(_config(tmp_path, run_dir=made))
 
 
+def test_a_place_where_no_folder_can_be_made_is_known_before_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder.check(_config(tmp_path))
+    run_folder.check(_config(tmp_path / "a" / "b"))
+    run_folder.check(_config(tmp_path, run_dir=tmp_path / "a"))
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "runs"
+    with pytest.raises(ConfigError, match=f"^runs_dir: {below} cannot be written: Not a directory$"):
+        run_folder.check(_config(below))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path if mode else access(path, mode))
+    with pytest.raises(ConfigError, match=f"^runs_dir: {tmp_path} cannot be written: Permission denied$"):
+        run_folder.check(_config(tmp_path / "a" / "b"))
+    with pytest.raises(ConfigError, match=f"^run_dir: {tmp_path} cannot be written: Permission denied$"):
+        run_folder.check(_config(tmp_path, run_dir=tmp_path / "a"))
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_a_folder_that_cannot_be_read_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = _chosen(_config(tmp_path))
+    _checkpoint(theirs)
+    (theirs / "config.yaml").unlink()  # as it seems
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs and access(path, mode))
+    with run_folder.held(_config(tmp_path), "launcher") as mine:
+        assert mine != theirs
+    assert capsys.readouterr().out == f"a new run: {theirs} cannot be read\n"
+
+
 @pytest.mark.parametrize("refused", ["", "launcher.lock", "logs", "logs/learner-0.log", "metrics.jsonl", "checkpoints"])
 def test_a_run_of_another_user_is_left_alone_and_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
@@ -398,7 +430,9 @@ def test_a_run_of_another_user_is_left_alone_and_told_of(
     (theirs / "logs" / "learner-0.log").touch()
     (theirs / "metrics.jsonl").touch()
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs / refused and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path) == theirs / refused)
+    )
     monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
     whose = f"{theirs} (of the user {theirs.owner()})"
     with run_folder.held(_config(tmp_path), "launcher") as mine:
