@@ -121,7 +121,7 @@ async def test_media_that_the_actor_lost_are_sent_again(
 ) -> None:
     client = connect((await start_actor()).address)
     # It believes that the actor holds both.
-    client._remember(item.sha256 for item in request().media)
+    client._known_media.remember(item.sha256 for item in request().media)
     sampled = await client.generate(request(), timeout_s=10)
     assert client.sent == [[False, False], [True, True]]
     assert len(sampled.completions) == 3
@@ -175,7 +175,7 @@ async def test_media_that_fit_neither_store_nor_message_are_missing_at_the_secon
         await client.generate(request(images=images), timeout_s=10)
     assert client.uploads == [2, 2]
     small = request()
-    client._remember(item.sha256 for item in small.media)
+    client._known_media.remember(item.sha256 for item in small.media)
     await client.generate(small, timeout_s=10)
     assert client.sent == [[False, False], [False, False], [False, False], [True, True]]
 
@@ -224,7 +224,7 @@ async def test_those_that_wait_for_media_send_them_where_the_first_fails(
     with pytest.raises(InvalidRequest):
         await first
     assert [len((await other).completions) for other in others] == [3, 3, 3]
-    assert not client._being_sent
+    assert not client._known_media._being_sent
 
 
 async def test_media_of_a_group_that_is_broken_off_are_not_sent_again(
@@ -450,11 +450,11 @@ async def test_the_second_try_sends_what_another_group_has_sent_meanwhile(
 ) -> None:
     client = connect((await start_actor()).address)
     sha256s = [item.sha256 for item in request().media]
-    client._remember(sha256s)
+    client._known_media.remember(sha256s)
     info = client.server_info
 
     async def server_info(**options: float) -> ServerInfo:
-        client._remember(sha256s)  # which the actor may have lost again
+        client._known_media.remember(sha256s)  # which the actor may have lost again
         return await info(**options)
 
     monkeypatch.setattr(client, "server_info", server_info)

@@ -1,22 +1,19 @@
-"""One actor as its clients see it: typed calls with deadlines, domain types in and out.
-
-Every method raises `common.errors.OutriderError`, whatever went wrong on the way.
-"""
+"""`ActorClient` over gRPC."""
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
 
 from common import wire
+from common.client.interface import SampledGroup, ignore
+from common.client.known_media import KnownMedia
 from common.config import ConfigError
 from common.errors import MalformedResponse, MediaMissing, Unreachable, from_rpc_error
 from common.media import media_hash
@@ -31,15 +28,12 @@ from common.types import (
     EpochSpec,
     Frames,
     Manifest,
-    MediaItem,
     PromptInfo,
     RolloutRequest,
     ServerInfo,
 )
 
 CHUNK_BYTES = 2**20
-# Hashes of media that an actor is believed to hold; a wrong belief costs one round trip.
-_MAX_KNOWN_MEDIA = 65536
 # The server's own error, with its reason, should arrive before the deadline of the call.
 _SLACK_S = 2.0
 # How long calls on a connection with old certificates may go on.
@@ -48,69 +42,6 @@ _OLD_CALLS_S = 600.0
 _last_manifest: tuple[Manifest | None, weights_pb2.Manifest] = None, weights_pb2.Manifest()
 
 T = TypeVar("T")
-
-
-def _ignore() -> None:
-    """Nobody asked for progress."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledGroup:
-    """The whole answer to one request: `completions` are all `n` of them, sorted by index."""
-
-    prompt: PromptInfo
-    completions: tuple[Completion, ...]
-
-
-class ActorClient(Protocol):
-    """What the learner asks of an actor. `GrpcClient` is the real one."""
-
-    address: str
-
-    async def generate(
-        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = _ignore
-    ) -> SampledGroup:
-        """Sample a group, all or nothing. `request.media` carry their bytes; only what the actor lacks is sent.
-
-        `on_progress` is called whenever something of it has come.
-        """
-        ...
-
-    async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
-        """Who the actor is, and its state."""
-        ...
-
-    async def server_info(self, *, timeout_s: float = 5.0) -> ServerInfo:
-        """The actor's model and limits."""
-        ...
-
-    async def open_epoch(self, spec: EpochSpec) -> None:
-        """Have the actor join a broadcast group; returns when it is in."""
-        ...
-
-    async def stage(self, run_id: str, epoch: int, manifest: Manifest, *, timeout_s: float) -> tuple[int, ...]:
-        """Have the actor receive one update; the checksum of each bucket received."""
-        ...
-
-    async def commit(self, run_id: str, epoch: int, policy_version: int, *, timeout_s: float) -> float:
-        """Make the staged version live; seconds that generation stood still."""
-        ...
-
-    async def abort(self, run_id: str, epoch: int, *, timeout_s: float = 5.0) -> None:
-        """Have the actor drop what is staged and leave the epoch."""
-        ...
-
-    def holds(self, media: Sequence[bytes]) -> bool:
-        """Whether the actor is believed to have all media of these sha256."""
-        ...
-
-    def forget_media(self) -> None:
-        """Another process answers at this address now: it holds none of the media that were sent."""
-        ...
-
-    async def close(self) -> None:
-        """Close the connection; calls under way fail."""
-        ...
 
 
 class GrpcClient:
@@ -140,32 +71,30 @@ class GrpcClient:
         self._certificates: Certificates | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._open()
-        # An ordered set: the oldest belief goes first.
-        self._known_media: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self._being_sent: dict[bytes, asyncio.Future[None]] = {}
+        self._known_media = KnownMedia()
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
     async def generate(
-        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = _ignore
+        self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = ignore
     ) -> SampledGroup:
         """See `ActorClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
         `timeout_s` bounds each of at most two tries, and what comes before each: waiting for another group that sends
         the same media, and the upload. The second try is made after the actor lacked media.
         """
-        await self._sent_by_others(request.media, timeout_s)
+        await self._known_media.sent_by_others(_hashes(request), timeout_s)
         try:
             return await self._try(request, timeout_s, on_progress, self._inline_max_bytes)
         except MediaMissing:
             # It evicted some, or is not whom it was. Its list may be cut short: send all. Uploads of a burst can push
             # one another out of its store, again and again; what comes with the request needs no store.
             inline_max_bytes = await self._room_in_message(request)
-            self._forget(request.media)  # now: another group may have sent them meanwhile
+            self._known_media.forget(_hashes(request))  # now: another group may have sent them meanwhile
         try:
             return await self._try(request, timeout_s, on_progress, inline_max_bytes)
         except MediaMissing:
-            self._forget(request.media)
+            self._known_media.forget(_hashes(request))
             raise
 
     async def stream(
@@ -205,7 +134,7 @@ class GrpcClient:
         missing = tuple(items.keys() - response.sha256)
         if len(response.sha256) + len(missing) != len(items):
             raise MalformedResponse(f"PutMedia: {len(items)} items were sent, {len(response.sha256)} are stored")
-        self._remember(response.sha256)
+        self._known_media.remember(response.sha256)
         if missing:  # evicted before the call ended
             raise MediaMissing(missing)
 
@@ -217,7 +146,7 @@ class GrpcClient:
     async def _try(
         self, request: RolloutRequest, timeout_s: float, on_progress: Callable[[], None], inline_max_bytes: int
     ) -> SampledGroup:
-        with self._sending(request.media):
+        with self._known_media.sending(_hashes(request)):
             prepared = await self._prepare(request, timeout_s, inline_max_bytes)
             return await self._collect(prepared, timeout_s, on_progress)
 
@@ -233,7 +162,7 @@ class GrpcClient:
                     if prompt is not None or event.group_id != request.group_id:
                         raise MalformedResponse(f"group {request.group_id}: a prompt message for {event.group_id!r}")
                     prompt = event
-                    self._remember(item.sha256 for item in request.media)  # stored, however the call ends
+                    self._known_media.remember(_hashes(request))  # stored, however the call ends
                     continue
                 for completion in event:
                     _check_completion(completion, request, completions)
@@ -245,31 +174,6 @@ class GrpcClient:
         return SampledGroup(prompt, tuple(completions[i] for i in range(request.sampling.n)))
 
     # ------------------------------------------------------------------------------------------------------ media
-
-    async def _sent_by_others(self, media: Sequence[MediaItem], timeout_s: float) -> None:
-        """Wait while other groups send any of these; where one fails, another sends them."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while others := [sent for item in media if (sent := self._being_sent.get(item.sha256)) is not None]:
-                    await asyncio.wait(others)
-
-    @contextlib.contextmanager
-    def _sending(self, media: Sequence[MediaItem]) -> Iterator[None]:
-        """Others wait for what of these the actor lacks, until it has come or this block ends."""
-        sha256s = {item.sha256 for item in media}
-        new = [sha256 for sha256 in sha256s if not (sha256 in self._known_media or sha256 in self._being_sent)]
-        mine: dict[bytes, asyncio.Future[None]] = {sha256: asyncio.get_running_loop().create_future() for sha256 in new}
-        self._being_sent |= mine
-        try:
-            yield
-        finally:
-            for sha256, sent in mine.items():
-                if self._being_sent.get(sha256) is sent:
-                    self._no_longer_sent(sha256)
-
-    def _no_longer_sent(self, sha256: bytes) -> None:
-        if (sent := self._being_sent.pop(sha256, None)) is not None:
-            sent.set_result(None)
 
     async def _room_in_message(self, request: RolloutRequest) -> int:
         """Bytes of files that one message has room for, beside the rest of the request."""
@@ -289,18 +193,6 @@ class GrpcClient:
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)
-
-    def _remember(self, sha256s: Iterable[bytes]) -> None:
-        for sha256 in sha256s:
-            self._known_media[sha256] = None
-            self._known_media.move_to_end(sha256)
-            self._no_longer_sent(sha256)
-        while len(self._known_media) > _MAX_KNOWN_MEDIA:
-            self._known_media.popitem(last=False)
-
-    def _forget(self, media: Sequence[MediaItem]) -> None:
-        for item in media:
-            self._known_media.pop(item.sha256, None)
 
     def holds(self, media: Sequence[bytes]) -> bool:
         """See `ActorClient.holds`."""
@@ -391,6 +283,10 @@ def _check_completion(completion: Completion, request: RolloutRequest, received:
         raise MalformedResponse(f"{where}: has no tokens")
     if not np.isfinite(completion.logprobs).all():
         raise MalformedResponse(f"{where}: has a logprob that is not finite")
+
+
+def _hashes(request: RolloutRequest) -> list[bytes]:
+    return [item.sha256 for item in request.media]
 
 
 def _files(item: bytes | Frames) -> tuple[bytes, ...]:
