@@ -54,7 +54,8 @@ class VllmConfig(Config):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     """Tokens of one step, of all completions together."""
     block_size: int | None = Field(None, ge=1)
-    """Tokens of one block of the cache of keys and values."""
+    """Tokens of one block of the cache of keys and values; samples of a group share the whole blocks of their prompt.
+    By default 32 on CPUs, where vLLM would take 128, and on GPUs vLLM's choice."""
     enable_prefix_caching: bool = True
     """Compute what prompts have in common once."""
     enforce_eager: bool = False

@@ -30,6 +30,7 @@ ENGINE = {
     "max_model_len": 512,
     "max_num_seqs": 512,
     "max_num_batched_tokens": 4096,
+    "block_size": 32,
     "kv_cache_gib": 1,
     "max_images": 1,
 }

@@ -18,6 +18,8 @@ _FIRST_AND_LAST_ONLY = 2**30
 # Said, or the engine takes the one that fits its first structured request, and its front end another for each.
 # `actor.engine_vllm.grammars` bounds this one.
 STRUCTURE_BACKEND: Literal["xgrammar"] = "xgrammar"
+# The smallest that its fast attention takes. In its own blocks of 128 a group of short prompts has nothing in common.
+_CPU_BLOCK_SIZE = 32
 # What vLLM takes as the largest rank.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -90,7 +92,7 @@ def _own_arguments(model: Path, config: VllmConfig, *, is_cpu: bool) -> dict[str
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
-        "block_size": config.block_size,
+        "block_size": config.block_size or (_CPU_BLOCK_SIZE if is_cpu else None),
         "enable_prefix_caching": config.enable_prefix_caching,
         "enforce_eager": config.enforce_eager,
         "tensor_parallel_size": config.tensor_parallel_size,

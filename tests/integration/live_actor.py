@@ -52,7 +52,6 @@ CONFIG = VllmConfig(
     max_model_len=2048,
     max_num_seqs=64,
     max_num_batched_tokens=2048,
-    block_size=32,
     enforce_eager=True,
     max_images=2,
     shutdown_timeout_s=2,

@@ -58,6 +58,14 @@ def test_a_gpu_keeps_room_for_the_vision_tower(monkeypatch: pytest.MonkeyPatch, 
     assert arguments.skip_mm_profiling is is_cpu
 
 
+def test_samples_of_a_group_share_most_of_their_prompt_on_cpus_too(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    assert _config(model).cache_config.block_size == 32
+    assert _config(model, "vllm.block_size=64").cache_config.block_size == 64
+    assert _started(monkeypatch, model, is_cpu=False).block_size is None
+
+
 def test_more_arguments_are_passed_on(model: Path) -> None:
     made = _config(model, "vllm.extra.mm_processor_cache_gb=0.5", "vllm.extra.hf_overrides={rope_theta: 7.0}")
     assert made.model_config.multimodal_config.mm_processor_cache_gb == 0.5
