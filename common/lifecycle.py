@@ -5,6 +5,7 @@ The handlers run inside the event loop, so that `finally` blocks run and drains 
 
 import asyncio
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -54,6 +55,7 @@ def end_process(code: int) -> NoReturn:
     abort the process.
     """
     atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)

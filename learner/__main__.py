@@ -4,6 +4,7 @@ Parse and validate first, then load torch.
 """
 
 import argparse
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -55,16 +56,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(options: argparse.Namespace) -> int:
     from common.config import ConfigError, load_config
+    from common.outliving import outliving_output
     from learner.config import LearnerConfig
     from learner.stopping import RunFailed
 
-    run_dir = None
+    run_dir: Path | None = None
+    trace = ""
     try:
         config = load_config(LearnerConfig, options.config, options.overrides)
         run_dir = config.run_dir
         from learner.run import run
 
-        return run(config)
+        with outliving_output():
+            return run(config)
     except ConfigError as error:
         code, line = error.exit_code, str(error)
     except KeyboardInterrupt:
@@ -73,13 +77,14 @@ def _run(options: argparse.Namespace) -> int:
     except RunFailed as error:
         code, line = 1, str(error)
     except Exception as error:  # noqa: BLE001 - the end of the process: the whole story, then the line for the user
-        traceback.print_exc()
+        trace = traceback.format_exc()
         code, line = 1, f"{type(error).__name__}: {error}"
-    print(f"learner: {line}", file=sys.stderr, flush=True)
     if run_dir is not None and run_dir.is_dir():
         from learner import last_words
 
         last_words.leave(run_dir, code, line)
+    with contextlib.suppress(OSError):  # standard error may be a log on a disk that is full
+        print(f"{trace}learner: {line}", file=sys.stderr, flush=True)
     return code
 
 

@@ -44,6 +44,7 @@ from learner.model.saved import share_weights
 log = get_logger(__name__)
 
 _STATE = "state.json"
+_PARTIAL = ".partial"
 _PREFIX = "step-"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is frozen is in `model.path`, as it was.
@@ -88,7 +89,7 @@ class CheckpointWriter:
         """
         self.wait()
         target = _directory(run_dir, version)
-        partial = target.with_name(f".{target.name}.partial")
+        partial = target.with_name(f".{target.name}{_PARTIAL}")
         if _is_main():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -137,6 +138,12 @@ class CheckpointWriter:
                 shutil.rmtree(old)
             except OSError as error:  # the new one is whole; on NFS a file that somebody has open keeps its directory
                 log.warning("an old checkpoint stays", path=str(old), error=str(error))
+
+
+def drop_partial(run_dir: Path) -> None:
+    """Remove what a kill has left of checkpoints that it cut off. Nobody else may be at work in the folder."""
+    for partial in run_dir.glob(f"checkpoints/.*{_PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

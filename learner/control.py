@@ -283,11 +283,12 @@ class Control:
         except asyncio.CancelledError:
             pass
         except BaseException as error:
-            log.error("the control loop failed", exc_info=error)
             self._failure = error
             self._buffer.fail(error)
             if not self._ready.done():
                 self._ready.set_exception(error)
+            with contextlib.suppress(OSError):  # this error may be that the log's disk is full
+                log.error("the control loop failed", exc_info=error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 

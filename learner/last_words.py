@@ -17,7 +17,7 @@ def leave(run_dir: Path, code: int, line: str) -> None:
     The file is named after their parent, torchrun: a learner whose launcher was killed may still end in the folder.
     """
     path = run_dir / f"last-words-{os.getppid()}"
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{code} {line}\n")
 
 

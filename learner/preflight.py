@@ -43,10 +43,11 @@ def load_task(config: LearnerConfig) -> "tuple[PromptDataset, PromptDataset | No
     Raises ConfigError.
     """
     from learner.data.dataset import load_datasets
-    from learner.rewards.load import load_rewards
+    from learner.rewards.load import load_rewards, undisturbed
 
-    load_rewards(config.reward.functions)
-    return load_datasets(config.data)
+    with undisturbed():
+        load_rewards(config.reward.functions)
+        return load_datasets(config.data)
 
 
 def main() -> int:

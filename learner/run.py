@@ -13,6 +13,7 @@ from common.checkpoint import check_checkpoint
 from common.lifecycle import end_with_parent
 from learner import last_words, run_folder
 from learner.batch.processing import PromptProcessor
+from learner.checkpoint import drop_partial
 from learner.config import LearnerConfig
 from learner.control import Control, sampling_params
 from learner.data.dataset import PromptDataset
@@ -54,6 +55,8 @@ def run(config: LearnerConfig) -> int:
         stack.enter_context(watching(ranks.num_ranks, ranks.rank, config.trainer.rank_timeout_s, on_silence))
         rows = load_task(config) if ranks.is_main else None
         own = stack.enter_context(run_folder.held(config, "learner")) if ranks.is_main else None
+        if own is not None:
+            drop_partial(own)
         run_dir = Path(ranks.broadcast(str(own).encode() if own else None).decode())
         stream = stack.enter_context((run_dir / "logs" / f"learner-{ranks.rank}.log").open("a", encoding="utf-8"))
         logging.configure("info", stream, rank=str(ranks.rank))
@@ -149,8 +152,9 @@ def _describe(policy: Policy) -> str:
 
 def _end_job(run_dir: Path | None, line: str) -> NoReturn:
     """At once: the main thread waits in a collective, which nothing can interrupt. torchrun ends the other ranks."""
-    log.error("the job ends", reason=line)
-    print(f"learner: {line}", file=sys.stderr, flush=True)
     if run_dir is not None:
         last_words.leave(run_dir, 1, line)
+    with contextlib.suppress(OSError):  # as of a full disk
+        print(f"learner: {line}", file=sys.stderr, flush=True)
+        log.error("the job ends", reason=line)
     os._exit(1)

@@ -66,5 +66,6 @@ class StopRequest:
         if self._is_heeded and self._made_at is None:
             self._made_at = now
         elif self._made_at is None or now - self._made_at > _SAME_S:
+            self._made_at = now  # what is interrupted may lose the exception, as a destructor does
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise KeyboardInterrupt

@@ -21,6 +21,8 @@ import yaml
 
 from common.config import ConfigError
 from learner.config import LocalConfig
+from learner.launcher.interrupts import put_off
+from learner.run_folder import write_whole
 
 _HOST = "127.0.0.1"
 # A learner that is killed has this long to come back before its actors give up.
@@ -97,11 +99,11 @@ class LocalActors:
         for actor in self._actors:
             if not actor.pid and (_is_taken(actor.address) or _is_loading(actor.address)):
                 raise ConfigError(f"{actor.address} is in use by another process; stop it, or set local.base_port")
+        self._write_known()
         for actor in self._actors:
             if not actor.pid:
                 self._spawn(actor)
                 print(f"actor {actor.address} loads the model; its log is {self._log_path(actor)}", flush=True)
-        self._write_known()
 
     def restart_dead(self) -> None:
         """Start those again that have died, and say so. Raises ConfigError if one cannot live."""
@@ -122,7 +124,6 @@ class LocalActors:
             print(f"actor {actor.address} ended with {code}, and is started again{why}; {self._see(actor)}", flush=True)
             actor.num_restarts += 1
             self._spawn(actor)
-            self._write_known()
 
     def terminate(self) -> None:
         """Ask all to stop."""
@@ -177,15 +178,16 @@ class LocalActors:
         environment = dict(os.environ)
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus_of(actor)
-        self._config_path(actor).write_text(self._settings(actor))
+        write_whole(self._config_path(actor), self._settings(actor))
         command = [sys.executable, "-m", "actor", "--config", str(self._config_path(actor))]
         command += ["--model", str(self._model), "--listen", actor.address]
-        with self._log_path(actor).open("ab") as log:
+        with self._log_path(actor).open("ab") as log, put_off():
             actor.log_offset = log.tell()
             actor.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        actor.pid, actor.started_at = actor.process.pid, time.monotonic()
+            actor.pid, actor.started_at = actor.process.pid, time.monotonic()
+        self._write_known()
 
     def _exit_code(self, actor: _Actor) -> int | None:
         """None while it runs; -1 if nobody can know."""
@@ -218,7 +220,7 @@ class LocalActors:
         return _log_path(self._run_dir, actor.index)
 
     def _write_known(self) -> None:
-        _known_path(self._run_dir).write_text(json.dumps({actor.address: actor.pid for actor in self._actors}))
+        write_whole(_known_path(self._run_dir), json.dumps({actor.address: actor.pid for actor in self._actors}))
 
 
 def _log_path(run_dir: Path, index: int) -> Path:

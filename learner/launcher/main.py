@@ -10,6 +10,7 @@ learner after its step and with a checkpoint; a second one does so at once.
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -39,6 +40,10 @@ Every key of the configuration can be given as key.path=value; learner/config/ l
 _POLL_S = 0.2
 # From Ctrl-C: what is still there after this is killed, but for a learner that ends its step.
 _STOP_S = 3.0
+# The exit code of a process that a signal has ended is more, as a shell says it.
+_SIGNALLED = 128
+# A disk that takes nothing any more.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
 def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConfig, Path], Path] | None" = None) -> int:
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
     options = parse(arguments)
 
     from common.config import ConfigError, load_config
+    from common.outliving import outliving_output
     from learner.config import LearnerConfig
 
     try:
@@ -55,9 +61,14 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
             from learner.launcher.check import check
 
             return check(config, str(options.config), has_model=prepare is None)
-        return _run(config, prepare)
+        with outliving_output():
+            return _run(config, prepare)
     except ConfigError as error:
         return _say(2, str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _say(1, f"{error.filename or 'a file of the run'}: {error.strerror}")
     except KeyboardInterrupt:
         print("\noutrider: stopped; the same command resumes at the last checkpoint", file=sys.stderr)
         return 130
@@ -101,25 +112,30 @@ def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path
 def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
     from learner import last_words
     from learner.launcher.actors import LocalActors
+    from learner.launcher.interrupts import put_off
 
     actors = LocalActors(config.local, config.model.path, run_dir, lora_rank=_lora_rank(config), gpus=gpus.actors)
     learner: subprocess.Popen[bytes] | None = None
     was_killed = is_asked = False
     try:
         actors.start()
-        learner = _start_learner(config, run_dir, gpus.learner)
+        with put_off():
+            learner = _start_learner(config, run_dir, gpus.learner)
         words = None
         while learner.poll() is None and words is None:
             actors.restart_dead()
             time.sleep(_POLL_S)
             words = last_words.read(run_dir, learner.pid)
-        if learner.returncode == 0:
+        code = learner.poll()
+        if code == 0 and (run_dir / "summary.json").exists():
             return 0
-        if learner.returncode is not None:
-            words = last_words.read(run_dir, learner.pid) if learner.returncode > 0 else None
-        was_killed = words is None
-        killed = f"the learner was killed; the same command resumes it. The actors wait for it: {actors}"
-        return _say(*(words or (1, killed)))
+        if code is not None:
+            words = last_words.read(run_dir, learner.pid)
+        was_killed = words is None and code is not None and (code < 0 or code > _SIGNALLED)
+        if was_killed:
+            waiting = f". The actors wait for it: {actors}" if config.local.num_actors else ""
+            words = 1, f"the learner was killed; the same command resumes it{waiting}"
+        return _say(*(words or (1, f"the learner ended before its run, and could not say why; see {run_dir}/logs")))
     except KeyboardInterrupt:
         is_asked = True
         raise
@@ -162,11 +178,12 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
 
     from learner import last_words
     from learner.launcher.environment import learner_environment
+    from learner.run_folder import write_whole
 
     last_words.clear(run_dir)  # one may have ended only now
     path = run_dir / "learner.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    command = [sys.executable, "-m", "learner.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(config.local.num_ranks), "-m", "learner", "--config", str(path)]
     with (run_dir / "logs" / "torchrun.log").open("ab") as log:
         return subprocess.Popen(

@@ -6,10 +6,13 @@ A package offers its rewards under short names in its pyproject.toml, as this on
     exact_match = "learner.rewards.exact_match:exact_match"
 """
 
+import contextlib
 import importlib
 import importlib.metadata
+import os
+import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.config import ConfigError, NotYet
@@ -17,6 +20,20 @@ from learner.rewards.base import GroupReward
 from learner.rewards.forms import as_group_reward
 
 ENTRY_POINTS = "outrider.rewards"
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put back what modules of the user, which the block imports, change of this process: directory, signals."""
+    directory = Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        os.chdir(directory)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def load_object(path: str, what: str) -> object:
@@ -30,6 +47,11 @@ def load_object(path: str, what: str) -> object:
         raise ConfigError(f"{what}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?") from None
     except ConfigError:
         raise
+    except SystemExit:
+        raise ConfigError(
+            f"{what}: {module_name!r} ends the process when it is imported (sys.exit); "
+            'what is a program in it belongs below `if __name__ == "__main__":`'
+        ) from None
     except Exception as error:
         raise mistake(f"{what}: cannot import {module_name!r}", error) from error
     try:

@@ -8,7 +8,7 @@ from common import log as logging
 from common.config import ConfigError
 from common.types import Completion
 from learner.rewards.base import RewardError, ScoringTask
-from learner.rewards.load import load_rewards
+from learner.rewards.load import load_rewards, undisturbed
 from learner.rewards.process import RewardProcess
 from learner.types import PromptSample, Scores
 
@@ -46,7 +46,8 @@ class RewardRunner:
     ) -> None:
         if weights and len(weights) != len(names):
             raise ConfigError(f"reward: {len(weights)} weights for {len(names)} functions")
-        load_rewards(names)  # mistakes show here, not in the first group
+        with undisturbed():
+            load_rewards(names)  # mistakes show here, not in the first group
         self._decode = decode
         self._processes = [
             RewardProcess(tuple(names), tuple(weights or [1.0] * len(names)), timeout_s=timeout_s)

@@ -16,6 +16,7 @@ error, and so does the trainer's next `buffer.take`.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -146,8 +147,9 @@ class Dispatcher:
         except BaseExceptionGroup as errors:
             # The first one; the others are its consequence or say the same of another group.
             cause = errors.exceptions[0]
-            log.error("the rollouts failed", error=str(cause), kind=type(cause).__name__)
             self._buffer.fail(cause)
+            with contextlib.suppress(OSError):  # this error may be that the log's disk is full
+                log.error("the rollouts failed", error=str(cause), kind=type(cause).__name__)
             raise cause from None
         finally:
             self._buffer.close()

@@ -165,7 +165,7 @@ def test_a_killed_launcher_leaves_no_learner_and_its_actors_are_found_again(laun
     pids = actor_pids(run_dir)
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
-    wait_for(lambda: not first.left("learner") and not first.left("torch.distributed.run"), 20)
+    wait_for(lambda: not first.left("learner") and not first.left("learner.torchrun"), 20)
     assert all(is_alive(pid) for pid in pids.values())
 
     second = launch(SLOW, port)
@@ -237,7 +237,7 @@ def test_a_second_signal_waits_for_no_learner(launch: Launch, tmp_path: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_everything_loads(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
     launched = launch(SLOW)
-    launched.until(lambda: launched.left("torch.distributed.run"), START_S, "torchrun")
+    launched.until(lambda: launched.left("learner.torchrun"), START_S, "torchrun")
     check_stops(launched, number=number)
 
 

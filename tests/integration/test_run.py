@@ -71,7 +71,7 @@ def test_kills_of_an_actor_and_of_the_learner_cost_no_group(launch: Launch, tmp_
     back_at = last_step(run_dir)
     checkpoint = run_dir / "checkpoints" / f"step-{(back_at // CHECKPOINT_EVERY + 2) * CHECKPOINT_EVERY:06}"
     first.until(checkpoint.exists, 120, "a checkpoint")
-    learners = [pid for pid in first.left("learner") if pid not in first.left("torch.distributed.run")]
+    learners = [pid for pid in first.left("learner") if pid not in first.left("learner.torchrun")]
     assert len(learners) == 1
     os.kill(learners[0], signal.SIGKILL)
     assert first.exit_code(30) == 1

@@ -19,7 +19,7 @@ from common.config import ConfigError
 from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.checkpoint import latest_checkpoint, read_state
+from learner.checkpoint import drop_partial, latest_checkpoint, read_state
 from learner.config import LearnerConfig
 from learner.distributed import TIMEOUT, Ranks, join_ranks
 from learner.policy import Policy
@@ -379,3 +379,13 @@ def test_an_export_can_be_read_by_whom_the_umask_lets(umask: int, mode: int, mod
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in export.rglob("*") if path.is_file()}
     assert {"model.safetensors", "adapter_model.safetensors", "config.json"} <= modes.keys()
     assert modes == dict.fromkeys(modes, mode)
+
+
+def test_what_a_kill_has_cut_off_is_removed(tmp_path: Path) -> None:
+    whole, partial = (tmp_path / "checkpoints" / name for name in ("step-000004", ".step-000005.partial"))
+    for path in (whole, partial):
+        path.mkdir(parents=True)
+        (path / "0_0.distcp").touch()
+    drop_partial(tmp_path)
+    assert [*whole.parent.iterdir()] == [whole]
+    drop_partial(tmp_path / "new")

@@ -259,3 +259,20 @@ def test_who_is_waited_for_is_said_again_and_again(
 )
 def test_the_first_that_is_waited_for_has_its_log_named(missing: dict[str, str], line: str) -> None:
     assert still_waiting(missing, 40.4, {"127.0.0.1:2": Path("r/logs/actor-1.log")}) == line
+
+
+@pytest.mark.timeout(20)
+def test_a_disk_that_is_full_under_the_log_ends_the_run(make_control: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    async def start(**_: Any) -> None:
+        raise ConfigError("no actor answers")
+
+    control = make_control()
+    monkeypatch.setattr(control._fleet, "start", start)
+    monkeypatch.setattr("learner.control.log.error", full_disk)
+    with pytest.raises(ConfigError, match="no actor answers"):
+        control.start()
+    with pytest.raises(ConfigError, match="no actor answers"):
+        control.take_batch(0, lambda _: True)

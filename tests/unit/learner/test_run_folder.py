@@ -458,3 +458,13 @@ def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: pytes
     whose = re.escape(f"{theirs} (of the user {theirs.owner()})")
     with pytest.raises(ConfigError, match=rf"^{whose} cannot be written: Permission denied$"):
         _chosen(_config(tmp_path, run_dir=theirs))
+
+
+def test_last_words_can_be_read_whatever_they_say(tmp_path: Path) -> None:
+    last_words.leave(tmp_path, 1, "ValueError: half of a pair: \ud83d")
+    assert last_words.read(tmp_path, os.getppid()) == (1, "ValueError: half of a pair: \\ud83d")
+
+
+def test_last_words_that_cannot_be_written_hide_no_others(tmp_path: Path) -> None:
+    last_words.leave(tmp_path / "gone", 1, "OSError: disk full")
+    assert last_words.read(tmp_path / "gone", os.getppid()) is None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -152,3 +153,36 @@ def live(run_dir: Path, started: list[subprocess.Popen[bytes]], num_rounds: int)
     for _ in range(num_rounds):
         started[-1].wait(10)
         actors.restart_dead()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_started_when_ctrl_c_comes_is_known(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """In a session of its own it would live on, with its port and its memory, and nobody would find it."""
+    start_one = actors.subprocess.Popen  # type: ignore[attr-defined]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        process = start_one(*arguments, **options)
+        signal.raise_signal(number)
+        return process
+
+    def raise_interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(actors.subprocess, "Popen", interrupted)  # type: ignore[attr-defined]
+    (tmp_path / "logs").mkdir()
+    before = signal.signal(number, raise_interrupt)
+    local = LocalActors(
+        LocalConfig(num_actors=2, base_port=free_ports(2), actor={"engine": "fake"}), tmp_path, tmp_path
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            local.start()
+        assert signal.getsignal(number) is raise_interrupt
+    finally:
+        signal.signal(number, before)
+    assert len(started) == 1
+    local.terminate()
+    local.end(time.monotonic() + 10)
+    assert started[0].returncode == -signal.SIGTERM

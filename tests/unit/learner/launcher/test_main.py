@@ -1,6 +1,8 @@
 """What the single-machine launcher says of its learner's end."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -86,24 +88,83 @@ def test_a_checkpoint_of_the_stop_that_cannot_be_written_is_told_of(
     def ctrl_c(_actors: LocalActors) -> None:
         raise KeyboardInterrupt
 
-    config = LearnerConfig.model_validate(
-        {
-            "name": "task",
-            "model": {"path": "model"},
-            "data": {"train": "rows.jsonl"},
-            "trainer": {"total_steps": 3, "batch_prompts": 2},
-            "rollout": {"actors": ["127.0.0.1:1"]},
-            "local": {"num_actors": 0},
-        }
-    )
     monkeypatch.setattr(main, "_start_learner", start)
     monkeypatch.setattr(main, "_STOP_S", 60.0)
     monkeypatch.setattr(LocalActors, "restart_dead", ctrl_c)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):
-            main._run_in(tmp_path, config, GpuShares())
+            main._run_in(tmp_path, _config(0), GpuShares())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert capsys.readouterr().err == "outrider: OSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("num_actors", "end", "said", "is_kept"),
+    [
+        (1, "sys.exit(0)", "the learner ended before its run, and could not say why; see ", False),
+        (1, "sys.exit(1)", "the learner ended before its run, and could not say why; see ", False),
+        (1, "sys.exit(137)", "the learner was killed; the same command resumes it. The actors wait for it: ", True),
+        (1, "os.kill(0, 9)", "the learner was killed; the same command resumes it. The actors wait for it: ", True),
+        (0, "sys.exit(137)", "the learner was killed; the same command resumes it", True),
+    ],
+)
+def test_a_learner_that_ends_without_a_word(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_actors: int,
+    end: str,
+    said: str,
+    is_kept: bool,
+) -> None:
+    """Killed, it will be started again; after anything else nobody waits for it, as after a disk that was full."""
+
+    def start(*_: object) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", f"import os, sys; {end}"], start_new_session=True)
+
+    def terminate(actors: LocalActors) -> None:
+        ended.append(actors)
+
+    ended: list[LocalActors] = []
+    monkeypatch.setattr(main, "_start_learner", start)
+    for name in ("start", "restart_dead", "end"):
+        monkeypatch.setattr(LocalActors, name, lambda *_: None)
+    monkeypatch.setattr(LocalActors, "terminate", terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main._run_in(tmp_path, _config(num_actors), GpuShares()) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"outrider: {said}")
+    assert bool(ended) is not is_kept
+    assert line.endswith(said) or num_actors
+
+
+def test_a_disk_that_is_full_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/task-1/actors.json")
+
+    monkeypatch.setattr(main, "_run", run)
+    (tmp_path / "run.yaml").write_text(json.dumps(_config(0).model_dump(mode="json")))
+    assert main.main(["--config", str(tmp_path / "run.yaml")]) == 1
+    assert capsys.readouterr().err == "outrider: runs/task-1/actors.json: No space left on device\n"
+
+
+def _config(num_actors: int) -> LearnerConfig:
+    return LearnerConfig.model_validate(
+        {
+            "name": "task",
+            "model": {"path": "model"},
+            "data": {"train": "rows.jsonl"},
+            "trainer": {"total_steps": 3, "batch_prompts": 2},
+            "rollout": {"actors": ["127.0.0.1:1"]},
+            "local": {"num_actors": num_actors},
+        }
+    )

@@ -1,6 +1,7 @@
 """Rewards by name: import paths, entry points, and mistakes in one line."""
 
 import importlib.metadata
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -135,3 +136,30 @@ def test_mistakes_in_the_configuration(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(LearnerConfig, None, [*needed, override])
     assert message in str(caught.value)
+
+
+def test_a_module_that_ends_the_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its exit code, 0 as often as not, the run would seem to have ended well."""
+    (tmp_path / "program_reward.py").write_text("import sys\ndef reward(completion): return 1.0\nsys.exit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'program_reward' ends the process when it is imported") as caught:
+        load_reward("program_reward:reward")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_module_changes_of_the_learners_process_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import os, signal
+os.chdir("/")
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def reward(completion): return 1.0
+"""
+    (tmp_path / "rude_reward.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    RewardRunner(["rude_reward:reward"], decode=str).close()
+    assert Path.cwd() == tmp_path
+    assert signal.getsignal(signal.SIGINT) is handler
