@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ _STOP_S = 3.0
 # The exit code of a process that a signal has ended is more, as a shell says it.
 _SIGNALLED = 128
 # A disk that takes nothing any more.
+_FULL_BYTES = 2**16
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
@@ -135,7 +137,7 @@ def _run_in(run_dir: Path, config: "LearnerConfig", gpus: "GpuShares") -> int:
         if was_killed:
             waiting = f". The actors wait for it: {actors}" if config.local.num_actors else ""
             words = 1, f"the learner was killed; the same command resumes it{waiting}"
-        return _say(*(words or (1, f"the learner ended before its run, and could not say why; see {run_dir}/logs")))
+        return _say(*(words or (1, _wordless(run_dir))))
     except KeyboardInterrupt:
         is_asked = True
         raise
@@ -160,6 +162,11 @@ def _say(code: int, line: str) -> int:
     """The last words of this command; its exit code."""
     print(f"outrider: {line}", file=sys.stderr)
     return code
+
+
+def _wordless(run_dir: Path) -> str:
+    why = "the disk is full" if shutil.disk_usage(run_dir).free < _FULL_BYTES else "it could not say why"
+    return f"the learner ended before its run: {why}; see {run_dir}/logs"
 
 
 def _lora_rank(config: "LearnerConfig") -> int:

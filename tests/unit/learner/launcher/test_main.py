@@ -104,8 +104,8 @@ def test_a_checkpoint_of_the_stop_that_cannot_be_written_is_told_of(
 @pytest.mark.parametrize(
     ("num_actors", "end", "said", "is_kept"),
     [
-        (1, "sys.exit(0)", "the learner ended before its run, and could not say why; see ", False),
-        (1, "sys.exit(1)", "the learner ended before its run, and could not say why; see ", False),
+        (1, "sys.exit(0)", "the learner ended before its run: it could not say why; see ", False),
+        (1, "sys.exit(1)", "the learner ended before its run: it could not say why; see ", False),
         (1, "sys.exit(137)", "the learner was killed; the same command resumes it. The actors wait for it: ", True),
         (1, "os.kill(0, 9)", "the learner was killed; the same command resumes it. The actors wait for it: ", True),
         (0, "sys.exit(137)", "the learner was killed; the same command resumes it", True),
