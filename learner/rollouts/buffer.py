@@ -5,6 +5,7 @@ more than `max_staleness` versions behind is never trained: it leaves the buffer
 back to the dispatcher, which counts it and samples the prompt again.
 """
 
+import bisect
 import threading
 from collections.abc import Callable, Sequence
 
@@ -32,17 +33,20 @@ class GroupBuffer:
         self.on_stale: Callable[[list[Group]], None] | None = None
         """Called, on the thread that takes, with the groups that `take` found too stale."""
         self._groups: dict[int, Group] = {}
+        self._order: list[tuple[int, int]] = []  # oldest version and sequence number of each, sorted
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
     def put(self, group: Group) -> None:
         """Add a finished group. Never blocks; raises `ValueError` for a second group of one sequence number."""
+        place = (group.oldest_version, group.sequence)
         with self._changed:
             if group.sequence in self._groups:
                 raise ValueError(f"sequence {group.sequence} is in the buffer already")
             if len(self._groups) >= self.max_groups:
                 raise ValueError(f"the buffer holds {self.max_groups} groups already; the credit rule was broken")
             self._groups[group.sequence] = group
+            bisect.insort(self._order, place)
             self._changed.notify_all()
 
     def take(
@@ -91,16 +95,20 @@ class GroupBuffer:
         """As many groups, of the oldest policy; none if they are too few, or refused."""
         if len(self._groups) < batch:
             return []
-        groups = sorted(self._groups.values(), key=lambda g: (g.oldest_version, g.sequence))[:batch]
+        groups = [self._groups[sequence] for _, sequence in self._order[:batch]]
         return groups if accept(groups) else []
 
     def _stale(self, version: int, max_staleness: int) -> list[Group]:
         oldest = version - max_staleness
-        return [group for group in self._groups.values() if group.stale_share(oldest) > self._max_stale_share]
+        # Called for each group that comes: only those with anything too old are looked at.
+        old = (self._groups[sequence] for _, sequence in self._order[: bisect.bisect_left(self._order, (oldest,))])
+        return [group for group in old if group.stale_share(oldest) > self._max_stale_share]
 
     def _remove(self, groups: list[Group]) -> None:
         for group in groups:
             del self._groups[group.sequence]
+        if groups:
+            self._order = [place for place in self._order if place[1] in self._groups]
 
     def fail(self, error: BaseException) -> None:
         """Make every `take`, now and later, raise `error`. The first error stays."""

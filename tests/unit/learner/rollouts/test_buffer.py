@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -168,3 +168,33 @@ def test_staleness_only_grows_with_the_version(spans: list[list[tuple[int, int]]
     assert [share > 0 for share in shares] == [version > group.oldest_version for version in range(7)]
     tokens = [version for of_one in ascending for version, length in of_one for _ in range(length)]
     assert shares[2] == sum(version < 2 for version in tokens) / len(tokens)
+
+
+@pytest.mark.timeout(60)
+def test_the_tokens_of_a_group_are_looked_at_once_however_many_come() -> None:
+    """Each group that comes wakes who waits for a batch, on whose lock the event loop puts the next one."""
+    looked_at: list[str] = []
+
+    class Counted(Group):
+        @property
+        def oldest_version(self) -> int:
+            looked_at.append("oldest")
+            return super().oldest_version
+
+        def stale_share(self, oldest_allowed: int) -> float:
+            looked_at.append("share")
+            return super().stale_share(oldest_allowed)
+
+    buffer = GroupBuffer(200)
+    fields = [field.name for field in dataclasses.fields(Group)]
+    with ThreadPoolExecutor(1) as trainer:
+
+        def accept(_: Sequence[Group]) -> bool:
+            return len(buffer._groups) == 200
+
+        taken = trainer.submit(buffer.take, 100, version=3, max_staleness=1, accept=accept)
+        for sequence in range(200):
+            group = make_group(sequence, version=2 + sequence % 2)
+            buffer.put(Counted(**{name: getattr(group, name) for name in fields}))
+        assert [group.sequence for group in taken.result()] == list(range(0, 200, 2))
+    assert looked_at == ["oldest"] * 200
