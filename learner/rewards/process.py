@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
 
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
@@ -25,7 +26,8 @@ class RewardProcess:
     """Scores groups, one at a time.
 
     It is a pool of one: whatever goes wrong in it is of the group that it was given, and no lock is shared with others.
-    It is started as a new program ("spawn"): this process has threads and gRPC, which a fork would break.
+    It is started as a new program ("spawn"): this process has threads and gRPC, which a fork would break. What a reward
+    starts in it is of its process group, and ends with it.
 
     Args:
         names: of the reward functions; `learner.rewards.load` says what a name is.
@@ -38,6 +40,7 @@ class RewardProcess:
         self._weights = weights
         self._timeout_s = timeout_s
         self._pool: ProcessPool | None = None
+        self._context = _Groups()
         self._is_closed = False
         self._lock = threading.Lock()  # pools start and end in threads, also when nobody waits for them any more
         self._running()
@@ -92,9 +95,7 @@ class RewardProcess:
             if self._is_closed:
                 raise RuntimeError("the rewards are closed")
             with _signals_blocked():
-                self._pool = ProcessPool(
-                    1, initializer=worker.start, initargs=(os.getpid(),), context=multiprocessing.get_context("spawn")
-                )
+                self._pool = ProcessPool(1, initializer=worker.start, initargs=(os.getpid(),), context=self._context)
                 self._pool.schedule(worker.preload, args=(self._names,))
             return self._pool
 
@@ -107,6 +108,29 @@ class RewardProcess:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+            self._context.kill()
+
+
+class _Groups(SpawnContext):
+    """Starts processes, each of which makes a group of its own, and knows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        """What pebble calls for a worker."""
+        process = SpawnProcess(*args, **options)
+        self._begun.append(process)
+        return process
+
+    def kill(self) -> None:
+        """Kill what the workers have left, which have ended themselves."""
+        for process in self._begun:
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        self._begun.clear()
 
 
 @contextlib.contextmanager

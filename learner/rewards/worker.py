@@ -29,8 +29,9 @@ class Failure:
 
 def start(learner: int) -> None:
     """Call it first in the process. `learner` is the process id of the parent."""
-    # The learner, whose group this is, ends its step when it hears it, and needs the rewards for that. A handler, since
-    # programs that a reward starts would inherit that it is ignored.
+    os.setpgid(0, 0)  # what a reward starts is of this group, and `RewardProcess` kills all of it
+    # Who ends the learner may mean all of its processes, but it ends its step, and needs the rewards for that. It is a
+    # handler, since programs that a reward starts would inherit that the signal is ignored.
     signal.signal(signal.SIGTERM, _go_on)
     signal.siginterrupt(signal.SIGTERM, False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked until here, see `RewardProcess`

@@ -126,6 +126,23 @@ async def test_what_a_reward_starts_can_be_ended_by_it() -> None:
         assert (await score(rewards)).tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(("ending", "reason"), [("hang", "REWARD_TIMEOUT"), ("exit", "REWARD_CRASHED"), ("", None)])
+async def test_what_a_reward_has_started_ends_with_its_process(
+    ending: str, reason: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with running("starts_a_program", timeout_s=1) as rewards:
+        if reason is None:
+            await score(rewards, ending)
+            rewards.close()
+        else:
+            with pytest.raises(RewardError) as caught:
+                await score(rewards, ending)
+            assert caught.value.reason == reason
+        [program] = [int(line.split()[1]) for line in capfd.readouterr().out.splitlines() if "program" in line]
+        async with asyncio.timeout(10):
+            await until(lambda: not is_alive(program), pause_s=0.01)
+
+
 async def test_mathematics_that_never_ends_is_a_timeout() -> None:
     texts = ["$7$", "$9^{9^{9^{9}}}$"]
     rewards = RewardRunner(

@@ -75,6 +75,17 @@ def ends_others(**_: Any) -> bool:
     return program.returncode == -signal.SIGTERM == -os.WTERMSIG(os.waitpid(copy, 0)[1])
 
 
+def starts_a_program(completions: list[Any], ground_truth: list[str]) -> list[float]:
+    """One that outlives the call, and then hangs, exits or answers, as the row says."""
+    print(f"program {subprocess.Popen(['sleep', '600']).pid}", flush=True)
+    match ground_truth[0]:
+        case "hang":
+            time.sleep(600)
+        case "exit":
+            os._exit(3)
+    return [1.0] * len(completions)
+
+
 def has_no_opinion(ground_truth: str) -> bool:
     """Of which rows `length_or_none` knows nothing."""
     return int(ground_truth) % 50 == 49
