@@ -30,6 +30,8 @@ Role = Literal["launcher", "learner"]
 # As long as Kubernetes lets a pod take to end.
 _GRACE_S = 300.0
 _LOOK_S = 0.5
+# A probe of another process lasts microseconds.
+_PROBE_S, _NUM_PROBES = 0.01, 50
 # What no other try will change.
 _NO_PLACE = {
     errno.EACCES,
@@ -101,14 +103,15 @@ def _key(config: LearnerConfig) -> str:
 
 
 @contextlib.contextmanager
-def _lock(run_dir: Path, role: Role) -> Iterator[None]:
+def _lock(run_dir: Path, role: Role, *, is_probe: bool = False) -> Iterator[None]:
+    """Have the role; as a probe, only see that nobody has it."""
     try:
         descriptor = os.open(run_dir / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise _not_written(run_dir, error) from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, is_probe=is_probe)
         except BlockingIOError:
             raise NotYet(
                 f"{run_dir}: another {role} is at work in this run folder; stop it, or set resume=false"
@@ -121,6 +124,19 @@ def _lock(run_dir: Path, role: Role) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, *, is_probe: bool) -> None:
+    """Raises BlockingIOError if another process has it, or for half a second many look whether one has."""
+    if is_probe:  # which do not see each other
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return
+    for _ in range(_NUM_PROBES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_PROBE_S)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _not_written(place: Path, error: OSError, key: str = "") -> ConfigError | NotYet:
@@ -149,7 +165,7 @@ def _is_free(run_dir: Path, *roles: Role) -> bool:
     try:
         with contextlib.ExitStack() as locks:
             for role in roles or get_args(Role):
-                locks.enter_context(_lock(run_dir, role))
+                locks.enter_context(_lock(run_dir, role, is_probe=True))
             return True
     except NotYet:
         return False

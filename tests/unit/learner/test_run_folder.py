@@ -468,3 +468,23 @@ def test_last_words_can_be_read_whatever_they_say(tmp_path: Path) -> None:
 def test_last_words_that_cannot_be_written_hide_no_others(tmp_path: Path) -> None:
     last_words.leave(tmp_path / "gone", 1, "OSError: disk full")
     assert last_words.read(tmp_path / "gone", os.getppid()) is None
+
+
+def test_who_looks_whether_a_folder_is_free_takes_it_from_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command of the same name goes through all unfinished runs, while one of them is started again."""
+    mine = _chosen(_config(tmp_path))
+    with run_folder._lock(mine, "launcher", is_probe=True):
+        assert run_folder._is_free(mine)
+        flock, refusals = fcntl.flock, iter([BlockingIOError()] * 3)
+
+        def probed(descriptor: int, operation: int) -> None:
+            if operation & fcntl.LOCK_EX and (refusal := next(refusals, None)) is not None:
+                raise refusal
+            flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", probed)
+    with run_folder.held(_config(tmp_path), "launcher") as run_dir:
+        assert run_dir == mine
+        assert not run_folder._is_free(mine, "launcher")
