@@ -49,53 +49,66 @@ class RolloutPool:
         self._in_flight: collections.Counter[ActorClient] = collections.Counter()
 
     async def generate(self, request: RolloutRequest, *, timeout_s: float) -> SampledGroup:
-        """Sample a group on some actor, within `timeout_s` in all. Raises OutriderError, the last one that came."""
+        """Sample a group on some actor, within `timeout_s` in all.
+
+        Raises OutriderError: the last one that came, or DeadlineExceeded, which tells that one's words.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_s
         asked: set[ActorClient] = set()
-        tries = {asyncio.create_task(self._try_each(request, deadline, asked))}
+        said: list[OutriderError] = []
+        tries = {asyncio.create_task(self._try_each(request, deadline, asked, said))}
         try:
             async with asyncio.timeout_at(deadline):
                 if self._hedge_after_s is not None and len(self._clients) > 1:
                     done, _ = await asyncio.wait(tries, timeout=self._hedge_after_s)
                     if not done:
-                        tries.add(asyncio.create_task(self._try_each(request, deadline, asked)))
+                        tries.add(asyncio.create_task(self._try_each(request, deadline, asked, said)))
                 return await _first_answer(tries)
         except TimeoutError:
-            raise DeadlineExceeded(f"no actor answered within {timeout_s:g} s") from None
+            words = f"; the last one that failed: {said[-1]}" if said else ""
+            raise DeadlineExceeded(f"no actor answered within {timeout_s:g} s{words}") from None
         finally:
             for task in tries:
                 task.cancel()
             await asyncio.gather(*tries, return_exceptions=True)
 
-    async def _try_each(self, request: RolloutRequest, deadline: float, asked: set[ActorClient]) -> SampledGroup:
-        """One actor after the other. `asked` is shared by all who try for this group: they never meet on one."""
+    async def _try_each(
+        self, request: RolloutRequest, deadline: float, asked: set[ActorClient], said: list[OutriderError]
+    ) -> SampledGroup:
+        """One actor after the other. `asked` is shared by all who try for this group: they never meet on one. So is
+        `said`, what those that failed have answered.
+        """
+        clock = asyncio.get_running_loop().time
         num_failures = 0
-        pause_s = _PAUSE_S
-        mine: set[ActorClient] = set()
+        again_at: dict[ActorClient, float] = {}  # those that failed here may have recovered by then
         while True:
             free = [client for client in self._clients if client not in asked]
             if not free:
-                await asyncio.sleep(pause_s)
-                asked -= mine  # those that failed may have recovered
-                mine.clear()
+                await asyncio.sleep(min(again_at.values(), default=clock() + _PAUSE_S) - clock())
+                for client in [client for client, at in again_at.items() if at <= clock()]:
+                    del again_at[client]
+                    asked.remove(client)
                 continue
             client = min(free, key=lambda client: self._in_flight[client])
             asked.add(client)
             self._in_flight[client] += 1
+            pause_s = _PAUSE_S
             try:
-                left_s = deadline - asyncio.get_running_loop().time()
+                left_s = deadline - clock()
                 return await client.generate(request, timeout_s=max(0.0, left_s))
             except _HOPELESS:
                 raise
             except QueueFull as error:
+                said.append(error)
                 pause_s = max(error.retry_after_s, _PAUSE_S)
-            except OutriderError:
+            except OutriderError as error:
+                said.append(error)
                 num_failures += 1
                 if num_failures >= self._max_failures:
                     raise
             finally:
                 self._in_flight[client] -= 1
-            mine.add(client)
+            again_at[client] = clock() + pause_s
 
 
 async def _first_answer(tries: Iterable[asyncio.Task[SampledGroup]]) -> SampledGroup:

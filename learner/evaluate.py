@@ -99,44 +99,49 @@ async def evaluate(
     sampling raises.
     """
     failed: collections.Counter[str] = collections.Counter()
-    room = asyncio.Semaphore(_MAX_ROWS_AT_ONCE)
     turns = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
     async def ask(row: int) -> _Answer | None:
         """None for a row that failed."""
-        async with room:
-            async with turns:
-                sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
+        async with turns:
+            sample, expected = await to_own_thread(f"evaluate-{row}", _prepare, rows, row, processor)
 
-            async def answers(name: str, sampling: SamplingParams) -> Group:
-                request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
-                group = await sampler.sample(request, min_version=lambda: version, expected=expected)
-                scores = await rewards.score(sample, group.completions)
-                kept = replace(sample, images=(), image_bounds=(), extra={})
-                told = (request.group_id, row, kept, expected, group.prompt, group.completions)
-                return Group(*told, scores.rewards, scores.parts)
+        async def answers(name: str, sampling: SamplingParams) -> Group:
+            request = build_request(f"{group_prefix}.{name}{row}", sample, sampling)
+            group = await sampler.sample(request, min_version=lambda: version, expected=expected)
+            scores = await rewards.score(sample, group.completions)
+            kept = replace(sample, images=(), image_bounds=(), extra={})
+            told = (request.group_id, row, kept, expected, group.prompt, group.completions)
+            return Group(*told, scores.rewards, scores.parts)
 
-            try:
-                answer = await answers("", greedy)
-                num_passed = 0
-                if sampled is not None:
-                    num_passed = int(((await answers("samples.", sampled)).rewards >= settings.pass_reward).sum())
-            except (GroupFailed, RewardError) as error:
-                log.warning("held-out row has no score", row=sample.row, reason=error.reason, error=str(error))
-                failed[error.reason] += 1
-                if failed.total() > settings.max_failed_share * len(rows):
-                    raise TooManyFailed(_too_many(sample, error, failed.total(), len(rows))) from error
-                return None
-            num_tokens = len(answer.completions[0].token_ids)
-            kept = answer if row < _MAX_KEPT_ROWS else None
-            return _Answer(float(answer.rewards[0]), num_tokens, answer.reward_parts, num_passed, kept)
+        try:
+            answer = await answers("", greedy)
+            num_passed = 0
+            if sampled is not None:
+                num_passed = int(((await answers("samples.", sampled)).rewards >= settings.pass_reward).sum())
+        except (GroupFailed, RewardError) as error:
+            log.warning("held-out row has no score", row=sample.row, reason=error.reason, error=str(error))
+            failed[error.reason] += 1
+            if failed.total() > settings.max_failed_share * len(rows):
+                raise TooManyFailed(_too_many(sample, error, failed.total(), len(rows))) from error
+            return None
+        num_tokens = len(answer.completions[0].token_ids)
+        kept = answer if row < _MAX_KEPT_ROWS else None
+        return _Answer(float(answer.rewards[0]), num_tokens, answer.reward_parts, num_passed, kept)
 
+    async def ask_in_turn() -> None:
+        for row in in_turn:
+            answered[row] = await ask(row)
+
+    in_turn = iter(range(len(rows)))
+    answered: list[_Answer | None] = [None] * len(rows)
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(row)) for row in range(len(rows))]
+            for _ in range(min(_MAX_ROWS_AT_ONCE, len(rows))):
+                group.create_task(ask_in_turn())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
-    told = [*filter(None, (task.result() for task in tasks))]
+    told = [*filter(None, answered)]
     rates = {}
     if sampled is not None:
         rates = {k: sum(pass_at_k(sampled.n, each.num_passed, k) for each in told) / len(told) for k in settings.k}

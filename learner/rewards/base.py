@@ -14,6 +14,9 @@ from typing import Any, Protocol, Self
 from common.types import Completion
 from learner.types import PromptSample, Scores
 
+# Of a message, which goes to the terminal: a function may return, or raise, all that the model wrote.
+_MAX_CHARACTERS = 2000
+
 
 class RewardError(Exception):
     """A group has no rewards.
@@ -23,7 +26,7 @@ class RewardError(Exception):
     """
 
     def __init__(self, reason: str, message: str, *, trace: str = "", place: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= _MAX_CHARACTERS else f"{message[:_MAX_CHARACTERS]} ...")
         self.reason = reason
         self.trace = trace
         self.place = place
@@ -84,11 +87,18 @@ def as_number(value: Any, returned: object, where: str) -> float:
     if getattr(value, "ndim", None) == 0:  # scalars of numpy and torch
         value = value.item()
     if not isinstance(value, numbers.Real):
-        raise RewardError("REWARD_NOT_A_NUMBER", f"{where}: the reward returned {returned!r}")
+        raise RewardError("REWARD_NOT_A_NUMBER", f"{where}: the reward returned {_shown(returned)}")
     try:
         number = float(value)
     except OverflowError:  # an int, as long as what the model wrote
         number = math.inf
     if not math.isfinite(number):
-        raise RewardError("REWARD_NOT_FINITE", f"{where}: the reward returned {returned!r}")
+        raise RewardError("REWARD_NOT_FINITE", f"{where}: the reward returned {_shown(returned)}")
     return number
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return f"a value of the type {type(value).__name__}, too long to be shown"

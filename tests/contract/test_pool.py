@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.client import GrpcClient, SampledGroup
-from common.errors import DeadlineExceeded, InvalidRequest, Unreachable
+from common.errors import DeadlineExceeded, InvalidRequest, OutriderError, QueueFull, Unreachable
 from common.pool import RolloutPool, _first_answer
 from common.types import PromptInfo, RolloutRequest, SamplingParams, TextPrompt
 from tests.helpers.fake_actors import FakeActor, StartActor
@@ -78,6 +78,25 @@ async def test_a_full_actor_is_asked_again(start_actor: StartActor, pool_of: Mak
     groups = await asyncio.gather(*(pool.generate(request(f"g{i}"), timeout_s=20) for i in range(2)))
     assert [len(group.completions) for group in groups] == [3, 3]
     assert num_groups(actor, "refused") >= 1
+
+
+async def test_a_full_actor_keeps_none_from_another_that_has_recovered() -> None:
+    """Each is asked again after its own time."""
+
+    class Client:
+        def __init__(self, *errors: OutriderError) -> None:
+            self.errors = iter(errors)
+
+        async def generate(self, *_: Any, **__: Any) -> Any:
+            if (error := next(self.errors, None)) is not None:
+                raise error
+            return "a group"
+
+    full, recovers = Client(*[QueueFull("full", retry_after_s=60.0)] * 9), Client(Unreachable("gone"))
+    assert await RolloutPool([full, recovers]).generate(request(), timeout_s=10) == "a group"  # type: ignore[list-item, comparison-overlap]
+    full = Client(*[QueueFull("3 wait", retry_after_s=60.0)] * 9)
+    with pytest.raises(DeadlineExceeded, match=r"no actor answered within 0\.5 s; the last one that failed: 3 wait"):
+        await RolloutPool([full]).generate(request(), timeout_s=0.5)  # type: ignore[list-item]
 
 
 async def test_one_deadline_for_all_tries(start_actor: StartActor, pool_of: MakePool) -> None:

@@ -103,6 +103,24 @@ async def test_greedy_accuracy_alone_asks_once_per_row() -> None:
     assert told == [(row, 0, {"judge": [row / ROWS]}) for row in range(ROWS)]
 
 
+async def test_so_many_rows_are_asked_at_once_and_the_others_are_no_tasks_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20,000 rows, tasks would hold the learner's loop up for seconds."""
+
+    class Watching(CountingSampler):
+        async def sample(self, *arguments: Any, **options: Any) -> Any:
+            num_tasks.append(len(asyncio.all_tasks()) - before)
+            await asyncio.sleep(0)
+            return await super().sample(*arguments, **options)
+
+    num_tasks: list[int] = []
+    before = len(asyncio.all_tasks())
+    monkeypatch.setattr("learner.evaluate._MAX_ROWS_AT_ONCE", 2)
+    result, requests = await run(EvaluationConfig(), sampler=Watching())
+    assert sorted(request.group_id for request in requests) == [f"r.held-out.7.{row}" for row in range(ROWS)]
+    assert result.num_rows == ROWS
+    assert max(num_tasks) <= 2
+
+
 async def test_answers_of_the_first_rows_are_kept_and_parts_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("learner.evaluate._MAX_KEPT_ROWS", 2)
     result, _ = await run(EvaluationConfig())

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from common.types import ChatMessage, MediaPart, TextPart
 from examples.digits import data
-from learner.rewards.base import RewardError
+from learner.rewards.base import RewardError, as_number
 from learner.rewards.forms import as_group_reward
 from learner.rewards.scoring import score
 from learner.types import Scores
@@ -273,6 +273,15 @@ def test_none_leaves_a_function_out() -> None:
 )
 def test_what_is_no_number(returned: object, reason: str, message: str) -> None:
     check_failure(lambda **_: returned, reason, message)
+
+
+def test_what_is_very_long_is_told_in_short() -> None:
+    """All that the model wrote, as a number or a text; Python refuses to write ints of more than 4,300 digits."""
+    too_long = "completion 0 (reward 0): the reward returned a value of the type int, too long to be shown"
+    check_failure(lambda **_: 10**5000, "REWARD_NOT_FINITE", too_long)
+    with pytest.raises(RewardError, match=r"the reward returned 'xxx.*xxx \.\.\.$") as caught:
+        as_number("x" * 10**6, "x" * 10**6, "row 4")
+    assert len(str(caught.value)) < 2100
 
 
 @pytest.mark.parametrize(
