@@ -137,10 +137,11 @@ async def evaluate(
     answered: list[_Answer | None] = [None] * len(rows)
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(_MAX_ROWS_AT_ONCE, len(rows))):
-                group.create_task(ask_in_turn())
+            tasks = [group.create_task(ask_in_turn()) for _ in range(min(_MAX_ROWS_AT_ONCE, len(rows)))]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others say the same of another row
+    for task in tasks:
+        task.result()  # raises if a row lost its slot because the fleet ends, which to a task group is no error
     told = [*filter(None, answered)]
     rates = {}
     if sampled is not None:

@@ -1,4 +1,4 @@
-"""One rank of the parity suite, as a process of its own: `... RANK WORLD SEQUENCE MODES STORE DIRECTORY...`.
+"""One rank of the parity suite: `... SEQUENCE MODES DIRECTORY...`, among torchrun's variables.
 
 Each directory is of one family: its checkpoint in `model`, this rank's packs in `packs-<rank>.safetensors`, the adapter
 in `adapter`. Each of MODES, names with commas, takes one step whose optimizer only looks at the gradients; rank 0
@@ -9,13 +9,11 @@ packs and share each of them.
 import json
 import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -30,6 +28,7 @@ from learner.model.parallelize import parallelize
 from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
 from learner.step import train_step
+from tests.helpers.ranks import joined_over_gloo
 
 LOSS = AlgorithmConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
 # Where rounding would move tokens over the clip, so that all of their gradient comes or goes.
@@ -65,17 +64,13 @@ class Recorder(torch.optim.Optimizer):
                 self.gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-def main(rank: int, world: int, sequence: int, modes: str, store: Path, *directories: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
-    mesh = init_device_mesh("cpu", (world,))
-    group = make_sequence_group("cpu", world, sequence)
-    for directory in directories:
-        for mode in modes.split(","):
-            run_mode(directory, mode, dict(MODES[mode]), rank, mesh, group)
-    dist.destroy_process_group()
+def main(sequence: int, modes: str, *directories: Path) -> None:
+    with joined_over_gloo() as (rank, world):
+        mesh = init_device_mesh("cpu", (world,))
+        group = make_sequence_group("cpu", world, sequence)
+        for directory in directories:
+            for mode in modes.split(","):
+                run_mode(directory, mode, dict(MODES[mode]), rank, mesh, group)
 
 
 def run_mode(
@@ -111,4 +106,4 @@ def run_mode(
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], *map(Path, sys.argv[5:]))
+    main(int(sys.argv[1]), sys.argv[2], *map(Path, sys.argv[3:]))

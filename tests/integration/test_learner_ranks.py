@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -90,25 +89,7 @@ def _run(directory: Path, model_dir: Path, cases: Mapping[str, Packs], num_ranks
         (directory / name).mkdir(parents=True)
         for rank, batches in enumerate(packs):
             save_file({"packs": encode_packs(batches)}, directory / name / f"{rank}.safetensors")
-    paths = [str(path) for path in (directory / "store", model_dir, *(directory / name for name in cases))]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.training_ranks", str(rank), str(num_ranks), *paths],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_ranks(num_ranks, "tests.integration.training_ranks", str(model_dir), *(str(directory / name) for name in cases))
     return {
         name: Result(
             [json.loads((directory / name / f"{rank}.json").read_text()) for rank in range(num_ranks)],

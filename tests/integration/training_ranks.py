@@ -1,4 +1,4 @@
-"""One rank of a training run, as a process of its own: `... RANK WORLD STORE MODEL CASE...`.
+"""One rank of a training run: `... MODEL CASE...`, among torchrun's variables.
 
 For each case, a directory, it reads its packs as the transport sends them, takes three steps under FSDP2 on Gloo and
 writes its statistics; rank 0 writes the full parameters too. The name of the directory says what is special: `sgd...`,
@@ -9,13 +9,11 @@ for each copy of the parameters).
 import json
 import sys
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -30,19 +28,16 @@ from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
 from learner.step import train_step
 from tests.helpers.enlarged import enlarge
+from tests.helpers.ranks import joined_over_gloo
 
 NUM_STEPS = 3
 LOSS = AlgorithmConfig(entropy_coef=0.01)
 
 
-def main(rank: int, world: int, store: Path, model_dir: Path, *cases: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for case in cases:
-        run_case(rank, make_mesh("cpu", world, 2 if "hybrid" in case.name else None), model_dir, case)
-    dist.destroy_process_group()
+def main(model_dir: Path, *cases: Path) -> None:
+    with joined_over_gloo() as (rank, world):
+        for case in cases:
+            run_case(rank, make_mesh("cpu", world, 2 if "hybrid" in case.name else None), model_dir, case)
 
 
 def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
@@ -63,4 +58,4 @@ def run_case(rank: int, mesh: DeviceMesh, model_dir: Path, case: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:]))
+    main(*map(Path, sys.argv[1:]))

@@ -176,6 +176,23 @@ async def test_a_group_that_no_actor_takes_is_a_failed_row() -> None:
     assert (result.accuracy, result.failed) == (pytest.approx((1 + 2 + 3) / 12), {"INVALID_REQUEST": 1})
 
 
+@pytest.mark.parametrize("row", [0, ROWS - 1, None])
+async def test_rows_that_lose_their_slots_leave_no_score_of_the_others(
+    row: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fleet ends, and cancels who waits: for every row, or for one of them."""
+    monkeypatch.setattr("learner.evaluate._MAX_ROWS_AT_ONCE", 2)
+
+    class Ending(CountingSampler):
+        async def sample(self, request: RolloutRequest, **options: Any) -> Any:
+            if row is None or request.group_id.endswith(f".{row}"):
+                raise asyncio.CancelledError
+            return await super().sample(request, **options)
+
+    with pytest.raises(asyncio.CancelledError):
+        await run(EvaluationConfig(), sampler=Ending())
+
+
 async def test_what_passes_is_a_setting() -> None:
     result, _ = await run(EvaluationConfig(samples=3, k=(1,), pass_reward=0.2))
     assert result.pass_at_k == {1: 1.0}
