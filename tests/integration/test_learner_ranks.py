@@ -193,6 +193,17 @@ def test_all_ranks_resume_at_the_checkpoint_that_rank_0_sees(tmp_path: Path, mod
         assert seen == {"state": {"version": 2}, "version": 2, "values": [2.0]}
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, model_dir: Path) -> None:
+    """Parameters and the optimizer's state: the next step is the one that the ranks before would have taken."""
+    steps = {}
+    for num_ranks in (2, 1):
+        output = tmp_path / f"{num_ranks}.safetensors"
+        run_ranks(num_ranks, "tests.integration.reshard_ranks", str(tmp_path / "run"), str(model_dir), str(output))
+        steps[num_ranks] = load_file(output)
+    assert steps[2]
+    torch.testing.assert_close(steps[1], steps[2], rtol=0, atol=1e-8)
+
+
 def test_ranks_of_a_node_load_one_after_the_other(tmp_path: Path, model_dir: Path) -> None:
     """Policy and reference: each rank holds them whole until they are sharded."""
     run_ranks(2, "tests.integration.loading_ranks", str(tmp_path), str(model_dir))
