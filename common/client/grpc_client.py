@@ -38,6 +38,7 @@ CHUNK_BYTES = 2**20
 _SLACK_S = 2.0
 # How long calls on a connection with old certificates may go on.
 _OLD_CALLS_S = 600.0
+_CLOSED = "the connection was closed"
 
 _last_manifest: tuple[Manifest | None, weights_pb2.Manifest] = None, weights_pb2.Manifest()
 
@@ -49,8 +50,8 @@ class GrpcClient:
 
     Args:
         address: "host:port".
-        tls: the directory of certificates, see `common.rpc.tls`; None: plaintext. When they change, `status`,
-            `stream` and `upload` go over to a new connection; what runs on the old one may finish.
+        tls: the directory of certificates, see `common.rpc.tls`; None: plaintext. When they change, the next call
+            makes a new connection; what runs on the old one may finish.
         inline_max_bytes: media of one request beyond this are uploaded in chunks first, so that no single message
             blocks the event loops of both ends.
         max_message_bytes: of one message, either way. What the actor allows beyond this does not arrive.
@@ -70,6 +71,7 @@ class GrpcClient:
         self._tls = tls
         self._certificates: Certificates | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._open()
         self._known_media = KnownMedia()
 
@@ -101,14 +103,13 @@ class GrpcClient:
         self, request: RolloutRequest, *, timeout_s: float
     ) -> AsyncGenerator[PromptInfo | list[Completion], None]:
         """The events of one group as they come, of a request sent as it is. Closing the iterator cancels the call."""
-        self._renew()
-        call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
-        try:
-            with _errors():
+        with _errors():
+            call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
+            try:
                 async for message in call:
                     yield wire.response_from_proto(message)
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
 
     async def put_media(self, items: Sequence[bytes | Frames], *, timeout_s: float = 60.0) -> None:
         """Upload image files, and the frames of videos, in chunks."""
@@ -119,7 +120,6 @@ class GrpcClient:
 
         In two calls: while the server takes in a chunk of one, a chunk of the other is on its way.
         """
-        self._renew()
         parts = [dict(itertools.islice(items.items(), start, None, 2)) for start in range(min(2, len(items)))]
         calls = [asyncio.ensure_future(self._put(part, timeout_s)) for part in parts]
         try:
@@ -206,7 +206,6 @@ class GrpcClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> ActorStatus:
         """See `ActorClient.status`."""
-        self._renew()
         request = weights_pb2.GetStatusRequest()
         return wire.status_from_proto(await _call(self._weights.GetStatus(request, timeout=timeout_s)))
 
@@ -237,9 +236,20 @@ class GrpcClient:
 
     async def close(self) -> None:
         """See `ActorClient.close`."""
+        self._is_closed = True
         for task in self._closing:
             task.cancel()
         await self._channel.close(None)
+
+    @property
+    def _rollouts(self) -> "rollout_pb2_grpc.RolloutServiceAsyncStub":
+        self._renew()
+        return self._rollout_stub
+
+    @property
+    def _weights(self) -> "weights_pb2_grpc.WeightServiceAsyncStub":
+        self._renew()
+        return self._weight_stub
 
     def _open(self) -> None:
         if self._tls is not None:
@@ -247,11 +257,13 @@ class GrpcClient:
         self._channel = open_channel(
             self.address, max_message_bytes=self._max_message_bytes, certificates=self._certificates
         )
-        self._rollouts = rollout_pb2_grpc.RolloutServiceStub(self._channel)
-        self._weights = weights_pb2_grpc.WeightServiceStub(self._channel)
+        self._rollout_stub = rollout_pb2_grpc.RolloutServiceStub(self._channel)
+        self._weight_stub = weights_pb2_grpc.WeightServiceStub(self._channel)
 
     def _renew(self) -> None:
-        """Go over to a new connection where the certificates have changed."""
+        """Go over to a new connection where the certificates have changed. Raises Unreachable once it is closed."""
+        if self._is_closed:
+            raise Unreachable(_CLOSED)
         if self._tls is None or self._certificates is None or stamp_of(self._tls) == self._certificates.stamp:
             return
         old = self._channel
@@ -337,7 +349,9 @@ def _errors() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise Unreachable("the connection was closed") from None
+        raise Unreachable(_CLOSED) from None
+    except grpc.aio.UsageError:  # between the call and its way to the connection
+        raise Unreachable(_CLOSED) from None
 
 
 def _ms(seconds: float) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -29,6 +29,7 @@ from common.types import (
     ActorState,
     ChatMessage,
     Completion,
+    EpochSpec,
     Manifest,
     ManifestBucket,
     ManifestParameter,
@@ -443,6 +444,38 @@ async def test_a_connection_that_is_closed_under_its_calls_fails_them(connect: C
         with pytest.raises(Unreachable, match="the connection was closed"):
             await call
     await server.stop(None)
+
+
+EVERY_CALL: dict[str, Callable[[GrpcClient], Coroutine[Any, Any, Any]]] = {
+    "generate": lambda client: client.generate(request(), timeout_s=5),
+    "upload": lambda client: client.upload({b"sha": b"file"}),
+    "server_info": lambda client: client.server_info(),
+    "status": lambda client: client.status(),
+    "open_epoch": lambda client: client.open_epoch(EpochSpec("run", 1, "127.0.0.1", 1, 2, 1, "gloo", 5.0)),
+    "stage": lambda client: client.stage("run", 1, Manifest(1, (), (), updates_vision=False), timeout_s=5),
+    "commit": lambda client: client.commit("run", 1, 1, timeout_s=5),
+    "abort": lambda client: client.abort("run", 1),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_client_that_is_closed_reaches_nobody(
+    start_actor: StartActor, connect: Callable[..., Recorder], name: str, begun: bool
+) -> None:
+    """Its actor has left while an update or a group was about to ask it: that is no mistake in our own code.
+
+    `begun`: its call has been made, and is not on its way yet.
+    """
+    client = connect((await start_actor()).address)
+    if not begun:
+        await client.close()
+    call = asyncio.create_task(EVERY_CALL[name](client))
+    if begun:
+        await asyncio.sleep(0)  # its first step
+        await client.close()
+    with pytest.raises(Unreachable, match="the connection was closed"):
+        await call
 
 
 async def test_the_second_try_sends_what_another_group_has_sent_meanwhile(
