@@ -15,7 +15,7 @@ from common import wire
 from common.client.interface import SampledGroup, ignore
 from common.client.known_media import KnownMedia
 from common.config import ConfigError
-from common.errors import MalformedResponse, MediaMissing, Unreachable, from_rpc_error
+from common.errors import MalformedResponse, MediaMissing, QueueFull, Unreachable, from_rpc_error
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -89,8 +89,8 @@ class GrpcClient:
         try:
             return await self._try(request, timeout_s, on_progress, self._inline_max_bytes)
         except MediaMissing:
-            # It evicted some, or is not whom it was. Its list may be cut short: send all. Uploads of a burst can push
-            # one another out of its store, again and again; what comes with the request needs no store.
+            # It evicted some, had no room for them, or is not whom it was. Its list may be cut short: send all. Uploads
+            # of a burst can push one another out of its store, again and again; what comes with the request needs none.
             inline_max_bytes = await self._room_in_message(request)
             self._known_media.forget(_hashes(request))  # now: another group may have sent them meanwhile
         try:
@@ -189,7 +189,10 @@ class GrpcClient:
         inline = set(lacking)
         occurrences = [file for item in request.media if (file := files.get(item.sha256)) is not None]
         if sum(map(_num_bytes, occurrences)) > inline_max_bytes:
-            await self.upload(files, timeout_s=timeout_s)
+            try:
+                await self.upload(files, timeout_s=timeout_s)
+            except QueueFull as error:  # it may be these that keep each other out
+                raise MediaMissing(tuple(files)) from error
             inline -= files.keys()  # tensors are not uploaded: they always come with the request
         media = tuple(item if item.sha256 in inline else item.by_hash() for item in request.media)
         return dataclasses.replace(request, media=media)

@@ -164,6 +164,18 @@ async def test_a_burst_that_the_store_cannot_hold_is_answered(
     assert len(refused) < 16
 
 
+async def test_images_that_the_store_cannot_take_in_side_by_side_come_with_the_request(
+    start_actor: StartActor, connect: Callable[..., Recorder]
+) -> None:
+    """Their own group would keep each other out at each try, for ever."""
+    images = (png(1, size=900), png(2, size=900))
+    actor = await start_actor(limits={"media_store_bytes": max(map(len, images)) * 5 // 4})
+    client = connect(actor.address, inline_max_bytes=0)
+    sampled = await client.generate(request(images=images), timeout_s=10)
+    assert len(sampled.completions) == 3
+    assert client.sent == [[True, True]]
+
+
 async def test_media_that_fit_neither_store_nor_message_are_missing_at_the_second_try(
     start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
