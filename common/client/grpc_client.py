@@ -107,7 +107,7 @@ class GrpcClient:
             call = self._rollouts.Generate(wire.request_to_proto(request), timeout=timeout_s)
             try:
                 async for message in call:
-                    yield wire.response_from_proto(message)
+                    yield wire.response_from_proto(_parsed(message))
             finally:
                 call.cancel()
 
@@ -337,7 +337,14 @@ def _manifest(manifest: Manifest) -> weights_pb2.Manifest:
 
 async def _call(call: Awaitable[T]) -> T:
     with _errors():
-        return await call
+        return _parsed(await call)
+
+
+def _parsed(message: T | None) -> T:
+    """A message; gRPC gives none for bytes that are none."""
+    if message is None:
+        raise MalformedResponse("the bytes of a response are no message of its kind")
+    return message
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def common_options(max_message_bytes: int) -> Options:
 
 
 def server_options(max_message_bytes: int, max_streams: int) -> Options:
-    """`max_streams` bounds the calls that one connection may have open; further ones wait on the client."""
+    """`max_streams` bounds the calls that one connection may have open; further ones are refused, as UNAVAILABLE."""
     return [
         *common_options(max_message_bytes),
         # Two servers on one port would each get some of the connections: refuse to start instead.

@@ -21,8 +21,9 @@ from common.rpc.peers import StreamLimit
 log = get_logger(__name__)
 
 MAX_STREAMS_PER_PEER = 1024
-# Calls beside the streams that one connection may have open: what asks for the state gets through to a full server.
-_SINGLE_CALLS = 64
+# Calls that one connection may have open: gRPC refuses further ones, polls of the state too, as if nobody were there.
+# So they are some times the streams that are answered, and who has too many of those hears of it.
+_CALLS_PER_STREAM, _SINGLE_CALLS = 4, 64
 # Of the port for probes, which anybody may reach. Their messages hold the name of a service.
 _MAX_PROBE_BYTES = 4096
 _MAX_PROBE_STREAMS = 16
@@ -53,7 +54,7 @@ class RpcServer:
             interceptors=[
                 CallInterceptor(self.activity, StreamLimit(max_streams_per_peer), checks_roles=tls is not None)
             ],
-            options=server_options(max_message_bytes, max_streams_per_peer + _SINGLE_CALLS),
+            options=server_options(max_message_bytes, _CALLS_PER_STREAM * max_streams_per_peer + _SINGLE_CALLS),
         )
         self._health = Health()
         self._probes: grpc.aio.Server | None = None

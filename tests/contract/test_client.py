@@ -490,6 +490,35 @@ async def test_a_client_that_is_closed_reaches_nobody(
         await call
 
 
+class Garbage(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """Answers every call with bytes that are no message."""
+
+    def service(self, handler_call_details: Any) -> Any:
+        name = handler_call_details.method.rpartition("/")[2]
+        if name == "Generate":
+            return grpc.unary_stream_rpc_method_handler(self._stream)
+        if name == "PutMedia":
+            return grpc.stream_unary_rpc_method_handler(self._answer)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    async def _answer(self, _request: Any, _context: Any) -> bytes:
+        return b"\xff\xff\xff"
+
+    async def _stream(self, request: Any, context: Any) -> None:
+        await context.write(await self._answer(request, context))
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+async def test_bytes_that_do_not_parse_are_a_malformed_response(connect: Callable[..., Recorder], name: str) -> None:
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([Garbage()])
+    client = connect(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    with pytest.raises(MalformedResponse, match="no message of its kind"):
+        await EVERY_CALL[name](client)
+    await server.stop(None)
+
+
 async def test_the_second_try_sends_what_another_group_has_sent_meanwhile(
     start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

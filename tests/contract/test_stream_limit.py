@@ -45,12 +45,27 @@ async def test_more_connections_bring_no_more_streams(start_actor: StartActor) -
 
 
 async def test_on_one_connection_too(start_actor: StartActor) -> None:
-    """gRPC's own bound on a connection lets a caller wait without a word: ours answers before that."""
+    """gRPC's own bound on a connection refuses without a word: ours answers before that."""
     actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_streams_per_peer": 2})
     client = GrpcClient(actor.address)
     tasks = [asyncio.create_task(client.generate(REQUEST, timeout_s=60)) for _ in range(20)]
     await until(lambda: sum(task.done() for task in tasks) == 18)
     assert all(isinstance(task.exception(), TooManyStreams) for task in tasks if task.done())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()
+
+
+async def test_however_many_come_at_once(start_actor: StartActor) -> None:
+    """Beyond gRPC's own bound each would be refused as if nobody were there, and a poll of the state too."""
+    actor = await start_actor(fake={"first_token_s": 60.0}, limits={"max_streams_per_peer": 30})
+    client = GrpcClient(actor.address)
+    tasks = [asyncio.create_task(client.generate(REQUEST, timeout_s=60)) for _ in range(150)]
+    statuses = [await client.status() for _ in range(5)]
+    assert {status.state for status in statuses} == {ActorState.SERVING}
+    await until(lambda: sum(task.done() for task in tasks) == 120)
+    assert {type(task.exception()) for task in tasks if task.done()} == {TooManyStreams}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
