@@ -63,10 +63,11 @@ def _run(options: argparse.Namespace) -> NoReturn:
     configure(config.log_level)
 
     from actor.process import ActorProcess
-    from common.lifecycle import end_process
+    from common.lifecycle import end_process, tell_faults
     from common.rpc.server import check_port, reserve_port
     from common.rpc.tls import read_certificates
 
+    tell_faults()
     if config.tls is not None:
         read_certificates(config.tls)  # mistakes show before the model loads
     reserved = reserve_port(config.listen, insecure=config.insecure, tls=config.tls is not None)

@@ -7,10 +7,13 @@ import asyncio
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 from typing import NoReturn
+
+_STDERR = 2  # whatever Python takes for it
 
 
 class Shutdown:
@@ -46,6 +49,11 @@ def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     """Have the kernel send a signal to this process when its parent dies, however it dies (Linux)."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+
+
+def tell_faults() -> None:
+    """Have a process that a fault of native code ends say where all its threads were, on standard error."""
+    faulthandler.enable(_STDERR)
 
 
 def end_process(code: int) -> NoReturn:

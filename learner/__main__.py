@@ -49,8 +49,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(export.main(arguments[1:]))
     options = parse(arguments)
 
-    from common.lifecycle import end_process
+    from common.lifecycle import end_process, tell_faults
 
+    tell_faults()
     end_process(_run(options))
 
 

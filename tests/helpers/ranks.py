@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.lifecycle import tell_faults
+
 _ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 300.0
 _COLLECTIVE_TIMEOUT_S = 120.0
@@ -40,8 +42,9 @@ def run_ranks(num_ranks: int, module: str, *arguments: str) -> None:
 
 @contextlib.contextmanager
 def joined_over_gloo() -> Iterator[tuple[int, int]]:
-    """What a rank does within: its rank, and their number. One that is ended by torchrun tells where it was."""
+    """What a rank does within: its rank, and their number. One that dies or is ended by torchrun tells where it was."""
     torch.set_num_threads(1)
+    tell_faults()
     faulthandler.register(signal.SIGTERM, chain=True)
     dist.init_process_group("gloo", timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_S))
     yield dist.get_rank(), dist.get_world_size()
