@@ -7,7 +7,8 @@
 
 An address that comes up in DNS is polled from then on; one that is gone from there, and does not answer any more, is
 forgotten. One `Member` is one incarnation of an actor process. A process that comes back under the same address is
-another member: what was known of the old one (weights, stored media, running groups) is void.
+another member: what was known of the old one (weights, stored media, running groups) is void. One that answers at two
+addresses is a member at the first of them.
 
 | state of a member | takes groups |
 |---|---|
@@ -26,11 +27,11 @@ from typing import Any
 
 from common.client import ActorClient, GrpcClient
 from common.config import ConfigError, NotYet
-from common.errors import DeadlineExceeded, Draining, OutriderError, Paused, QueueFull
+from common.errors import DeadlineExceeded, Draining, OutriderError, Paused, QueueFull, Unreachable
 from common.log import get_logger
 from common.types import ActorState, ActorStatus
 from learner.rollouts.discovery import Discovery, Resolve
-from learner.rollouts.members import FleetEvent, Member
+from learner.rollouts.members import LAST_WORDS_S, FleetEvent, Member
 from learner.rollouts.scheduling import ActorHung, finished, has_slot, is_hung
 from learner.rollouts.slots import Slots
 
@@ -98,6 +99,7 @@ class Fleet:
         self._hung_s = hung_s
         self._places: dict[str, _Place] = {}
         self._discovering: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._slots = Slots(self.live)
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
@@ -131,8 +133,9 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop polling and close every connection."""
-        polls = [place.poll for place in self._places.values() if place.poll is not None]
-        tasks = [*polls, self._discovering] if self._discovering is not None else polls
+        tasks = [place.poll for place in self._places.values() if place.poll is not None]
+        tasks += [self._discovering] if self._discovering is not None else []
+        tasks += self._closing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -220,14 +223,18 @@ class Fleet:
         self._slots.offer(member)
 
     def slot(
-        self, min_version: Callable[[], int], avoid: AbstractSet[str] = frozenset(), media: Sequence[bytes] = ()
+        self,
+        min_version: Callable[[], int],
+        avoid: AbstractSet[str] = frozenset(),
+        media: Sequence[bytes] = (),
+        refused_by: AbstractSet[Member] = frozenset(),
     ) -> AbstractAsyncContextManager[Member]:
         """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot.
 
         Of those that are free, the incarnations in `avoid` come last, and those that hold `media` are preferred.
-        `min_version` never falls.
+        `min_version` never falls. None of `refused_by` is given: raises `NobodyElse` where no other one serves.
         """
-        return self._slots.hold(min_version, avoid, media)
+        return self._slots.hold(min_version, avoid, media, refused_by)
 
     # -------------------------------------------------------------------------------------------------- discovery
 
@@ -272,7 +279,9 @@ class Fleet:
         await asyncio.gather(place.poll, return_exceptions=True)
         if place.member.reachable:  # it came back in this very moment
             self._leave(place, "its address is gone from DNS")
-        await place.member.client.close()
+        closing = asyncio.create_task(_close_later(place.member.client))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
         self._tell(FleetEvent("forgotten", address, "", None, "its address is gone from DNS"))
 
     # ------------------------------------------------------------------------------------------------------ polls
@@ -299,6 +308,9 @@ class Fleet:
             self._leave(place, "restarted")
         before = has_slot(place.member), place.member.version
         if not place.member.reachable:
+            if twin := next((other for other in self.live() if other.actor_id == status.actor_id), None):
+                self._missed(place, Unreachable(f"it is the actor that answers at {twin.address}"))
+                return
             member = self._join(place, status)
         member.status = status
         if is_news:
@@ -368,5 +380,13 @@ class Fleet:
             state=event.state.value if event.state is not None else None,
             reason=event.reason,
         )
+        self._slots.look_again()
         for callback in self._callbacks:
             callback(event)
+
+
+async def _close_later(client: ActorClient) -> None:
+    try:
+        await asyncio.sleep(LAST_WORDS_S)
+    finally:
+        await client.close()

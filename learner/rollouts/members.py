@@ -8,6 +8,9 @@ from typing import Literal
 from common.client import ActorClient
 from common.types import ActorState, ActorStatus
 
+LAST_WORDS_S = 1.0
+"""A busy learner may see that an actor is gone before it has read what that one sent last."""
+
 
 @dataclass(eq=False, slots=True)
 class Member:
@@ -54,6 +57,11 @@ class Member:
     def reachable(self) -> bool:
         """Whether it answers."""
         return self.state is not None
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether it has finished a group: it takes such as ours."""
+        return self.group_s > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ A waiter is held against all actors when it comes, and an actor against all wait
 more (`offer`): it finished a group, serves a newer version, answers again. Between the two nothing has to be looked at,
 so that a large fleet costs a group no more than the choice of its actor.
 
+Groups that an actor has refused are few. They come first, and are held against all actors each time: what they wait for
+may also go (`look_again`).
+
 Offers are taken up together, at the loop's next turn: actors that an update has brought to a version share what waited
 for it. Otherwise the first one would get all of it.
 """
@@ -16,7 +19,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from learner.rollouts.members import Member
-from learner.rollouts.scheduling import choose, has_slot
+from learner.rollouts.scheduling import choose, has_slot, second_opinions
+
+
+class NobodyElse(Exception):  # noqa: N818 - says what there is
+    """Every actor that serves has refused the group."""
 
 
 @dataclass(eq=False, slots=True)
@@ -24,13 +31,14 @@ class _Waiter:
     min_version: Callable[[], int]
     avoid: AbstractSet[str]
     media: Sequence[bytes]
+    refused_by: AbstractSet[Member]
     future: asyncio.Future[tuple[Member, asyncio.Event]]
     """With what interrupts calls to it from then on."""
 
-    def fit(self, free: Iterable[Member]) -> list[Member]:
+    def fit(self, members: Iterable[Member]) -> list[Member]:
         """The members that serve a version new enough. -1, which is no version of this run, never is."""
         minimum = max(0, self.min_version())
-        return [member for member in free if member.version >= minimum]
+        return [member for member in members if member.version >= minimum]
 
 
 class Slots:
@@ -39,15 +47,21 @@ class Slots:
     def __init__(self, members: Callable[[], Iterable[Member]]) -> None:
         self._members = members
         self._waiters: collections.deque[_Waiter] = collections.deque()
+        self._refused: list[_Waiter] = []
         self._offered: dict[Member, None] = {}  # in this turn of the loop, in order
 
     @contextlib.asynccontextmanager
     async def hold(
-        self, min_version: Callable[[], int], avoid: AbstractSet[str], media: Sequence[bytes]
+        self,
+        min_version: Callable[[], int],
+        avoid: AbstractSet[str],
+        media: Sequence[bytes],
+        refused_by: AbstractSet[Member] = frozenset(),
     ) -> AsyncIterator[Member]:
         """See `Fleet.slot`."""
         while True:
-            member, interrupted = await self._next(min_version, avoid, media)
+            future = asyncio.get_running_loop().create_future()
+            member, interrupted = await self._next(_Waiter(min_version, avoid, media, refused_by, future))
             if member.interrupted is interrupted:
                 break
             self._release(member)  # before this task's turn it has gone, or hangs: no call to it would notice
@@ -56,22 +70,23 @@ class Slots:
         finally:
             self._release(member)
 
-    async def _next(
-        self, min_version: Callable[[], int], avoid: AbstractSet[str], media: Sequence[bytes]
-    ) -> tuple[Member, asyncio.Event]:
-        waiter = _Waiter(min_version, avoid, media, asyncio.get_running_loop().create_future())
-        self._take_up()
-        # Whoever waits still cannot be served by those that are free now.
-        if fit := waiter.fit(member for member in self._members() if has_slot(member)):
-            self._give(choose(fit, avoid=avoid, media=media), waiter)
+    async def _next(self, waiter: _Waiter) -> tuple[Member, asyncio.Event]:
+        if waiter.refused_by:
+            self._refused.append(waiter)
+            self._take_up()
         else:
-            self._waiters.append(waiter)
+            self._take_up()
+            # Whoever waits still cannot be served by those that are free now.
+            if fit := waiter.fit(member for member in self._members() if has_slot(member)):
+                self._give_best(fit, waiter)
+            else:
+                self._waiters.append(waiter)
         try:
             return await waiter.future
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-            elif waiter.future.done() and not waiter.future.cancelled():
+            elif waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
                 self._release(waiter.future.result()[0])
             raise
 
@@ -81,8 +96,17 @@ class Slots:
             asyncio.get_running_loop().call_soon(self._take_up)
         self._offered[member] = None
 
+    def look_again(self) -> None:
+        """Somebody may be able to take less than before."""
+        if self._refused:
+            asyncio.get_running_loop().call_soon(self._take_up)
+
     def _take_up(self) -> None:
         """Give the slots of those who were offered to those who wait."""
+        for waiter in self._refused:
+            if not waiter.future.done():
+                self._ask_another(waiter)
+        self._refused = [waiter for waiter in self._refused if not waiter.future.done()]
         free, self._offered = [member for member in self._offered if has_slot(member)], {}
         passed_over: list[_Waiter] = []
         while self._waiters and free:
@@ -90,8 +114,7 @@ class Slots:
             if waiter.future.done():
                 continue
             if fit := waiter.fit(free):
-                member = choose(fit, avoid=waiter.avoid, media=waiter.media)
-                self._give(member, waiter)
+                member = self._give_best(fit, waiter)
                 if not has_slot(member):
                     free.remove(member)
             else:
@@ -100,15 +123,24 @@ class Slots:
 
     def close(self) -> None:
         """Nobody gets one any more."""
-        for waiter in self._waiters:
+        for waiter in (*self._waiters, *self._refused):
             waiter.future.cancel()
 
     def _release(self, member: Member) -> None:
         member.in_flight -= 1
         self.offer(member)
 
-    def _give(self, member: Member, waiter: _Waiter) -> None:
+    def _ask_another(self, waiter: _Waiter) -> None:
+        others = second_opinions(waiter.fit(self._members()), waiter.refused_by)
+        if free := [member for member in others if has_slot(member)]:
+            self._give_best(free, waiter)
+        elif not others:
+            waiter.future.set_exception(NobodyElse())
+
+    def _give_best(self, free: Sequence[Member], waiter: _Waiter) -> Member:
+        member = choose(free, avoid=waiter.avoid, media=waiter.media)
         if not member.in_flight:
             member.busy_since = asyncio.get_running_loop().time()
         member.in_flight += 1
         waiter.future.set_result((member, member.interrupted))
+        return member

@@ -8,6 +8,7 @@ import pytest
 from actor.weights import PolicyState
 from common.errors import StaleEpoch
 from common.types import EpochSpec
+from learner.rollouts import slots
 from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.members import Member
 from learner.weights import epoch
@@ -94,9 +95,15 @@ def commit_what_nobody_has_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(epoch, "_check", lambda *_: None)
 
 
+def believe_the_first_that_refuses(patch: pytest.MonkeyPatch) -> None:
+    """An actor that joined with smaller limits than the others had groups dropped that those take."""
+    patch.setattr(slots, "second_opinions", lambda *_: ())
+
+
 # A schedule for each mistake that it finds. Where a change of timing leads it past the mistake, `python -m
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
+    9: believe_the_first_that_refuses,
     65: commit_what_nobody_has_compared,
     36: give_up_on_account_of_one,
     1110: take_a_form_for_everybodys,

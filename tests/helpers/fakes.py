@@ -196,9 +196,11 @@ class FakeClient:
         self.actor = actor
         self.address = actor.address
         self.num_forgotten = 0
+        self.is_cut = False
+        self.is_closed = False
 
     def _check(self, incarnation: int) -> None:
-        if not self.actor.alive or self.actor.incarnation != incarnation:
+        if self.is_cut or self.is_closed or not self.actor.alive or self.actor.incarnation != incarnation:
             raise Unreachable("connection reset")
 
     async def generate(
@@ -268,4 +270,4 @@ class FakeClient:
         raise NotImplementedError
 
     async def close(self) -> None:
-        pass
+        self.is_closed = True

@@ -20,6 +20,7 @@ from common.errors import (
     QueueFull,
     RendezvousUnreachable,
     StageTimeout,
+    TooLarge,
     Unreachable,
     WeightsPending,
 )
@@ -168,6 +169,7 @@ class SimActor:
         self.corrupt_next = False
         self.reaches_rendezvous = True
         self.refuses_updates = False
+        self.refuses_groups = False
         self.tasks: set[asyncio.Task[object]] = set()
         self._awake = asyncio.Event()
         self._awake.set()
@@ -247,6 +249,9 @@ class SimActor:
     def take_updates(self) -> None:
         self.refuses_updates = False
 
+    def take_groups(self) -> None:
+        self.refuses_groups = False
+
     def faster(self) -> None:
         self.slowness = 1
 
@@ -295,6 +300,9 @@ class SimActor:
             case _:
                 raise WeightsPending("not yet")
         self.policy.refuse_unless_of(request.run_id)
+        if self.refuses_groups and self.world.others_take(request, self):
+            self.world.refusals[request.group_id.rpartition(".")[0]].add(self.actor_id)
+            raise TooLarge("sampling.n", "more than this actor takes")
         if self.busy:
             raise QueueFull(retry_after_s=self.rng.random())
         actor_id = self.actor_id
@@ -325,11 +333,20 @@ class SimClient:
         self._actor = actor
         self._learner = learner
         self.address = actor.address
+        self._calls: dict[Call, None] = {}
+        self._is_closed = False
 
     async def _call(self, serve: Callable[[SimActor], Any], timeout_s: float) -> Any:
         if self._learner.dead:
             raise Unreachable("the dead do not speak")
-        return await Call(self._actor.link, serve, timeout_s).result()
+        if self._is_closed:
+            raise Unreachable("the client is closed")
+        call = Call(self._actor.link, serve, timeout_s)
+        self._calls[call] = None
+        try:
+            return await call.result()
+        finally:
+            del self._calls[call]
 
     async def generate(
         self, request: RolloutRequest, *, timeout_s: float, on_progress: Callable[[], None] = lambda: None
@@ -369,4 +386,6 @@ class SimClient:
         pass
 
     async def close(self) -> None:
-        pass
+        self._is_closed = True
+        for call in self._calls:
+            call.fail(Unreachable("the client is closed"))

@@ -88,6 +88,12 @@ def _refuses_updates(world: "World", actor: SimActor, for_s: float) -> None:
     world.later(for_s, actor.take_updates)
 
 
+def _refuses_groups(world: "World", actor: SimActor, for_s: float) -> None:
+    """As one with smaller limits than the others; where there are others."""
+    actor.refuses_groups = True
+    world.later(for_s, actor.take_groups)
+
+
 def _second_learner(world: "World", actor: SimActor, for_s: float) -> None:
     """The next one begins while the one before it goes on, as where that is cut off from who starts learners."""
     world.replace_learner(for_s)
@@ -104,5 +110,6 @@ KINDS: dict[str, Callable[["World", SimActor, float], None]] = {
 OTHER_KINDS = {
     "no_rendezvous": _no_rendezvous,
     "refuses_updates": _refuses_updates,
+    "refuses_groups": _refuses_groups,
     "second_learner": _second_learner,
 }

@@ -65,10 +65,13 @@ def make_plan(rng: random.Random) -> Plan:
         )
         at_s += rng.choice((0.0, 0.01, 0.05, 0.2, 1, 3)) * rng.random()
     # What follows from other draws, here and below, has none of its own: the seeds that once found a mistake keep their
-    # draws. Plans with 2 or 6 faults have their last one replaced, those with 6 their first one too.
+    # draws. Plans with 2 or 6 faults have their last one replaced, those with 6 their first one too, those with 3 or 4
+    # their second one.
     if len(faults) in (2, 6):
         faults[-1] = replace(faults[-1], kind="second_learner")
         faults[0] = replace(faults[0], kind="no_rendezvous" if len(faults) == 6 else faults[0].kind)
+    if num_actors > 1 and len(faults) in (3, 4):
+        faults[1] = replace(faults[1], kind="refuses_groups")
     plan = Plan(
         num_actors=num_actors,
         uses_dns=rng.random() < 0.3,

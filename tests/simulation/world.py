@@ -6,6 +6,7 @@
 | the fleet believes a version of an actor only if that very process serves it, whole | each commit |
 | a trained group is whole, of one process, of its row, really sampled, by this run, fresh enough | each batch |
 | each sequence number is trained once, or dropped and counted, also if the learner is killed | the end |
+| a group is given up as wrong only when all that serve say so | each of them |
 | nobody waits for ever, and once faults stop every actor comes to serve the newest version | bounded virtual time |
 | no exception goes unseen, no task and no slot is left | the end |
 """
@@ -14,7 +15,7 @@ import asyncio
 import gc
 import random
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ class World:
         self.actors = {address: SimActor(self, address, rng) for address in self.plan.addresses}
         self.deployed = set(() if plan.scale else plan.addresses)
         self.refused: Counter[str] = Counter()
+        self.refusals: defaultdict[str, set[str]] = defaultdict(set)
+        """Groups that actors took for wrong, and by which ones."""
+        self._committed_at: dict[str, float] = {}
         self.dns_works = True
         self.timeline: list[int] = []
         """Sequence numbers trained, by those learners whose work was not lost."""
@@ -233,10 +237,28 @@ class World:
             self.check(completion.trajectory_id not in self._sampled, f"{completion.trajectory_id} was sampled twice")
             self._sampled[completion.trajectory_id] = runs
 
+    def others_take(self, request: RolloutRequest, actor: SimActor) -> bool:
+        """Whether the learner knows of another actor that serves what is asked for."""
+        assert self._learner is not None
+        return any(
+            member.state is ActorState.SERVING and member.version >= request.min_policy_version
+            for member in self._learner.fleet.live()
+            if member.address != actor.address and not self.actors[member.address].refuses_groups
+        )
+
+    def check_given_up(self, group_id: str, serving: AbstractSet[str]) -> None:
+        """Every actor that serves has refused it, but for those that have come to serve in these very turns."""
+        others = serving - self.refusals[group_id]
+        self.check(
+            all(self._loop.now - self._committed_at.get(actor_id, 0.0) < 0.05 for actor_id in others),
+            f"{group_id} is given up, though only {self.refusals[group_id]} refused it and {others} serve",
+        )
+
     def check_commit(self, learner: SimLearner, actor_id: str, version: int) -> None:
         policy, engine = self.processes[actor_id]
         if self._num_replaced and policy.run_id != learner.run_id:
             return  # another one has taken the actor over while the answer was on its way; the next poll says so
+        self._committed_at[actor_id] = self._loop.now
         is_true = (policy.run_id, policy.policy_version) == (learner.run_id, version)
         says = f"{actor_id}: {policy.state.value} run {policy.run_id} version {policy.policy_version} {engine.policy}"
         self.check(is_true and engine.policy == Policy(learner.number, version), f"committed {version}, but {says}")

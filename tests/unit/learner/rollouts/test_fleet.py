@@ -144,6 +144,23 @@ async def test_a_restart_is_another_actor() -> None:
         assert (new.version, new.left.is_set(), client.num_forgotten) == (-1, False, 2)  # type: ignore[attr-defined]
 
 
+async def test_one_actor_behind_two_addresses_is_one() -> None:
+    """As in a cluster with two IP families: twice in an epoch, it would never open."""
+    actor = FakeActor("10.0.0.1:1")
+    clients = {"10.0.0.1:1": actor.connect(), "[fd00::1]:1": actor.connect()}
+    fleet = Fleet(list(clients), run_id=None, connect=clients.__getitem__, poll_s=0.001)
+    watch = Watch(fleet)
+    await fleet.start(startup_timeout_s=10)
+    event = await watch.until("unreachable")
+    (member,) = fleet.live()
+    assert member.address != event.address
+    assert event.reason == f"it is the actor that answers at {member.address}"
+    # Once the one address is gone, the other one will do.
+    clients[member.address].is_cut = True
+    await until(lambda: [found.address for found in fleet.live()] == [event.address])
+    await fleet.close()
+
+
 async def test_death_and_return() -> None:
     actor = FakeActor("one")
     async with running(actor) as (fleet, watch):
@@ -406,6 +423,20 @@ async def test_actors_come_and_go_with_their_name() -> None:
         await until(lambda: addresses(fleet) == ["10.0.0.1:7"] and fleet.live())
         async with fleet.slot(any_version) as member:
             assert member.actor_id == "10.0.0.1:7#2"
+
+
+async def test_what_a_forgotten_actor_has_sent_can_still_be_read() -> None:
+    actor = FakeActor("10.0.0.1:7")
+    names = Names("10.0.0.1")
+    async with discovering(names, actor) as fleet:
+        client = fleet.members()[0].client
+        assert isinstance(client, FakeClient)
+        actor.kill()
+        names.answer = []
+        await until(lambda: not fleet.members())
+        await asyncio.sleep(0.05)
+        assert not client.is_closed
+    assert client.is_closed
 
 
 async def test_fixed_addresses_stay() -> None:

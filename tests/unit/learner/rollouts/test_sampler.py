@@ -166,6 +166,82 @@ async def test_a_request_that_no_actor_takes_fails_at_once() -> None:
         assert len(actor.requests) == 1
 
 
+async def test_what_one_actor_refuses_another_may_take() -> None:
+    """As one that joined with smaller limits: it is idle, so that it would draw all groups to itself."""
+    small = FakeActor("small", failure=InvalidRequest("sampling.n", "the limit is 1"))
+    well = FakeActor("well")
+    async with sampler(small, well) as sample:
+        requests = [build_request(f"run.{i}", SAMPLE, SamplingParams(n=2)) for i in range(500)]
+        groups = await sample_all(sample, requests)
+        assert {group.prompt.actor_id for group in groups} == {"well#1"}
+        assert len(small.requests) < 3 * 64  # its slots, once for each time that it was tried
+        (member,) = [member for member in sample.fleet.live() if member.address == "small"]
+        assert member.num_failures > 0
+
+
+async def test_what_a_second_actor_refuses_too_is_given_up_and_nobodys_fault() -> None:
+    actors = [FakeActor(name) for name in ("one", "two", "three")]
+    async with sampler(*actors) as sample:
+        await sample_all(sample, [build_request(f"run.{i}", SAMPLE, SamplingParams(n=2)) for i in range(30)])
+        assert all(actor.requests for actor in actors)
+        for actor in actors:
+            actor.failure = InvalidRequest("chat", "too long")
+            actor.requests.clear()
+        with pytest.raises(GroupFailed, match="chat: too long") as caught:
+            await sample.sample(REQUEST, min_version=any_version, expected=None)
+        assert caught.value.reason == "INVALID_REQUEST"
+        assert sum(len(actor.requests) for actor in actors) == 2
+        assert not any(member.held for member in sample.fleet.live())
+
+
+async def test_many_actors_that_joined_with_smaller_limits_do_not_outvote_the_others() -> None:
+    well = FakeActor("well")
+    small = [FakeActor(f"small{i}", failure=InvalidRequest("sampling.n", "the limit is 1")) for i in range(5)]
+    async with sampler(well, *small) as sample:
+        groups = await sample_all(sample, [build_request(f"run.{i}", SAMPLE, SamplingParams(n=2)) for i in range(200)])
+        assert {group.prompt.actor_id for group in groups} == {"well#1"}
+
+
+async def test_who_refused_what_others_took_has_no_say_while_they_are_away() -> None:
+    """Else a run would drop its groups until it ends, because its good actors restart."""
+    small = FakeActor("small", failure=InvalidRequest("sampling.n", "the limit is 1"))
+    well = FakeActor("well")
+    async with sampler(small, well) as sample:
+        requests = [build_request(f"run.{i}", SAMPLE, SamplingParams(n=2)) for i in range(100)]
+        await sample_all(sample, requests)
+        assert small.requests
+        well.kill()
+        await until(lambda: len(sample.fleet.live()) == 1)
+        tasks = [asyncio.ensure_future(sample_all(sample, requests[:5])) for _ in range(20)]
+        num_requests = len(small.requests)
+        await until(lambda: len(small.requests) > num_requests)
+        well.restart(ActorState.SERVING)
+        for groups in await asyncio.gather(*tasks):
+            assert {group.prompt.actor_id for group in groups} == {"well#2"}
+
+
+@pytest.mark.parametrize("how", ["dies", "drains"])
+async def test_a_refused_group_does_not_wait_for_who_leaves(how: str) -> None:
+    """The other one is full when it is refused, and goes then."""
+    small = FakeActor("small", failure=InvalidRequest("chat", "too long"))
+    other = FakeActor("other", gate=asyncio.Event())
+    async with sampler(other, small) as sample:
+        (member,) = [member for member in sample.fleet.live() if member.address == "other"]
+        member.slots = 0
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=any_version, expected=None))
+        await until(lambda: small.requests)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        if how == "dies":
+            other.kill()
+        else:
+            other.state = ActorState.DRAINING
+        with pytest.raises(GroupFailed, match="chat: too long"):
+            await task
+        assert len(small.requests) == 1
+
+
 async def test_an_actor_that_is_gone_is_not_waited_for() -> None:
     """It neither answers nor closes the connection: what the polls see ends the call, long before the deadline."""
     hung, other = FakeActor("hung", gate=asyncio.Event()), FakeActor("other", state=ActorState.LOADING)
