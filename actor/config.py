@@ -27,7 +27,7 @@ class LimitsConfig(Config):
     """Of one media item, as it comes."""
     max_media_pixels: int = Field(16 * 2**20, ge=1)
     """Of an image, or of all frames of a video together."""
-    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**20, lt=2**31)
+    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**21, lt=2**31)  # a chunk of 1 MiB, and more
     """Of one message, in either direction."""
     max_queued_completions: int = Field(4096, ge=1)
     """Completions that run or wait, of all requests; a request beyond them is to come again."""

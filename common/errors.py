@@ -18,8 +18,9 @@ DETAILS_KEY = "grpc-status-details-bin"
 # What a server that is full says to everybody.
 _RETRY_AFTER_S = 0.5
 
-# Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB.
-_MAX_MESSAGE_CHARS = 1024
+# Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB; each byte of a message may take three there.
+_MAX_MESSAGE_BYTES = 1024
+_MAX_DETAIL_BYTES = 512
 _MAX_VIOLATIONS = 32
 
 M = TypeVar("M", bound=Message)
@@ -54,7 +55,8 @@ class _FieldError(OutriderError):
 
     def details(self) -> list[Message]:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=self.field, description=self.message.removeprefix(f"{self.field}: ")[:_MAX_MESSAGE_CHARS]
+            field=_cut(self.field, _MAX_DETAIL_BYTES),
+            description=_cut(self.message.removeprefix(f"{self.field}: "), _MAX_DETAIL_BYTES),
         )
         return [error_details_pb2.BadRequest(field_violations=[violation])]
 
@@ -273,11 +275,15 @@ _BY_REASON: dict[str, type[OutriderError]] = {
 
 def to_status(error: OutriderError) -> status_pb2.Status:
     """The rich status of an error; its `code` and `message` are those of the call."""
-    message = error.message[:_MAX_MESSAGE_CHARS]
+    message = _cut(error.message, _MAX_MESSAGE_BYTES)
     status = status_pb2.Status(code=error.code.value[0], message=message)
     for detail in (error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN), *error.details()):
         status.details.add().Pack(detail)
     return status
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> OutriderError:

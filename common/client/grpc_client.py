@@ -15,7 +15,7 @@ from common import wire
 from common.client.interface import SampledGroup, ignore
 from common.client.known_media import KnownMedia
 from common.config import ConfigError
-from common.errors import MalformedResponse, MediaMissing, QueueFull, Unreachable, from_rpc_error
+from common.errors import DeadlineExceeded, MalformedResponse, MediaMissing, QueueFull, Unreachable, from_rpc_error
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from common.pb.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -37,7 +37,9 @@ CHUNK_BYTES = 2**20
 # The server's own error, with its reason, should arrive before the deadline of the call.
 _SLACK_S = 2.0
 # How long calls on a connection with old certificates may go on.
-_OLD_CALLS_S = 600.0
+_OLD_CALLS_S = 3600.0
+# Sums of exponentials are not exact: the logprob of a token that is certain may come out a little above 0.
+_MAX_LOGPROB = 1e-3
 _CLOSED = "the connection was closed"
 
 _last_manifest: tuple[Manifest | None, weights_pb2.Manifest] = None, weights_pb2.Manifest()
@@ -82,9 +84,18 @@ class GrpcClient:
     ) -> SampledGroup:
         """See `ActorClient.generate`. Raises `MalformedResponse` for an answer that is not whole.
 
-        `timeout_s` bounds each of at most two tries, and what comes before each: waiting for another group that sends
-        the same media, and the upload. The second try is made after the actor lacked media.
+        `timeout_s` bounds all of it: waiting for another group that sends the same media, the upload, the answer, and a
+        second try where the actor lacked media.
         """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._generate(request, timeout_s, on_progress)
+        except TimeoutError:
+            raise DeadlineExceeded(f"group {request.group_id}: no whole answer after {timeout_s:g} s") from None
+
+    async def _generate(
+        self, request: RolloutRequest, timeout_s: float, on_progress: Callable[[], None]
+    ) -> SampledGroup:
         await self._known_media.sent_by_others(_hashes(request), timeout_s)
         try:
             return await self._try(request, timeout_s, on_progress, self._inline_max_bytes)
@@ -298,6 +309,8 @@ def _check_completion(completion: Completion, request: RolloutRequest, received:
         raise MalformedResponse(f"{where}: has no tokens")
     if not np.isfinite(completion.logprobs).all():
         raise MalformedResponse(f"{where}: has a logprob that is not finite")
+    if completion.logprobs.max() > _MAX_LOGPROB:
+        raise MalformedResponse(f"{where}: has a logprob above 0")
 
 
 def _hashes(request: RolloutRequest) -> list[bytes]:

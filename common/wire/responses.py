@@ -187,6 +187,8 @@ def _spans(messages: Iterable[pb.VersionSpan], num_tokens: int) -> tuple[Version
     spans = tuple(VersionSpan(span.policy_version, span.start, span.end) for span in messages)
     position = 0
     for span in spans:
+        if span.policy_version < 0:
+            raise MalformedResponse(f"completion: version_spans of policy version {span.policy_version}")
         if span.start != position or span.end <= span.start:
             raise MalformedResponse("completion: version_spans are not contiguous")
         position = span.end

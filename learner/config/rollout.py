@@ -18,7 +18,7 @@ class RolloutConfig(Config):
     looked up again and again: the form for names whose address changes. The single-machine launcher fills it in."""
     tls: Path | None = None
     """Directory with tls.crt, tls.key and ca.crt: mutual TLS with the actors (common/rpc/tls.py). None: plaintext."""
-    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**20, lt=2**31)
+    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=2**21, lt=2**31)
     """Of one message to or from an actor: at least the largest limits.max_message_bytes of the actors."""
     n: int = Field(8, ge=2)
     """Completions of one prompt. Advantages compare them with each other, so there are at least two."""

@@ -180,7 +180,7 @@ async def test_media_that_fit_neither_store_nor_message_are_missing_at_the_secon
     start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not a moment's trouble: a group that pushes its own uploads out must end."""
-    images = (png(1, size=500), png(2, size=500))
+    images = (png(1, size=700), png(2, size=700))
     actor = await start_actor(limits={"max_message_bytes": sum(map(len, images))})  # and the rest of the request
     client = connect(actor.address)
     monkeypatch.setattr(actor.server._rollouts._intake._store, "get", {}.get)
@@ -340,6 +340,21 @@ async def test_a_deadline_ends_the_call(start_actor: StartActor, connect: Callab
         await connect(actor.address).generate(request(), timeout_s=0.2)
 
 
+async def test_the_deadline_of_a_group_is_for_all_that_it_takes(
+    start_actor: StartActor, connect: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for what others send, the upload, and a second try, too: not each of them."""
+    actor = await start_actor()
+    client = connect(actor.address, inline_max_bytes=0)
+
+    async def upload(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(client, "upload", upload)
+    with pytest.raises(DeadlineExceeded, match=r"0\.2 s"):
+        await client.generate(request(), timeout_s=0.2)
+
+
 async def test_cancelling_frees_the_engine(start_actor: StartActor, connect: Callable[..., Recorder]) -> None:
     actor = await start_actor(fake={"first_token_s": 60.0})
     call = asyncio.ensure_future(connect(actor.address).generate(request(), timeout_s=60))
@@ -377,8 +392,8 @@ PROMPT = PromptInfo("g", "liar", np.zeros(0, np.int32), np.array([2, 3], np.int3
 TWO = [make_completion("g", i, "liar") for i in range(2)]
 
 
-def without_logprob(completion: Completion) -> Completion:
-    return dataclasses.replace(completion, logprobs=np.full(len(completion.token_ids), np.nan, np.float32))
+def with_logprob(value: float) -> Completion:
+    return dataclasses.replace(TWO[0], logprobs=np.full(len(TWO[0].token_ids), value, np.float32))
 
 
 def named(completion: Completion, trajectory_id: str) -> Completion:
@@ -414,7 +429,8 @@ async def serve(events: list[Any]) -> tuple[grpc.aio.Server, str]:
         ([PROMPT, [TWO[0], named(TWO[1], "f/1/liar")]], "completion 1: is named 'f/1/liar'"),
         ([PROMPT, [make_completion("g", 2, "liar")]], "completion 2: only 2 were asked for"),
         ([PROMPT, [make_completion("g", 0, "liar", ())]], "completion 0: has no tokens"),
-        ([PROMPT, [without_logprob(TWO[0])]], "completion 0: has a logprob that is not finite"),
+        ([PROMPT, [with_logprob(np.nan)]], "completion 0: has a logprob that is not finite"),
+        ([PROMPT, [with_logprob(0.5)]], "completion 0: has a logprob above 0"),
     ],
 )
 async def test_an_answer_that_is_not_whole_is_no_answer(

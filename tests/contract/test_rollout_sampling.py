@@ -67,28 +67,28 @@ async def test_what_the_fake_engine_cannot_do(start_actor: StartActor) -> None:
 
 
 async def test_a_response_that_no_client_would_take(start_actor: StartActor) -> None:
-    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 2**18}, limits={"max_message_bytes": 2**20})
+    actor = await start_actor(fake={"token_s": 0.0, "max_context_tokens": 2**19}, limits={"max_message_bytes": 2**21})
     with pytest.raises(TooLarge, match="returns: a response of"):
-        await _ask(actor, "x" * 200_000, prompt_logprobs=True)
+        await _ask(actor, "x" * 400_000, prompt_logprobs=True)
     assert len((await _ask(actor)).completions) == 1
 
 
 async def test_a_completion_that_no_message_would_hold_is_refused_before_it_is_generated(
     start_actor: StartActor,
 ) -> None:
-    fake = {"token_s": 60.0, "max_context_tokens": 9000}
-    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
-    with pytest.raises(TooLarge, match="can take 3840000 bytes; the limit is 1048576") as refused:
+    fake = {"token_s": 60.0, "max_context_tokens": 18000}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**21})
+    with pytest.raises(TooLarge, match="can take 3840000 bytes; the limit is 2097152") as refused:
         await _ask(actor, max_tokens=8000, ignore_eos=True, top_logprobs=64)
     assert refused.value.field == "sampling.top_logprobs"
 
 
 async def test_the_longest_completion_that_is_taken_fits_its_message(start_actor: StartActor) -> None:
     """The largest ids of a large vocabulary, of which each takes most bytes."""
-    fake = {"token_s": 0.0, "max_context_tokens": 9000, "vocab_size": 2**21}
-    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
+    fake = {"token_s": 0.0, "max_context_tokens": 18000, "vocab_size": 2**21}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**21})
     wanted = {"ignore_eos": True, "top_logprobs": 20}
-    longest = 2**20 // (32 + 7 * 20)
+    longest = 2**21 // (32 + 7 * 20)
     with pytest.raises(TooLarge, match=r"sampling\.top_logprobs"):
         await _ask(actor, max_tokens=longest + 1, **wanted)
     group = await _ask(actor, max_tokens=longest, **wanted)
@@ -97,11 +97,11 @@ async def test_the_longest_completion_that_is_taken_fits_its_message(start_actor
 
 
 async def test_the_longest_prompt_that_is_scored_fits_its_message(start_actor: StartActor) -> None:
-    fake = {"token_s": 0.0, "max_context_tokens": 9000, "vocab_size": 2**21}
-    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**20})
+    fake = {"token_s": 0.0, "max_context_tokens": 18000, "vocab_size": 2**21}
+    actor = await start_actor(fake=fake, limits={"max_message_bytes": 2**21})
     wanted = {"prompt_logprobs": True, "prompt_top_logprobs": 20}
-    longest = 2**20 // (32 + 7 * 20)
-    with pytest.raises(TooLarge, match=rf"a prompt of {longest + 1} tokens can take .* limit is 1048576") as refused:
+    longest = 2**21 // (32 + 7 * 20)
+    with pytest.raises(TooLarge, match=rf"a prompt of {longest + 1} tokens can take .* limit is 2097152") as refused:
         await _ask(actor, "x" * (longest + 1), **wanted)
     assert refused.value.field == "sampling.prompt_top_logprobs"
     group = await _ask(actor, "x" * longest, **wanted)

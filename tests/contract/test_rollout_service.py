@@ -188,8 +188,8 @@ async def test_bad_requests_name_the_field(
 
 
 async def test_a_message_over_the_limit(start_actor: StartActor) -> None:
-    actor = await start_actor(fake=FAST, limits={"max_message_bytes": 2**20})
-    error = await _error(_events(actor.rollouts.Generate(_request(media=[_image(bytes(2**20))]))))
+    actor = await start_actor(fake=FAST, limits={"max_message_bytes": 2**21})
+    error = await _error(_events(actor.rollouts.Generate(_request(media=[_image(bytes(2**21))]))))
     assert isinstance(error, errors.TooLarge)
 
 

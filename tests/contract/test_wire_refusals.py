@@ -189,6 +189,13 @@ def test_spans_must_cover_the_tokens(spans: list[tuple[int, int]]) -> None:
         wire.completion_from_proto(message)
 
 
+def test_no_policy_has_a_version_below_0() -> None:
+    message = pb.Completion(token_ids=[7], logprobs=[-0.5], finish_reason=1)
+    message.version_spans.add(policy_version=-1, start=0, end=1)
+    with pytest.raises(MalformedResponse, match="policy version -1"):
+        wire.completion_from_proto(message)
+
+
 @given(
     st.integers(-1, 11),
     st.lists(st.one_of(st.integers(-1, 4), st.integers(-(2**63), 2**63 - 1)), max_size=9),

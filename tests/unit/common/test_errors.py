@@ -1,3 +1,6 @@
+import base64
+from urllib.parse import quote
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2
@@ -94,10 +97,21 @@ def test_details_are_the_standard_ones() -> None:
     assert (retry.retry_delay.seconds, retry.retry_delay.nanos) == (1, 500_000_000)
 
 
-def test_a_long_message_fits_into_http2_trailers() -> None:
-    hashes = tuple(bytes([i]) * 32 for i in range(200))
-    for error in (errors.MediaMissing(hashes), errors.InvalidRequest("f", "x" * 100_000)):
-        assert len(to_status(error).SerializeToString()) < 6000
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.MediaMissing(tuple(bytes([i]) * 32 for i in range(200))),
+        errors.InvalidRequest("f", "x" * 100_000),
+        errors.InvalidRequest("f", "\N{GRINNING FACE}" * 100_000),
+        errors.InvalidRequest("\N{GRINNING FACE}" * 100_000, "x"),
+        errors.StaleEpoch("\x01" * 100_000),
+        errors.Internal("a\ud800" * 100_000),
+    ],
+)
+def test_a_long_message_fits_into_http2_trailers(error: OutriderError) -> None:
+    """Binary values are sent in base64, and of a message all but plain ASCII as %XX."""
+    status = to_status(error)
+    assert len(quote(status.message)) + len(base64.b64encode(status.SerializeToString())) < 7000
 
 
 @pytest.mark.parametrize(
