@@ -61,6 +61,7 @@ def damaged_streams(draw: st.DrawFn) -> list[pb.PutMediaRequest]:
     for _ in range(draw(st.integers(1, min(2, len(messages))))):
         place = draw(st.integers(0, len(messages) - 1))
         message, changed = messages[place], put()
+        more = min(message.num_bytes + 1, 2**64 - 1)
         changed.CopyFrom(message)
         match draw(st.sampled_from(["lost", "doubled", "announced", "longer", "chunk", "name", "frames"])):
             case "lost":
@@ -70,9 +71,9 @@ def damaged_streams(draw: st.DrawFn) -> list[pb.PutMediaRequest]:
                 messages.insert(draw(st.integers(0, len(messages))), message)
                 continue
             case "announced":
-                changed.num_bytes = draw(st.sampled_from([message.num_bytes + 1, 0, 2**16 + 1, 2**64 - 1]))
+                changed.num_bytes = draw(st.sampled_from([more, 0, 2**16 + 1, 2**64 - 1]))
             case "longer":
-                changed.num_bytes += 1
+                changed.num_bytes = more
                 changed.chunk += b"x"
             case "chunk":
                 changed.chunk = draw(st.binary(max_size=9) | st.just(message.chunk[1:]))
