@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from actor.engine import Engine
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.metrics import serve_metrics
 from common.stalls import StallWatch
 from common.types import ActorState, Completion

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from actor.config import ActorConfig
 from actor.engine import Engine, EngineInfo
-from actor.media_store import MediaStore
+from actor.media.store import MediaStore
 from actor.metrics import ActorMetrics
-from actor.service_admin import AdminService
-from actor.service_rollout import RolloutService
-from actor.service_weights import WeightService
-from actor.weights import PolicyState
+from actor.services.admin import AdminService
+from actor.services.rollout import RolloutService
+from actor.services.weights import WeightService
+from actor.weights.policy_state import PolicyState
 from common.errors import EngineDead
 from common.log import get_logger
 from common.rpc.server import RpcServer

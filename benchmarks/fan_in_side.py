@@ -10,7 +10,7 @@ import sys
 
 import uvloop
 
-import actor.transfer  # noqa: F401 - torch: now, and not in all processes at once when the first weights come
+import actor.weights.transfer  # noqa: F401 - torch: now, and not in all processes at once when the first weights come
 from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer

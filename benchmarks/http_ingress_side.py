@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from actor.config import LimitsConfig
-from actor.media_store import MediaStore
+from actor.media.store import MediaStore
 from common.media import check_image, content_hash
 
 LIMITS = LimitsConfig()

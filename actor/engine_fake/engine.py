@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 
-from actor.adapters import Adapters
 from actor.config import FakeConfig
 from actor.engine import EngineInfo, EngineLoad, EngineRequest
 from actor.engine_fake.answers import best_beams, top_logprobs, with_prompt_logprobs
 from actor.engine_fake.prompts import FIRST_TEXT_ID, PLACEHOLDER_ID, FakePrompts
 from actor.engine_fake.updates import FakeUpdates
-from actor.validation_sampling import check_prompt_logprobs
+from actor.validation.sampling import check_prompt_logprobs
+from actor.weights.adapters import Adapters
 from common.errors import EngineDead, InvalidRequest, Unimplemented
 from common.types import (
     Completion,

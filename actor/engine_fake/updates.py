@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actor.adapters import Adapters
 from actor.config import FakeConfig
+from actor.weights.adapters import Adapters
 from common.errors import NotStaged, StageBlocked, StageTimeout
 from common.types import EpochSpec, Manifest, VersionSpan
 
 if TYPE_CHECKING:
-    from actor.transfer import WeightReceiver
+    from actor.weights.transfer import WeightReceiver
 
 
 class FakeUpdates:
@@ -85,7 +85,7 @@ class FakeUpdates:
 
 def _import_transfer() -> ModuleType:
     """It takes torch along: seconds, in which others are answered. Most tests need none of it."""
-    from actor import transfer
+    from actor.weights import transfer
 
     return transfer
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actor.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine import EngineRequest
+from actor.engine_vllm.beam_search import BeamSearch, FoundBeam, NextTokens
 from actor.engine_vllm.outputs import NothingSampled, diverged, spans_of, top_logprobs
 from actor.engine_vllm.sampling import extending_params
 from common.errors import EngineDead, InvalidRequest

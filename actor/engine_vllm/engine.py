@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from actor.adapters import Adapters
 from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineLoad, EngineMedia, EngineRequest
 from actor.engine_vllm.arguments import engine_config
@@ -23,7 +22,8 @@ from actor.engine_vllm.probes import probe_model
 from actor.engine_vllm.prompts import VllmPrompts
 from actor.engine_vllm.sampling import refusal, sampling_params, scoring_params
 from actor.engine_vllm.updates import VllmUpdates
-from actor.validation_sampling import check_prompt_logprobs
+from actor.validation.sampling import check_prompt_logprobs
+from actor.weights.adapters import Adapters
 from common.config import ConfigError
 from common.errors import EngineDead, InvalidRequest, QueueFull, Unimplemented, WeightsPending
 from common.types import (

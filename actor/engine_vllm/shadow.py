@@ -34,7 +34,7 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from actor.engine_vllm.cpu_reload import CpuReload
-from actor.transfer import NamedTensors
+from actor.weights.transfer import NamedTensors
 
 # Their processing makes everything anew from the layer's own parameters. That of others (experts, quantized layers,
 # latent attention) changes objects that the live layer computes with.

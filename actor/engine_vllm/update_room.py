@@ -1,7 +1,8 @@
 """Memory that an update takes beside the model.
 
 Of a GPU, which vLLM must not fill with its cache: a second set of layers (`actor.engine_vllm.shadow`), the two buffers
-that take turns on the wire (`actor.transfer`), and NCCL's own. Of the host, where there is no second set: the update.
+that take turns on the wire (`actor.weights.transfer`), and NCCL's own. Of the host, where there is no second set: the
+update.
 """
 
 import math
@@ -9,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from actor.transfer import NUM_BUFFERS
+from actor.weights.transfer import NUM_BUFFERS
 from common.config import ConfigError
 
 # A buffer holds a bucket (`weights.bucket_mib` of the learner, by default), or one tensor that is larger, as float32.

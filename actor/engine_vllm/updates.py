@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from actor.adapters import Adapters
+from actor.weights.adapters import Adapters
 from common.errors import (
     InvalidRequest,
     NotStaged,

@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from actor.engine_vllm.shadow import ReloadedModel, ShadowModel, can_shadow
 from actor.engine_vllm.worker_adapters import WorkerAdapters
-from actor.transfer import NamedTensors, WeightReceiver
+from actor.weights.transfer import NamedTensors, WeightReceiver
 from common.errors import InvalidRequest
 from common.types import EpochSpec, Manifest, ManifestBucket, ManifestParameter, is_lora
 

@@ -13,7 +13,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 
-from actor.transfer import NamedTensors
+from actor.weights.transfer import NamedTensors
 from common.errors import InvalidRequest
 
 # An id that vLLM asks for; a clone gets the one of its request.

@@ -2,7 +2,7 @@
 
 `*_to_proto` builds a message; `*_from_proto` takes one apart and trusts nothing in it: what came from a client raises
 `InvalidRequest` or `Unimplemented` with the path of the field, what came from a server raises `MalformedResponse`.
-Ranges that depend on a server's limits are not checked here but in `actor.validation`.
+Ranges that depend on a server's limits are not checked here but in `actor.validation.request`.
 """
 
 from common.wire.bounds import check_bounds

@@ -18,7 +18,7 @@ from common.wire.bounds import check_count
 from common.wire.media import media_from_proto, media_to_proto
 from common.wire.sampling import sampling_from_proto, sampling_to_proto
 
-# More than any model takes; what a server takes is less, and checked in `actor.validation`.
+# More than any model takes; what a server takes is less, and checked in `actor.validation.request`.
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 4096
 _MAX_MEDIA = 4096

@@ -33,7 +33,7 @@ _OPTIONAL = (
 )
 _REPEATED = ("stop_token_ids", "stop", "allowed_token_ids", "bad_token_ids", "bad_words")
 
-# Vocabularies are smaller; what a server takes is less, and checked in `actor.validation`.
+# Vocabularies are smaller; what a server takes is less, and checked in `actor.validation.request`.
 _MAX_ITEMS = 2**20
 # Each costs a place in a sorted tuple before a server can look at it.
 _MAX_BIASES = 1024
@@ -58,7 +58,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 
 def sampling_from_proto(message: pb.SamplingParams, field: str) -> SamplingParams:
-    """Raises InvalidRequest for a constraint that is none; ranges are the business of `actor.validation`."""
+    """Raises InvalidRequest for a constraint that is none; ranges are the business of `actor.validation.request`."""
     for name in _REPEATED:
         check_count(getattr(message, name), f"{field}.{name}", _MAX_ITEMS)
     check_count(message.logit_bias, f"{field}.logit_bias", _MAX_BIASES)

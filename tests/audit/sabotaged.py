@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from actor import __main__ as actor_main
-from actor import service_rollout
+from actor.services import rollout as service_rollout
 
 service: Any = service_rollout
 check_request = service.check_request

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from actor.validation import check_request
+from actor.validation.request import check_request
 from common import wire
 from common.config import ConfigError, load_config
 from common.errors import (

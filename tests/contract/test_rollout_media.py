@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actor import media_intake
+from actor.media import intake as media_intake
 from common.client import GrpcClient
 from common.errors import InvalidRequest, MediaMissing, OutriderError, QueueFull, TooLarge
 from common.media import content_hash

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actor import service_rollout
+from actor.services import rollout as service_rollout
 from common.client import GrpcClient
 from common.errors import TooLarge, Unimplemented
 from common.types import Constraint, PromptInfo, RolloutRequest, SamplingParams, StructuredOutput, TextPrompt

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from actor import media_intake
+from actor.media import intake as media_intake
 from common.client import GrpcClient
 from common.errors import InvalidRequest, MediaMissing, OutriderError, TooLarge
 from common.media import content_hash, frames_hash

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from actor.media_store import MediaStore
-from actor.uploads import Uploads
+from actor.media.store import MediaStore
+from actor.media.uploads import Uploads
 from common.errors import InvalidRequest, TooLarge
 from common.media import media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.errors import StaleEpoch
 from common.types import EpochSpec
 from learner.rollouts import slots

@@ -13,7 +13,7 @@ from torch import nn
 from actor.config import ActorConfig
 from actor.engine_fake.engine import FakeEngine
 from actor.server import ActorServer
-from actor.transfer import Staging, WeightReceiver
+from actor.weights.transfer import Staging, WeightReceiver
 from common.errors import DeadlineExceeded, StageTimeout
 from common.types import ActorState, Manifest
 from learner.rollouts.fleet import Fleet

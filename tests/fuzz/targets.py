@@ -12,11 +12,11 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from PIL import Image
 
-from actor import media_intake
-from actor.decoded_media import DecodedMedia
-from actor.media_store import MediaStore
-from actor.uploads import Uploads
-from actor.validation import check_request
+from actor.media import intake as media_intake
+from actor.media.decoded import DecodedMedia
+from actor.media.store import MediaStore
+from actor.media.uploads import Uploads
+from actor.validation.request import check_request
 from common import wire
 from common.errors import InvalidRequest, QueueFull, TooLarge, Unimplemented
 from common.media import media_hash

@@ -59,7 +59,7 @@ def on_broadcasts(injector: Injector, *, sends: bool) -> None:
 
 def on_receiver(injector: Injector) -> None:
     """Phases open and stage of an actor, in the process where the weights arrive."""
-    from actor.transfer import WeightReceiver
+    from actor.weights.transfer import WeightReceiver
 
     def receiving(_: Any, manifest: Any, __: Any) -> None:
         injector.version = manifest.policy_version

@@ -20,7 +20,7 @@ from actor.config import VllmConfig
 from actor.engine import EngineInfo, EngineMedia, EngineRequest
 from actor.engine_thread import EngineThread
 from actor.engine_vllm.engine import VllmEngine
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.client import ActorClient, SampledGroup
 from common.media import content_hash, decode_image
 from common.types import (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from actor.__main__ import main
 
-_PRELOADED = ("actor.process", "actor.engine_fake.engine", "actor.transfer", __name__)
+_PRELOADED = ("actor.process", "actor.engine_fake.engine", "actor.weights.transfer", __name__)
 # From SIGKILL to the end of a process, on a busy machine.
 _END_S = 30.0
 # An actor ends by itself if whoever should end it was killed.

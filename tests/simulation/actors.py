@@ -1,4 +1,4 @@
-"""Simulated actors: the real state machine of the weights (`actor.weights`) around an engine that only waits.
+"""Simulated actors: the real state machine (`actor.weights.policy_state`) around an engine that only waits.
 
 The engine knows which bytes its live weights are made of. A token that is sampled from anything but one whole policy of
 the version that is said ends the schedule.
@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.client import SampledGroup
 from common.errors import (
     Draining,
@@ -287,7 +287,7 @@ class SimActor:
         )
 
     async def generate(self, request: RolloutRequest) -> SampledGroup:
-        """As `actor.service_rollout`, with all completions in step."""
+        """As `actor.services.rollout`, with all completions in step."""
         if self.policy.state is not ActorState.SERVING:
             self.world.refused[self.policy.state.value] += 1
         match self.policy.state:

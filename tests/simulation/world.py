@@ -21,7 +21,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, TextPart
 from learner.ledger import Ledger
 from learner.types import Group, PromptSample

@@ -170,7 +170,7 @@ def metric_names() -> set[str]:
     """Names that the endpoints of actor and learner show."""
     from actor.config import FakeConfig
     from actor.engine_fake.engine import FakeEngine
-    from actor.weights import PolicyState
+    from actor.weights.policy_state import PolicyState
 
     engine = FakeEngine(FakeConfig(), "actor")
     no_groups: Any = SimpleNamespace(running=0, dropped={}, retries={})

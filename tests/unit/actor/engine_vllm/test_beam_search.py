@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from actor.beam_search import BeamSearch, FoundBeam, NextTokens
+from actor.engine_vllm.beam_search import BeamSearch, FoundBeam, NextTokens
 
 EOS = 0
 VOCABULARY = 4

@@ -1,11 +1,11 @@
-"""`weights.v1.WeightService`: the wire in front of `actor.weights.PolicyState`."""
+"""`weights.v1.WeightService`: the wire in front of `actor.weights.policy_state.PolicyState`."""
 
 from typing import Any
 
 import grpc
 
 from actor.engine import Engine, EngineInfo
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
 from common.pb.weights.v1 import weights_pb2_grpc

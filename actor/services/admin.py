@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 
 from actor.engine import Engine
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.errors import InvalidRequest
 from common.pb.admin.v1 import admin_pb2 as pb
 from common.pb.admin.v1 import admin_pb2_grpc

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from actor.transfer import NamedTensors, WeightReceiver
+from actor.weights.transfer import NamedTensors, WeightReceiver
 from common import delta
 from common.collective import BroadcastGroup
 from common.errors import InvalidRequest, StageCorrupt

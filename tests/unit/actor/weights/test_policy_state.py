@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actor.weights import PolicyState
+from actor.weights.policy_state import PolicyState
 from common.errors import (
     Draining,
     EngineDead,

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from actor.validation import check_request
-from actor.validation_sampling import check_prompt_logprobs
+from actor.validation.request import check_request
+from actor.validation.sampling import check_prompt_logprobs
 from common.errors import InvalidRequest, OutriderError, TooLarge
 from common.tensors import Tensor
 from common.types import (

@@ -10,12 +10,12 @@ from typing import Any
 import grpc
 
 from actor.engine import Engine, EngineMedia, EngineRequest
-from actor.media_intake import MediaIntake
-from actor.media_store import MediaStore
+from actor.media.intake import MediaIntake
+from actor.media.store import MediaStore
+from actor.media.uploads import Uploads
 from actor.metrics import ActorMetrics
-from actor.uploads import Uploads
-from actor.validation import check_request
-from actor.weights import PolicyState
+from actor.validation.request import check_request
+from actor.weights.policy_state import PolicyState
 from common import tracing
 from common.errors import (
     Draining,

@@ -6,8 +6,8 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from actor.adapters import Adapters
 from actor.engine_vllm.updates import VllmUpdates
+from actor.weights.adapters import Adapters
 from common.errors import (
     InvalidRequest,
     OutriderError,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actor.adapters import Adapters, LoadedAdapter
+from actor.weights.adapters import Adapters, LoadedAdapter
 from common.errors import InvalidRequest
 from common.types import Manifest, ManifestParameter
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from PIL import Image
 
-from actor import uploads as uploads_module
 from actor.config import ActorConfig
-from actor.media_store import ITEM_BYTES, MediaStore
-from actor.uploads import Uploads
+from actor.media import uploads as uploads_module
+from actor.media.store import ITEM_BYTES, MediaStore
+from actor.media.uploads import Uploads
 from common.errors import DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.pb.rollout.v1 import rollout_pb2 as pb
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from actor.kept_buckets import KeptBuckets
+from actor.weights.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
 from common.dtypes import tensor_in
 from common.threads import run_in_thread

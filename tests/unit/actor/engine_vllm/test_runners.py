@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actor import validation_sampling
+from actor.validation import sampling as validation_sampling
 from common.types import MAX_STRINGS, MAX_TOKEN_IDS
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from PIL import Image
 
 from actor.engine import VideoArray
-from actor.media_store import ITEM_BYTES
+from actor.media.store import ITEM_BYTES
 from common.errors import OutriderError
 
 T = TypeVar("T", Image.Image, VideoArray)

@@ -2,8 +2,8 @@
 
 import math
 
-from actor.media_store import content_bytes
-from actor.validation_sampling import check_ids, check_sampling
+from actor.media.store import content_bytes
+from actor.validation.sampling import check_ids, check_sampling
 from common.errors import InvalidRequest, TooLarge
 from common.tensors import Tensor
 from common.types import (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actor import decoded_media
-from actor.decoded_media import DecodedMedia
-from actor.media_store import ITEM_BYTES
+from actor.media import decoded as decoded_media
+from actor.media.decoded import DecodedMedia
+from actor.media.store import ITEM_BYTES
 from common.errors import InvalidRequest
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from actor.decoded_media import DecodedMedia
 from actor.engine import EngineMedia, VideoArray
-from actor.media_store import MediaStore, content_bytes
+from actor.media.decoded import DecodedMedia
+from actor.media.store import MediaStore, content_bytes
 from actor.metrics import ActorMetrics
 from common import tracing
 from common.errors import InvalidRequest, MediaMissing, QueueFull, TooLarge

@@ -1,6 +1,6 @@
 import pytest
 
-from actor.media_store import ITEM_BYTES, MediaStore
+from actor.media.store import ITEM_BYTES, MediaStore
 from common.errors import TooLarge
 
 A, B, C, D = (bytes([i]) * 32 for i in range(4))

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from actor.media_store import MediaStore
+from actor.media.store import MediaStore
 from common.errors import DeadlineExceeded, InvalidRequest, QueueFull, TooLarge
 from common.media import check_frames, check_image, media_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb

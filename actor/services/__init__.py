@@ -1,0 +1,1 @@
+"""What the server answers: one servicer for each service of the proto files."""
