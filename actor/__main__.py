@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> NoReturn:
     configure(config.log_level)
 
     from actor.process import ActorProcess
-    from common.lifecycle import end_process, tell_faults
+    from common.process.lifecycle import end_process, tell_faults
     from common.rpc.server import check_port, reserve_port
     from common.rpc.tls import read_certificates
 

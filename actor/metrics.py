@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from actor.engine import Engine
 from actor.weights.policy_state import PolicyState
 from common.metrics import serve_metrics
-from common.stalls import StallWatch
+from common.process.stalls import StallWatch
 from common.types import ActorState, Completion
 
 _PREFIX = "outrider_actor_"

@@ -18,9 +18,9 @@ from actor.engine import Engine, EngineInfo
 from actor.engine_thread import EngineThread
 from actor.server import ActorServer, model_name
 from common import tracing
-from common.lifecycle import Shutdown
 from common.log import get_logger
-from common.memory import keep_freed
+from common.process.lifecycle import Shutdown
+from common.process.memory import keep_freed
 from common.rpc.server import join_address, split_address
 
 log = get_logger(__name__)

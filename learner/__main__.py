@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(export.main(arguments[1:]))
     options = parse(arguments)
 
-    from common.lifecycle import end_process, tell_faults
+    from common.process.lifecycle import end_process, tell_faults
 
     tell_faults()
     end_process(_run(options))
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(options: argparse.Namespace) -> int:
     from common.config import ConfigError, load_config
-    from common.outliving import outliving_output
+    from common.process.outliving import outliving_output
     from learner.config import LearnerConfig
     from learner.stopping import RunFailed
 

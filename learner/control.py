@@ -28,8 +28,8 @@ from common.collective import address_towards
 from common.config import ConfigError
 from common.log import get_logger
 from common.metrics import serve_metrics
+from common.process.threads import to_own_thread
 from common.rpc.server import is_loopback, split_address
-from common.threads import to_own_thread
 from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig

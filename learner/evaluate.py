@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from common.log import get_logger
-from common.threads import to_own_thread
+from common.process.threads import to_own_thread
 from common.types import SamplingParams
 from learner.config import EvaluationConfig
 from learner.rewards.base import RewardError, Rewards

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.config import ConfigError, NotYet
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 from learner.batch.pack_bytes import decode_packs
 from learner.batch.packing import PackedBatch
 from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state

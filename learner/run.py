@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from common import log as logging
 from common import tracing
 from common.checkpoint import check_checkpoint
-from common.lifecycle import end_with_parent
+from common.process.lifecycle import end_with_parent
 from learner import last_words, run_folder
 from learner.batch.processing import PromptProcessor
 from learner.checkpoint import drop_partial

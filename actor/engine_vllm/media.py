@@ -20,7 +20,7 @@ from actor.engine_vllm.foreign_tensors import GRIDS, foreign_item, stand_in, yie
 from actor.engine_vllm.videos import Pace, vllm_item
 from common.dtypes import DTYPE_NAMES
 from common.errors import InvalidRequest, Unimplemented
-from common.resizing import resize_options
+from common.media.resizing import resize_options
 from common.tensors import NamedTensor, Tensor
 from common.types import MediaUse, Modality, PlaceholderRange
 

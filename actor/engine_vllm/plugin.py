@@ -6,8 +6,8 @@ import signal
 from actor.config import parse_cores
 from actor.engine_vllm.grammars import bound_matching
 from actor.engine_vllm.held_outputs import hold_outputs
-from common.lifecycle import end_with_parent
-from common.memory import keep_freed
+from common.process.lifecycle import end_with_parent
+from common.process.memory import keep_freed
 
 WEIGHT_TRANSFER_BACKEND = "outrider"
 

@@ -12,7 +12,7 @@ from actor.engine import EngineMedia, EngineRequest
 from actor.engine_vllm.media import VllmMedia
 from common.chat import has_template, render_chat
 from common.errors import InvalidRequest, TooLarge
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 from common.types import ChatMessage, ChatPrompt, MediaPart, Prompt, PromptInfo, TextPart, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:

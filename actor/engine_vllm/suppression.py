@@ -9,7 +9,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as GpuLogitsProcessor
 
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 
 # As vLLM names it.
 SUPPRESSION = "actor.engine_vllm.suppression:SuppressPlaceholders"

@@ -9,7 +9,7 @@ from actor.weights.policy_state import PolicyState
 from common.errors import InvalidRequest
 from common.pb.weights.v1 import weights_pb2 as pb
 from common.pb.weights.v1 import weights_pb2_grpc
-from common.threads import to_own_thread
+from common.process.threads import to_own_thread
 from common.types import ActorStatus
 from common.wire import epoch_from_proto, manifest_from_proto, status_to_proto
 

@@ -17,7 +17,7 @@ import torch
 from actor.weights.kept_buckets import KeptBuckets
 from common.collective import BroadcastGroup
 from common.dtypes import tensor_in
-from common.threads import run_in_thread
+from common.process.threads import run_in_thread
 from common.types import EpochSpec, Manifest, ManifestParameter
 
 NUM_BUFFERS = 2

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.threads import run_in_thread
+from common.process.threads import run_in_thread
 from common.types import EpochSpec
 
 _POLL_S = 0.0005

@@ -20,8 +20,8 @@ from common.chat import render_chat
 from common.config import ConfigError
 from common.errors import InvalidRequest, TooLarge, Unimplemented
 from common.media import content_hash, decode_image
-from common.placeholders import image_token_id
-from common.resizing import resize_options
+from common.media.placeholders import image_token_id
+from common.media.resizing import resize_options
 from common.types import MediaPart, Modality, ServerLimits
 from learner.batch.positions import PositionIndexer
 from learner.types import PixelBounds, ProcessedPrompt, PromptSample

@@ -14,7 +14,7 @@ import yaml
 
 from common.checkpoint import check_checkpoint
 from common.config import ConfigError
-from common.lifecycle import end_with_parent
+from common.process.lifecycle import end_with_parent
 from learner import run_folder
 from learner.config import LearnerConfig
 from learner.launcher.actors import addresses

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from common.lifecycle import end_with_parent
+from common.process.lifecycle import end_with_parent
 from learner.stopping import STEP_END_S
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prepare: "Callable[[LearnerConf
     options = parse(arguments)
 
     from common.config import ConfigError, load_config
-    from common.outliving import outliving_output
+    from common.process.outliving import outliving_output
     from learner.config import LearnerConfig
 
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.placeholders import image_token_id
+from common.media.placeholders import image_token_id
 from learner.batch.packing import PackedBatch
 from learner.model.attention import packed_layout
 from learner.model.fused_logprobs import SUPPRESSED_LOGIT, fused_logprobs

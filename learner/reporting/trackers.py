@@ -18,7 +18,7 @@ from typing import Any
 
 from common.config import ConfigError
 from common.log import get_logger
-from common.threads import run_in_thread
+from common.process.threads import run_in_thread
 from learner.config import LearnerConfig
 from learner.reporting.json_lines import plain
 from learner.run_folder import write_whole

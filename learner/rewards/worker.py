@@ -10,7 +10,7 @@ import signal
 from dataclasses import dataclass
 from types import FrameType
 
-from common.lifecycle import end_with_parent
+from common.process.lifecycle import end_with_parent
 from learner.rewards.base import GroupReward, RewardError, ScoringTask
 from learner.rewards.load import load_rewards
 from learner.rewards.scoring import score

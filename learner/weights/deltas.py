@@ -14,7 +14,7 @@ from common import delta
 from common.dtypes import TORCH_DTYPES
 from common.errors import InvalidRequest, OutriderError
 from common.log import get_logger
-from common.threads import to_own_thread
+from common.process.threads import to_own_thread
 from learner.rollouts.members import Member
 from learner.weights.buckets import Buckets, Update
 from learner.weights.epoch import UpdateTimes

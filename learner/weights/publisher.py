@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from common import tracing
 from common.log import get_logger
-from common.threads import to_own_thread
+from common.process.threads import to_own_thread
 from common.types import ActorState, EpochSpec
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import FleetEvent, Member

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from common.collective import BroadcastGroup, epoch_of
 from common.config import ConfigError
-from common.threads import run_in_thread, to_own_thread
+from common.process.threads import run_in_thread, to_own_thread
 from common.types import EpochSpec
 
 

@@ -9,7 +9,7 @@ import pytest
 from common.config import ConfigError
 from common.media import content_hash
 from common.pb.rollout.v1 import rollout_pb2 as pb
-from common.stalls import Longest
+from common.process.stalls import Longest
 from tests.helpers.fake_actors import StartActor, png
 from tests.helpers.fakes import until
 from tests.helpers.launched import free_ports

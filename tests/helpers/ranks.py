@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.lifecycle import tell_faults
+from common.process.lifecycle import tell_faults
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 300.0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 from learner.batch.pack_bytes import decode_packs
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.model import Adapter

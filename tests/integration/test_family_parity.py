@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 from common.types import Completion
 from learner.batch.multimodal import extract_multi_modal_inputs
 from learner.batch.pack_bytes import decode_packs, encode_packs

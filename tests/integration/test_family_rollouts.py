@@ -12,7 +12,7 @@ import torch
 
 from common.config import ConfigError
 from common.media import content_hash
-from common.placeholders import image_token_id, placeholder_ids
+from common.media.placeholders import image_token_id, placeholder_ids
 from common.types import ChatPrompt, TokenPrompt
 from learner.model.load import load_policy
 from learner.types import PromptSample

@@ -20,7 +20,7 @@ from common.chat import template_messages
 from common.client import GrpcClient, SampledGroup
 from common.errors import InvalidRequest, Unimplemented
 from common.media import decode_image, frames_hash
-from common.placeholders import placeholder_ids
+from common.media.placeholders import placeholder_ids
 from common.tensors import NamedTensor, pixels_hash, tensor_of, tensors_hash
 from common.types import (
     ChatMessage,

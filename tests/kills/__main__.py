@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.lifecycle import end_process
+from common.process.lifecycle import end_process
 from tests.kills.actors import ActorEnded, preload
 
 if TYPE_CHECKING:

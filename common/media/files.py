@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from common.errors import InvalidRequest, TooLarge
-from common.media_headers import check_parts
+from common.media.headers import check_parts
 from common.tensors import Tensor, pixels_hash, tensors_hash
 from common.types import Frames, MediaContent
 

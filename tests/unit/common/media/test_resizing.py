@@ -7,7 +7,7 @@ import pytest
 from transformers.image_utils import SizeDict
 
 from common.errors import InvalidRequest, Unimplemented
-from common.resizing import resize_options
+from common.media.resizing import resize_options
 from common.types import Modality
 
 

@@ -5,7 +5,7 @@ import sys
 
 _COUNT = """
 import resource
-from common.memory import keep_freed
+from common.process.memory import keep_freed
 {begin}
 for _ in range(10):
     bytes(range(256)) * 4096

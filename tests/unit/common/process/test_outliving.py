@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from common.outliving import Outliving, outliving_output
+from common.process.outliving import Outliving, outliving_output
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -8,7 +8,7 @@ import sys
 def test_a_fault_of_native_code_says_where_all_threads_were() -> None:
     code = """
 import ctypes, threading
-from common.lifecycle import tell_faults
+from common.process.lifecycle import tell_faults
 
 def waiting():
     threading.Event().wait()

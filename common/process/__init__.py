@@ -1,0 +1,1 @@
+"""What every process of Outrider needs for itself: its signals, threads, memory and output."""
