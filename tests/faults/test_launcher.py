@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from examples.digits.model import build_model
 from tests.helpers.launched import Launched, actor_pids, free_ports, is_alive, launching, run_dirs
@@ -108,7 +109,7 @@ def test_a_learner_without_launcher_finds_them_before_it_loads(tmp_path: Path, o
     """The checkpoint is none that could be loaded, and nobody is at the address of the actor."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "weights.safetensors").touch()
+    save_file({}, tmp_path / "model" / "weights.safetensors")
     arguments = ("--config", CONFIG, f"runs_dir={tmp_path / 'runs'}", f"model.path={tmp_path / 'model'}")
     launched = Launched(tmp_path, (*arguments, "rollout.actors=['127.0.0.1:1']", override), module="learner")
     assert launched.exit_code(START_S) == 2, launched.said()

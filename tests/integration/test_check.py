@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from tests.helpers.launched import free_ports, launching
 
@@ -20,7 +21,7 @@ def check(tmp_path: Path) -> Check:
     """The command in a folder with a task; an argument is an override."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").touch()
+    save_file({}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n' * 10)
     run: dict[str, Any] = {
         "model": {"path": "model"},

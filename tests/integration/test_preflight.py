@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.numpy import save_file
+
 
 def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "images": None, "answer": 1} for _ in range(12)]
@@ -17,7 +19,7 @@ def test_all_rows_are_read_and_the_broken_ones_told(tmp_path: Path) -> None:
     )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").touch()
+    save_file({}, tmp_path / "model" / "model.safetensors")
     command = [sys.executable, "-m", "learner.preflight", "run.yaml", f"data.train={tmp_path / 'rows.jsonl'}"]
     all_rows = subprocess.run([*command, "--all-rows"], cwd=tmp_path, capture_output=True, text=True, check=False)
     told = all_rows.stdout.splitlines()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from safetensors.numpy import save_file
 
 from actor.config import ActorConfig
 from actor.process import ActorProcess
@@ -71,7 +72,7 @@ async def test_an_actor_does_the_fault_to_itself(path: Path, monkeypatch: pytest
     model = path.parent / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").touch()
+    save_file({}, model / "model.safetensors")
     (model / PROMPT).write_text(json.dumps(asdict(DigitsPrompt((5, 6, 7), (6, 8)))))
     reserved = Mock(getsockname=lambda: ("127.0.0.1", 50051))
     engine = loaded_engine(ActorProcess(ActorConfig(model=model, engine="fake"), reserved))

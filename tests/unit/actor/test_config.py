@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from actor.config import ActorConfig, VllmConfig, check_model, parse_cores
 from common.config import ConfigError, load_config
@@ -19,7 +20,7 @@ def test_model_directory_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model: .* holds no checkpoint \(config\.json\)"):
         check_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    save_file({}, tmp_path / "model-00001-of-00002.safetensors")
     assert check_model(tmp_path) == tmp_path
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from learner.config import LearnerConfig
 from learner.launcher import main
@@ -47,7 +48,7 @@ def test_a_mistake_in_the_configuration_of_actors_is_told_before_anything_is_mad
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").touch()
+    save_file({}, model / "model.safetensors")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
     run = {
         "model": {"path": str(model)},
