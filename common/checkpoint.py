@@ -8,12 +8,14 @@ from safetensors import SafetensorError, safe_open
 
 from common.config import ConfigError
 
+_IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _LFS_POINTER = b"version https://git-lfs"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_checkpoint(path: Path, key: str) -> Path:
-    """`path`, if it looks like a checkpoint in Hugging Face format: `config.json` and whole safetensors.
+    """`path`, if it looks like a checkpoint in Hugging Face format: `config.json`, processor, and whole safetensors.
 
     Raises ConfigError, which names the `key` of the configuration.
     """
@@ -23,12 +25,24 @@ def check_checkpoint(path: Path, key: str) -> Path:
             f"{download_command(path)} makes it of a model of the hub"
         )
     try:
-        json.loads((path / "config.json").read_bytes())
-    except ValueError:
+        has_vision = "vision_config" in json.loads((path / "config.json").read_bytes())
+    except (ValueError, TypeError):
         raise ConfigError(f"{key}: {path / 'config.json'} is not JSON; the checkpoint is damaged") from None
+    if has_vision:
+        _check_processor(path, key)
     for shard in _shards(path, key):
         _check_shard(shard, key)
     return path
+
+
+def _check_processor(path: Path, key: str) -> None:
+    """What `model.save_pretrained` alone leaves out."""
+    for what, names in (("image processor", _IMAGE_PROCESSORS), ("tokenizer", _TOKENIZERS)):
+        if not any((path / name).is_file() for name in names):
+            raise ConfigError(
+                f"{key}: {path} has no {what} ({' or '.join(names[:2])}); save the processor there, too: "
+                "`AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(DIRECTORY)`"
+            )
 
 
 def _shards(path: Path, key: str) -> list[Path]:

@@ -66,6 +66,21 @@ def test_a_shard_is_whole(tmp_path: Path, damage: str) -> None:
     assert ("git lfs pull" in str(error.value)) == (damage == "pointer")
 
 
+@pytest.mark.parametrize("has_all_in_one", [False, True])
+def test_a_model_with_vision_has_its_processor(tmp_path: Path, has_all_in_one: bool) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    with pytest.raises(ConfigError, match=r"has no image processor \(preprocessor_config\.json or processor_config"):
+        check_checkpoint(tmp_path, "model")
+    (tmp_path / ("processor_config.json" if has_all_in_one else "preprocessor_config.json")).touch()
+    with pytest.raises(
+        ConfigError, match=r"has no tokenizer \(tokenizer\.json or tokenizer\.model\); save the processor"
+    ):
+        check_checkpoint(tmp_path, "model")
+    (tmp_path / "tokenizer.json").touch()
+    assert check_checkpoint(tmp_path, "model") == tmp_path
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
