@@ -55,10 +55,14 @@ def choose(members: Sequence[Member], *, avoid: AbstractSet[str] = frozenset(), 
     return min(members, key=order)
 
 
-def second_opinions(members: Iterable[Member], refused_by: AbstractSet[Member]) -> Sequence[Member]:
-    """Of `members`, whom to ask about a group that others say no actor could take; some may have no slot now."""
-    serving = [member for member in members if member.state is ActorState.SERVING and member not in refused_by]
-    return [member for member in serving if member.has_finished] or serving
+def second_opinions(members: Sequence[Member]) -> Sequence[Member]:
+    """Of `members`, whom to ask about a group that another one refuses."""
+    return [member for member in members if member.has_finished] or members
+
+
+def may_serve_soon(member: Member) -> bool:
+    """Whether it serves, or comes to do so by itself."""
+    return member.state in (ActorState.SERVING, ActorState.PENDING_WEIGHTS, ActorState.LOADING)
 
 
 def _pace(member: Member, fastest_s: float) -> float:

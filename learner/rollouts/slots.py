@@ -14,12 +14,18 @@ for it. Otherwise the first one would get all of it.
 import asyncio
 import collections
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from common.types import ActorState
 from learner.rollouts.members import Member
-from learner.rollouts.scheduling import choose, has_slot, second_opinions
+from learner.rollouts.scheduling import choose, has_slot, may_serve_soon, second_opinions
+
+# How long a group that an actor has refused waits where others are there, but do not serve what it needs: those whom
+# an update reaches last do so soon; one that takes no update may never.
+_PATIENCE_S = 60.0
 
 
 class NobodyElse(Exception):  # noqa: N818 - says what there is
@@ -34,6 +40,8 @@ class _Waiter:
     refused_by: AbstractSet[Member]
     future: asyncio.Future[tuple[Member, asyncio.Event]]
     """With what interrupts calls to it from then on."""
+    waits_until: float = math.inf
+    """Time of the event loop; for those who were refused."""
 
     def fit(self, members: Iterable[Member]) -> list[Member]:
         """The members that serve a version new enough. -1, which is no version of this run, never is."""
@@ -71,7 +79,11 @@ class Slots:
             self._release(member)
 
     async def _next(self, waiter: _Waiter) -> tuple[Member, asyncio.Event]:
+        loop = asyncio.get_running_loop()
+        patience = None
         if waiter.refused_by:
+            waiter.waits_until = loop.time() + _PATIENCE_S
+            patience = loop.call_at(waiter.waits_until, self._take_up)
             self._refused.append(waiter)
             self._take_up()
         else:
@@ -89,6 +101,9 @@ class Slots:
             elif waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
                 self._release(waiter.future.result()[0])
             raise
+        finally:
+            if patience is not None:
+                patience.cancel()
 
     def offer(self, member: Member) -> None:
         """It may be able to take more than before."""
@@ -131,10 +146,11 @@ class Slots:
         self.offer(member)
 
     def _ask_another(self, waiter: _Waiter) -> None:
-        others = second_opinions(waiter.fit(self._members()), waiter.refused_by)
-        if free := [member for member in others if has_slot(member)]:
+        others = [member for member in self._members() if member not in waiter.refused_by and may_serve_soon(member)]
+        serving = waiter.fit(member for member in others if member.state is ActorState.SERVING)
+        if free := [member for member in second_opinions(serving) if has_slot(member)]:
             self._give_best(free, waiter)
-        elif not others:
+        elif not others or (not serving and asyncio.get_running_loop().time() >= waiter.waits_until):
             waiter.future.set_exception(NobodyElse())
 
     def _give_best(self, free: Sequence[Member], waiter: _Waiter) -> Member:

@@ -300,8 +300,9 @@ class SimActor:
             case _:
                 raise WeightsPending("not yet")
         self.policy.refuse_unless_of(request.run_id)
-        if self.refuses_groups and self.world.others_take(request, self):
-            self.world.refusals[request.group_id.rpartition(".")[0]].add(self.actor_id)
+        if self.refuses_groups and self.world.others_may_take(self):
+            group_id = request.group_id.rpartition(".")[0]
+            self.world.refusals[group_id].setdefault(self.actor_id, asyncio.get_running_loop().time())
             raise TooLarge("sampling.n", "more than this actor takes")
         if self.busy:
             raise QueueFull(retry_after_s=self.rng.random())

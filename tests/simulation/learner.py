@@ -21,6 +21,7 @@ from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.sampler import GroupFailed, Sampler
+from learner.rollouts.scheduling import may_serve_soon
 from learner.types import Group, ProcessedPrompt, PromptSample, Scores
 from learner.weights.buckets import Update
 from learner.weights.deltas import Base, Deltas
@@ -100,8 +101,11 @@ class SimSampler(Sampler):
             return await super().sample(request, min_version=min_version, expected=expected)
         except GroupFailed as error:
             if error.reason == TooLarge.reason:
-                serving = (m for m in self.fleet.live() if m.state is ActorState.SERVING and m.version >= min_version())
-                self._world.check_given_up(request.group_id, {member.actor_id for member in serving})
+                hopeful = [member for member in self.fleet.live() if may_serve_soon(member)]
+                serving = [m for m in hopeful if m.state is ActorState.SERVING and m.version >= min_version()]
+                self._world.check_given_up(
+                    request.group_id, {member.actor_id for member in serving}, {member.actor_id for member in hopeful}
+                )
             raise
 
 
@@ -129,6 +133,7 @@ class SimLearner:
             discover_s=3.0,
             resolve=world.resolve,
         )
+        self.fleet.subscribe(world.note_joined)
         self._buffer = SignallingBuffer((plan.max_staleness + 1) * plan.batch)
         self.dispatcher = Dispatcher(
             dataset=Rows(world.num_rows),

@@ -24,6 +24,8 @@ from typing import Any
 from actor.weights.policy_state import PolicyState
 from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, TextPart
 from learner.ledger import Ledger
+from learner.rollouts.members import FleetEvent
+from learner.rollouts.scheduling import may_serve_soon
 from learner.types import Group, PromptSample
 from tests.simulation.actors import SimActor, SimEngine
 from tests.simulation.faults import EXTRA_S, KINDS, OTHER_KINDS
@@ -78,9 +80,10 @@ class World:
         self.actors = {address: SimActor(self, address, rng) for address in self.plan.addresses}
         self.deployed = set(() if plan.scale else plan.addresses)
         self.refused: Counter[str] = Counter()
-        self.refusals: defaultdict[str, set[str]] = defaultdict(set)
-        """Groups that actors took for wrong, and by which ones."""
-        self._committed_at: dict[str, float] = {}
+        self.refusals: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        """Groups that actors took for wrong, by which ones, and when."""
+        self._changed_at: dict[str, float] = {}
+        """When an actor came to be known, or to serve another version."""
         self.dns_works = True
         self.timeline: list[int] = []
         """Sequence numbers trained, by those learners whose work was not lost."""
@@ -237,28 +240,35 @@ class World:
             self.check(completion.trajectory_id not in self._sampled, f"{completion.trajectory_id} was sampled twice")
             self._sampled[completion.trajectory_id] = runs
 
-    def others_take(self, request: RolloutRequest, actor: SimActor) -> bool:
-        """Whether the learner knows of another actor that serves what is asked for."""
+    def others_may_take(self, actor: SimActor) -> bool:
+        """Whether the learner knows of another actor that serves, or will."""
         assert self._learner is not None
         return any(
-            member.state is ActorState.SERVING and member.version >= request.min_policy_version
+            may_serve_soon(member)
             for member in self._learner.fleet.live()
             if member.address != actor.address and not self.actors[member.address].refuses_groups
         )
 
-    def check_given_up(self, group_id: str, serving: AbstractSet[str]) -> None:
-        """Every actor that serves has refused it, but for those that have come to serve in these very turns."""
-        others = serving - self.refusals[group_id]
+    def check_given_up(self, group_id: str, serving: AbstractSet[str], hopeful: AbstractSet[str]) -> None:
+        """Every actor that serves has refused it, and those that were about to were waited for; but for what has come
+        in these very turns."""
+        refused_by = self.refusals[group_id]
+        waited_s = self._loop.now - max(refused_by.values())
+        others = serving if waited_s >= 59.9 else serving | hopeful
         self.check(
-            all(self._loop.now - self._committed_at.get(actor_id, 0.0) < 0.05 for actor_id in others),
-            f"{group_id} is given up, though only {self.refusals[group_id]} refused it and {others} serve",
+            all(self._loop.now - self._changed_at.get(actor_id, 0.0) < 0.05 for actor_id in others - refused_by.keys()),
+            f"{group_id} is given up {waited_s:.3f} s after {refused_by} refused it: {serving} of {hopeful} serve",
         )
+
+    def note_joined(self, event: FleetEvent) -> None:
+        if event.kind == "joined":
+            self._changed_at[event.actor_id] = self._loop.now
 
     def check_commit(self, learner: SimLearner, actor_id: str, version: int) -> None:
         policy, engine = self.processes[actor_id]
         if self._num_replaced and policy.run_id != learner.run_id:
             return  # another one has taken the actor over while the answer was on its way; the next poll says so
-        self._committed_at[actor_id] = self._loop.now
+        self._changed_at[actor_id] = self._loop.now
         is_true = (policy.run_id, policy.policy_version) == (learner.run_id, version)
         says = f"{actor_id}: {policy.state.value} run {policy.run_id} version {policy.policy_version} {engine.policy}"
         self.check(is_true and engine.policy == Policy(learner.number, version), f"committed {version}, but {says}")

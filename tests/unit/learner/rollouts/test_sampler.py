@@ -19,6 +19,7 @@ from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PixelBounds
 from tests.helpers.fakes import FakeActor, FakeClient, make_sample, process, sample_all, until
+from tests.simulation.loop import VirtualLoop
 
 SAMPLE = make_sample(3, (b"image",))
 REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))
@@ -218,6 +219,38 @@ async def test_who_refused_what_others_took_has_no_say_while_they_are_away() -> 
         well.restart(ActorState.SERVING)
         for groups in await asyncio.gather(*tasks):
             assert {group.prompt.actor_id for group in groups} == {"well#2"}
+
+
+async def test_a_refused_group_waits_for_those_whom_the_update_reaches_last() -> None:
+    small = FakeActor("small", run_id="run", version=1, failure=InvalidRequest("sampling.n", "the limit is 1"))
+    other = FakeActor("other", run_id="run")
+    async with learner(small, other) as sample:
+        sample.fleet.mark_committed("small", small.actor_id, 1)
+        sample.fleet.mark_committed("other", other.actor_id, 0)
+        task = asyncio.ensure_future(sample.sample(REQUEST, min_version=lambda: 1, expected=None))
+        await until(lambda: small.requests)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        other.version = 1
+        sample.fleet.mark_committed("other", other.actor_id, 1)
+        assert (await task).prompt.actor_id == other.actor_id
+
+
+def test_a_refused_group_does_not_wait_for_ever() -> None:
+    """For an actor that serves, but never comes to the version that it needs."""
+
+    async def main() -> float:
+        small = FakeActor("small", run_id="run", version=1, failure=InvalidRequest("chat", "too long"))
+        other = FakeActor("other", run_id="run")
+        async with learner(small, other) as sample:
+            sample.fleet.mark_committed("small", small.actor_id, 1)
+            sample.fleet.mark_committed("other", other.actor_id, 0)
+            with pytest.raises(GroupFailed, match="chat: too long"):
+                await sample.sample(REQUEST, min_version=lambda: 1, expected=None)
+            return asyncio.get_running_loop().time()
+
+    assert VirtualLoop().run(main(), until=1000.0) == pytest.approx(60.0, abs=1.0)
 
 
 @pytest.mark.parametrize("how", ["dies", "drains"])
