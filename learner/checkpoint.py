@@ -94,7 +94,7 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=_WHAT_TRAINS)
+        model_state, optimizer_state = _states(self._model, self._optimizer)
         shards: Any = dcp.async_save(
             {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, process_group=self._group
         )
@@ -140,6 +140,19 @@ class CheckpointWriter:
                 log.warning("an old checkpoint stays", path=str(old), error=str(error))
 
 
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trains, and what the optimizer has of it: nothing before its first step.
+
+    torch has such a one take a step without gradients, to have something to save. Adam would count that step.
+    """
+    is_fresh = not optimizer.state
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHAT_TRAINS)
+    if is_fresh:
+        optimizer.state.clear()
+        optimizer_state["state"] = {}
+    return model_state, optimizer_state
+
+
 def drop_partial(run_dir: Path) -> None:
     """Remove what a kill has left of checkpoints that it cut off. Nobody else may be at work in the folder."""
     for partial in run_dir.glob(f"checkpoints/.*{_PARTIAL}"):
@@ -173,11 +186,14 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     saved = _saved(reader, checkpoint, model_state)
     # To load into, a fresh optimizer has been given moments of all parameters; what no forward uses never had any.
     moments: Any = optimizer_state["state"]
-    optimizer_state["state"] = {name: own for name, own in moments.items() if f"optimizer.state.{name}.step" in saved}
+    own = {name: moment for name, moment in moments.items() if f"optimizer.state.{name}.step" in saved}
+    optimizer_state["state"] = own
     _load(reader, checkpoint, {"model": model_state, "optimizer": optimizer_state})
     set_state_dict(
         model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_WHAT_TRAINS
     )
+    if not own:
+        optimizer.state.clear()
     for group, now in zip(optimizer.param_groups, settings, strict=True):
         group.update(now)
 

@@ -100,8 +100,8 @@ def _remove_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):  # of attention, which has no module for it
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # of attention, which has no module for it, and stochastic depth
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -2,7 +2,8 @@
 
 import re
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+# From the last opening tag before a closing one: whoever thinks aloud may name the tag before using it.
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def answer_of(completion: str) -> str:

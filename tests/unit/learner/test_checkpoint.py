@@ -99,6 +99,24 @@ def test_training_that_goes_on_does_not_change_what_is_being_written(
     assert all(torch.equal(value, saved[name]) for name, value in parameters(again).items())
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_checkpoint_before_the_first_update_changes_no_update(
+    is_resumed: bool, make_policy: Callable[..., Policy], train: Train, tmp_path: Path
+) -> None:
+    """As after steps that were skipped. torch makes a state to save by a step of its own, which Adam would count."""
+    plain, saved = make_policy(), make_policy()
+    saved.save(tmp_path, {})
+    saved.finish()
+    if is_resumed:
+        saved = make_policy()
+        saved.restore(tmp_path)
+    train(plain)
+    train(saved)
+    assert {float(state["step"]) for state in saved._optimizer.state.values()} == {1.0}
+    for parameter, expected in zip(saved.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(parameter.full_tensor(), expected.full_tensor())  # type: ignore[attr-defined]
+
+
 def test_only_the_newest_are_kept(make_policy: Callable[[], Policy], train: Train, tmp_path: Path) -> None:
     policy = make_policy()
     for _ in range(4):

@@ -23,6 +23,8 @@ from learner.rewards.ocr import ocr
         ("<think>7</think><answer> 7 </answer>", 1.0),
         ("<answer>7</answer> or <answer>8</answer>", 0.0),
         ("<answer>8</answer> no <answer>7</answer>", 1.0),
+        ("<think>It goes between <answer> and </think> or so.</think><answer>7</answer>", 1.0),
+        ("<answer>\n<answer>7</answer>", 1.0),
         ("<answer>7", 0.0),
     ],
 )
