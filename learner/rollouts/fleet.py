@@ -99,11 +99,13 @@ class Fleet:
         self._hung_s = hung_s
         self._places: dict[str, _Place] = {}
         self._discovering: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._forgotten: dict[ActorClient, asyncio.Task[None] | None] = {}
+        """Clients that are still to be closed, and who does it."""
         self._slots = Slots(self.live)
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
         self._min_actors = 1
+        self._has_finished = False
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
 
@@ -134,13 +136,13 @@ class Fleet:
     async def close(self) -> None:
         """Stop polling and close every connection."""
         tasks = [place.poll for place in self._places.values() if place.poll is not None]
-        tasks += [self._discovering] if self._discovering is not None else []
-        tasks += self._closing
+        tasks += [task for task in (self._discovering, *self._forgotten.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._slots.close()
-        await asyncio.gather(*(place.member.client.close() for place in self._places.values()))
+        clients = [*(place.member.client for place in self._places.values()), *self._forgotten]
+        await asyncio.gather(*(client.close() for client in clients))
 
     def members(self) -> tuple[Member, ...]:
         """One for each address, reachable or not. May be called from any thread."""
@@ -215,26 +217,31 @@ class Fleet:
 
     def report_success(self, member: Member, seconds: float) -> None:
         """It finished a group in so many seconds."""
+        self._has_finished = True
         self.report_progress(member)
         finished(member, seconds)
+
+    def believes(self, member: Member) -> bool:
+        """Whether a group that it refuses as wrong is wrong.
+
+        The word of one that has finished no group does not count once another one has: it may have come with smaller
+        limits than the others, or be of another release. Then it is the one that fails.
+        """
+        return member.has_finished or not self._has_finished
 
     def _not_busy(self, member: Member) -> None:
         member.busy = False
         self._slots.offer(member)
 
     def slot(
-        self,
-        min_version: Callable[[], int],
-        avoid: AbstractSet[str] = frozenset(),
-        media: Sequence[bytes] = (),
-        refused_by: AbstractSet[Member] = frozenset(),
+        self, min_version: Callable[[], int], avoid: AbstractSet[str] = frozenset(), media: Sequence[bytes] = ()
     ) -> AbstractAsyncContextManager[Member]:
         """Wait for a serving actor with a free slot and a version of at least `min_version()`; hold the slot.
 
         Of those that are free, the incarnations in `avoid` come last, and those that hold `media` are preferred.
-        `min_version` never falls. None of `refused_by` is given: raises `NobodyElse` where no other one serves.
+        `min_version` never falls.
         """
-        return self._slots.hold(min_version, avoid, media, refused_by)
+        return self._slots.hold(min_version, avoid, media)
 
     # -------------------------------------------------------------------------------------------------- discovery
 
@@ -274,15 +281,20 @@ class Fleet:
 
     async def _forget(self, address: str) -> None:
         place = self._places.pop(address)
+        self._forgotten[place.member.client] = None
         assert place.poll is not None
         place.poll.cancel()
         await asyncio.gather(place.poll, return_exceptions=True)
         if place.member.reachable:  # it came back in this very moment
             self._leave(place, "its address is gone from DNS")
-        closing = asyncio.create_task(_close_later(place.member.client))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._forgotten[place.member.client] = asyncio.create_task(self._close_later(place.member.client))
         self._tell(FleetEvent("forgotten", address, "", None, "its address is gone from DNS"))
+
+    async def _close_later(self, client: ActorClient) -> None:
+        """What it has sent may still be read."""
+        await asyncio.sleep(LAST_WORDS_S)
+        await client.close()
+        del self._forgotten[client]
 
     # ------------------------------------------------------------------------------------------------------ polls
 
@@ -380,13 +392,5 @@ class Fleet:
             state=event.state.value if event.state is not None else None,
             reason=event.reason,
         )
-        self._slots.look_again()
         for callback in self._callbacks:
             callback(event)
-
-
-async def _close_later(client: ActorClient) -> None:
-    try:
-        await asyncio.sleep(LAST_WORDS_S)
-    finally:
-        await client.close()

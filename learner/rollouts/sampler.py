@@ -29,13 +29,12 @@ from common.types import MediaItem, RolloutRequest, SamplingParams
 from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import LAST_WORDS_S, Member
 from learner.rollouts.scheduling import ActorHung
-from learner.rollouts.slots import NobodyElse
 from learner.rollouts.tripwire import ImageMismatch, check_images
 from learner.types import ProcessedPrompt, PromptSample
 
 log = get_logger("learner.rollouts.sampler")
 
-# The request itself is at fault, or an actor has smaller limits than the others, or is an older one.
+# The request itself is at fault; or an actor that has smaller limits than the others, or is an older one.
 _REFUSALS = (InvalidRequest, TooLarge, Unimplemented)
 # The actor is only not available now: this says nothing about the request.
 _NOT_NOW = (Draining, Paused, QueueFull, WeightsPending)
@@ -103,36 +102,14 @@ class Sampler:
         """Sample one group on some actor that serves `min_version()` or newer.
 
         With `expected`, the answer must pass the image tripwire. Raises `ImageMismatch`, and `GroupFailed` for a
-        request that no actor takes or that has failed too often.
-
-        What one actor refuses as wrong another is asked about, best one that has finished groups. If it takes the group
-        then the first one is at fault, and its word counts no more until it has finished one; if it refuses the group
-        too, or there is no other, the group is.
+        request that an actor refuses whose word counts (`Fleet.believes`), or that has failed too often.
         """
-        refusals: dict[Member, OutriderError] = {}
-        try:
-            sampled = await self._sample(request, min_version, expected, refusals)
-        except NobodyElse:
-            *_, refusal = refusals.values()
-            raise GroupFailed(refusal.reason, refusal.message) from refusal
-        for member, refusal in refusals.items():
-            self.fleet.report_failure(member, refusal)
-        return sampled
-
-    async def _sample(
-        self,
-        request: RolloutRequest,
-        min_version: Callable[[], int],
-        expected: ProcessedPrompt | None,
-        refusals: dict[Member, OutriderError],
-    ) -> SampledGroup:
-        """As `sample`; fills in `refusals`. Raises `NobodyElse` when all that serve are in there."""
         failures = restarts = attempt = times_full = 0
         failed_on: frozenset[str] = frozenset()
         media = [item.sha256 for item in request.media]
         while True:
             wait_s = 0.0
-            async with self.fleet.slot(min_version, failed_on, media, refusals.keys()) as member:
+            async with self.fleet.slot(min_version, failed_on, media) as member:
                 asked = dataclasses.replace(
                     request,
                     group_id=f"{request.group_id}.{attempt}",
@@ -152,17 +129,15 @@ class Sampler:
                     self.retries["POLICY_CHANGED"] += 1
                     restarts += 1
                 except OutriderError as error:
-                    if isinstance(error, _REFUSALS) and not member.num_failures:
-                        if refusals and member.has_finished:
-                            raise GroupFailed(error.reason, error.message) from error
-                        refusals[member] = error
-                    elif isinstance(error, MediaMissing):  # those of others pushed them out: the actor is well
+                    if isinstance(error, _REFUSALS) and self.fleet.believes(member):
+                        raise GroupFailed(error.reason, error.message) from error
+                    if isinstance(error, MediaMissing):  # those of others pushed them out: the actor is well
                         wait_s = min(_LONGEST_ROOM_WAIT_S, _ROOM_WAIT_S * 2**times_full)
                         times_full += 1
                     else:
                         self.fleet.report_failure(member, error)
                     self.retries[error.reason] += 1
-                    if not isinstance(error, _NOT_NOW) and member not in refusals:
+                    if not isinstance(error, _NOT_NOW):
                         failures += 1
                         failed_on |= {member.actor_id}
                     log.info(

@@ -7,7 +7,6 @@
 | a slow actor is given less | pace: seconds of its groups / seconds of the fastest actor's, at most 4 |
 | affinity | an actor that holds the images of a group may have two groups more than another |
 | elsewhere, after a failure | actors on which this group has failed come last |
-| a second opinion | a group that an actor refuses as wrong goes to another, if it can to one that has finished groups |
 | probation | an actor whose last group failed gets one at a time, until it has finished one |
 | hung | groups wait on it, nothing came of any of them for `hung_s`, and another actor did get on meanwhile |
 """
@@ -53,16 +52,6 @@ def choose(members: Sequence[Member], *, avoid: AbstractSet[str] = frozenset(), 
         return member.actor_id in avoid, load
 
     return min(members, key=order)
-
-
-def second_opinions(members: Sequence[Member]) -> Sequence[Member]:
-    """Of `members`, whom to ask about a group that another one refuses."""
-    return [member for member in members if member.has_finished] or members
-
-
-def may_serve_soon(member: Member) -> bool:
-    """Whether it serves, or comes to do so by itself."""
-    return member.state in (ActorState.SERVING, ActorState.PENDING_WEIGHTS, ActorState.LOADING)
 
 
 def _pace(member: Member, fastest_s: float) -> float:

@@ -8,8 +8,8 @@ import pytest
 from actor.weights.policy_state import PolicyState
 from common.errors import StaleEpoch
 from common.types import EpochSpec
-from learner.rollouts import slots
 from learner.rollouts.dispatcher import Dispatcher
+from learner.rollouts.fleet import Fleet
 from learner.rollouts.members import Member
 from learner.weights import epoch
 from learner.weights.adapter_forms import AdapterForms
@@ -95,21 +95,15 @@ def commit_what_nobody_has_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(epoch, "_check", lambda *_: None)
 
 
-def believe_the_first_that_refuses(patch: pytest.MonkeyPatch) -> None:
-    """An actor that joined with smaller limits than the others had groups dropped that those take."""
-    patch.setattr(slots, "may_serve_soon", lambda _: False)
-
-
-def drop_what_an_update_has_not_reached_yet(patch: pytest.MonkeyPatch) -> None:
-    """... so it did while the update was still on its way to the others."""
-    patch.setattr(slots, "_PATIENCE_S", 0.0)
+def believe_whoever_refuses(patch: pytest.MonkeyPatch) -> None:
+    """An actor that came with smaller limits than the others had groups dropped that those take."""
+    patch.setattr(Fleet, "believes", lambda *_: True)
 
 
 # A schedule for each mistake that it finds. Where a change of timing leads it past the mistake, `python -m
 # tests.simulation` with the mistake in the code finds another one.
 FOUND = {
-    9: believe_the_first_that_refuses,
-    256: drop_what_an_update_has_not_reached_yet,
+    9: believe_whoever_refuses,
     65: commit_what_nobody_has_compared,
     36: give_up_on_account_of_one,
     1110: take_a_form_for_everybodys,

@@ -249,9 +249,6 @@ class SimActor:
     def take_updates(self) -> None:
         self.refuses_updates = False
 
-    def take_groups(self) -> None:
-        self.refuses_groups = False
-
     def faster(self) -> None:
         self.slowness = 1
 
@@ -300,9 +297,9 @@ class SimActor:
             case _:
                 raise WeightsPending("not yet")
         self.policy.refuse_unless_of(request.run_id)
-        if self.refuses_groups and self.world.others_may_take(self):
-            group_id = request.group_id.rpartition(".")[0]
-            self.world.refusals[group_id].setdefault(self.actor_id, asyncio.get_running_loop().time())
+        if self.refuses_groups:
+            if not self.world.has_finished_groups():  # its word would count
+                raise QueueFull(retry_after_s=1.0)
             raise TooLarge("sampling.n", "more than this actor takes")
         if self.busy:
             raise QueueFull(retry_after_s=self.rng.random())

@@ -89,9 +89,15 @@ def _refuses_updates(world: "World", actor: SimActor, for_s: float) -> None:
 
 
 def _refuses_groups(world: "World", actor: SimActor, for_s: float) -> None:
-    """As one with smaller limits than the others; where there are others."""
-    actor.refuses_groups = True
-    world.later(for_s, actor.take_groups)
+    """It comes back with smaller limits than the others, until it is set right."""
+
+    def restart(*, is_small: bool) -> None:
+        actor.kill()
+        actor.refuses_groups = is_small
+        actor.restart()
+
+    restart(is_small=True)
+    world.later(for_s, lambda: restart(is_small=False))
 
 
 def _second_learner(world: "World", actor: SimActor, for_s: float) -> None:

@@ -5,24 +5,21 @@ As `learner.control` puts them together, but on one loop, and with clients and a
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.client import SampledGroup
-from common.errors import TooLarge
-from common.types import ActorState, Completion, RolloutRequest, SamplingParams
+from common.types import Completion, SamplingParams
 from learner.ledger import Ledger
 from learner.rewards.base import RewardError
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher
 from learner.rollouts.fleet import Fleet
-from learner.rollouts.sampler import GroupFailed, Sampler
-from learner.rollouts.scheduling import may_serve_soon
-from learner.types import Group, ProcessedPrompt, PromptSample, Scores
+from learner.rollouts.sampler import Sampler
+from learner.types import Group, PromptSample, Scores
 from learner.weights.buckets import Update
 from learner.weights.deltas import Base, Deltas
 from learner.weights.publisher import Publisher
@@ -87,28 +84,6 @@ class SimPublisher(Publisher):
         return snapshot.update(full=full, merged=merged, keep=self._deltas.enabled and not merged)
 
 
-class SimSampler(Sampler):
-    """Sees to it that no group is given up as wrong that an actor takes which has served for a while."""
-
-    def __init__(self, world: "World", fleet: Fleet, **settings: Any) -> None:
-        super().__init__(fleet, **settings)
-        self._world = world
-
-    async def sample(
-        self, request: RolloutRequest, *, min_version: Callable[[], int], expected: ProcessedPrompt | None
-    ) -> SampledGroup:
-        try:
-            return await super().sample(request, min_version=min_version, expected=expected)
-        except GroupFailed as error:
-            if error.reason == TooLarge.reason:
-                hopeful = [member for member in self.fleet.live() if may_serve_soon(member)]
-                serving = [m for m in hopeful if m.state is ActorState.SERVING and m.version >= min_version()]
-                self._world.check_given_up(
-                    request.group_id, {member.actor_id for member in serving}, {member.actor_id for member in hopeful}
-                )
-            raise
-
-
 class SimLearner:
     """Trains from `ledger` at `version` on; `run` ends when the last step is done."""
 
@@ -133,14 +108,12 @@ class SimLearner:
             discover_s=3.0,
             resolve=world.resolve,
         )
-        self.fleet.subscribe(world.note_joined)
         self._buffer = SignallingBuffer((plan.max_staleness + 1) * plan.batch)
         self.dispatcher = Dispatcher(
             dataset=Rows(world.num_rows),
             ledger=ledger,
             processor=FakeProcessor(),
-            sampler=SimSampler(
-                world,
+            sampler=Sampler(
                 self.fleet,
                 group_timeout_s=plan.group_timeout_s,
                 max_attempts=plan.max_attempts,

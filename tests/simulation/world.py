@@ -6,7 +6,7 @@
 | the fleet believes a version of an actor only if that very process serves it, whole | each commit |
 | a trained group is whole, of one process, of its row, really sampled, by this run, fresh enough | each batch |
 | each sequence number is trained once, or dropped and counted, also if the learner is killed | the end |
-| a group is given up as wrong only when all that serve say so | each of them |
+| no group is given up as wrong because an actor came back that refuses what others take | the end |
 | nobody waits for ever, and once faults stop every actor comes to serve the newest version | bounded virtual time |
 | no exception goes unseen, no task and no slot is left | the end |
 """
@@ -15,17 +15,16 @@ import asyncio
 import gc
 import random
 import socket
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from actor.weights.policy_state import PolicyState
+from common.errors import TooLarge
 from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, TextPart
 from learner.ledger import Ledger
-from learner.rollouts.members import FleetEvent
-from learner.rollouts.scheduling import may_serve_soon
 from learner.types import Group, PromptSample
 from tests.simulation.actors import SimActor, SimEngine
 from tests.simulation.faults import EXTRA_S, KINDS, OTHER_KINDS
@@ -80,10 +79,6 @@ class World:
         self.actors = {address: SimActor(self, address, rng) for address in self.plan.addresses}
         self.deployed = set(() if plan.scale else plan.addresses)
         self.refused: Counter[str] = Counter()
-        self.refusals: defaultdict[str, dict[str, float]] = defaultdict(dict)
-        """Groups that actors took for wrong, by which ones, and when."""
-        self._changed_at: dict[str, float] = {}
-        """When an actor came to be known, or to serve another version."""
         self.dns_works = True
         self.timeline: list[int] = []
         """Sequence numbers trained, by those learners whose work was not lost."""
@@ -240,35 +235,14 @@ class World:
             self.check(completion.trajectory_id not in self._sampled, f"{completion.trajectory_id} was sampled twice")
             self._sampled[completion.trajectory_id] = runs
 
-    def others_may_take(self, actor: SimActor) -> bool:
-        """Whether the learner knows of another actor that serves, or will."""
-        assert self._learner is not None
-        return any(
-            may_serve_soon(member)
-            for member in self._learner.fleet.live()
-            if member.address != actor.address and not self.actors[member.address].refuses_groups
-        )
-
-    def check_given_up(self, group_id: str, serving: AbstractSet[str], hopeful: AbstractSet[str]) -> None:
-        """Every actor that serves has refused it, and those that were about to were waited for; but for what has come
-        in these very turns."""
-        refused_by = self.refusals[group_id]
-        waited_s = self._loop.now - max(refused_by.values())
-        others = serving if waited_s >= 59.9 else serving | hopeful
-        self.check(
-            all(self._loop.now - self._changed_at.get(actor_id, 0.0) < 0.05 for actor_id in others - refused_by.keys()),
-            f"{group_id} is given up {waited_s:.3f} s after {refused_by} refused it: {serving} of {hopeful} serve",
-        )
-
-    def note_joined(self, event: FleetEvent) -> None:
-        if event.kind == "joined":
-            self._changed_at[event.actor_id] = self._loop.now
+    def has_finished_groups(self) -> bool:
+        """Whether the learner of now has seen what its actors take."""
+        return self._learner is not None and self._learner.fleet._has_finished
 
     def check_commit(self, learner: SimLearner, actor_id: str, version: int) -> None:
         policy, engine = self.processes[actor_id]
         if self._num_replaced and policy.run_id != learner.run_id:
             return  # another one has taken the actor over while the answer was on its way; the next poll says so
-        self._changed_at[actor_id] = self._loop.now
         is_true = (policy.run_id, policy.policy_version) == (learner.run_id, version)
         says = f"{actor_id}: {policy.state.value} run {policy.run_id} version {policy.policy_version} {engine.policy}"
         self.check(is_true and engine.policy == Policy(learner.number, version), f"committed {version}, but {says}")
@@ -309,6 +283,7 @@ class World:
         ended = sorted([*self.timeline, *dropped])
         self._now(ended == [*range(len(ended))], f"sequence numbers lost or doubled: {ended}")
         self._now(len(self.timeline) == self.plan.total_steps * self.plan.batch, f"{len(self.timeline)} trained")
+        self._now(TooLarge.reason not in self.dropped, "groups were dropped that only some actors refuse")
         self._now(not learner.ledger.in_flight, f"in flight at the end: {learner.ledger.in_flight}")
         self._now(all(m.in_flight == 0 for m in learner.fleet.members()), "a slot is still held")
         gc.collect(0)
