@@ -10,6 +10,8 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Families whose prompt sees itself in both directions, without a setting that says so.
 _PREFIX_FAMILIES = frozenset({"colpali", "paligemma"})
+# An argument of forward that chooses the experts of a token, and that packs do not carry.
+_EXPERT_CHOICE = "moe_mm_token_type_ids"
 
 
 def logit_settings(config: Any) -> dict[str, float]:
@@ -32,6 +34,8 @@ def _check_architecture(model: Any) -> None:
         what = "is an encoder and a decoder"
     elif getattr(model.config.get_text_config(), "cross_attention_layers", None):
         what = "sees its images through layers of cross attention"
+    elif _EXPERT_CHOICE in inspect.signature(type(model).forward).parameters:
+        what = f"sends images to experts of their own, by {_EXPERT_CHOICE}"
     if what is not None:
         raise ValueError(
             f"{type(model).__name__} {what}; packed batches are for models that read text and images as one sequence"

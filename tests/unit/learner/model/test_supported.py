@@ -27,6 +27,7 @@ def test_layers_that_carry_a_state_are_refused(family: str, layer_types: list[st
         ("Florence2", "is an encoder and a decoder"),
         ("T5Gemma2", "is an encoder and a decoder"),
         ("Mllama", "sees its images through layers of cross attention"),
+        ("Ernie4_5_VLMoe", "sends images to experts of their own, by moe_mm_token_type_ids"),
     ],
 )
 def test_models_that_do_not_read_one_sequence_are_refused(family: str, reason: str) -> None:
