@@ -19,6 +19,7 @@ addresses is a member at the first of them.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
@@ -45,6 +46,8 @@ _MAX_LATE_POLLS = 2
 # How long an actor rests that fails again and again: not at all after the first time, then 0.5 s, 1.5 s, 3.5 s, ...
 _FIRST_REST_S = 0.5
 _LONGEST_REST_S = 120.0
+# How long after the last finished group a newcomer's word does not count yet: long enough for all others to restart.
+_BELIEVES_NOBODY_S = 600.0
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +108,7 @@ class Fleet:
         self._callbacks: list[Callable[[FleetEvent], None]] = []
         self._enough = asyncio.Event()
         self._min_actors = 1
-        self._has_finished = False
+        self._finished_at = -math.inf
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
 
@@ -217,17 +220,17 @@ class Fleet:
 
     def report_success(self, member: Member, seconds: float) -> None:
         """It finished a group in so many seconds."""
-        self._has_finished = True
+        self._finished_at = asyncio.get_running_loop().time()
         self.report_progress(member)
         finished(member, seconds)
 
     def believes(self, member: Member) -> bool:
         """Whether a group that it refuses as wrong is wrong.
 
-        The word of one that has finished no group does not count once another one has: it may have come with smaller
-        limits than the others, or be of another release. Then it is the one that fails.
+        The word of one that has finished no group does not count while others do: it may have come with smaller limits
+        than they have, or be of another release. Then it is the one that fails.
         """
-        return member.has_finished or not self._has_finished
+        return member.has_finished or asyncio.get_running_loop().time() - self._finished_at > _BELIEVES_NOBODY_S
 
     def _not_busy(self, member: Member) -> None:
         member.busy = False

@@ -236,8 +236,8 @@ class World:
             self._sampled[completion.trajectory_id] = runs
 
     def has_finished_groups(self) -> bool:
-        """Whether the learner of now has seen what its actors take."""
-        return self._learner is not None and self._learner.fleet._has_finished
+        """Whether the learner of now has seen of late what its actors take."""
+        return self._learner is not None and self._loop.now - self._learner.fleet._finished_at < 590.0
 
     def check_commit(self, learner: SimLearner, actor_id: str, version: int) -> None:
         policy, engine = self.processes[actor_id]

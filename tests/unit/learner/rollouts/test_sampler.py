@@ -19,6 +19,7 @@ from learner.rollouts.sampler import GroupFailed, Sampler, build_request
 from learner.rollouts.tripwire import ImageMismatch
 from learner.types import PixelBounds
 from tests.helpers.fakes import FakeActor, FakeClient, make_sample, process, sample_all, until
+from tests.simulation.loop import VirtualLoop
 
 SAMPLE = make_sample(3, (b"image",))
 REQUEST = build_request("run.3", SAMPLE, SamplingParams(n=2))
@@ -179,6 +180,25 @@ async def test_who_joins_with_smaller_limits_is_at_fault() -> None:
         assert 0 < len(small.requests) < 2 * 64
         (member,) = [member for member in sample.fleet.live() if member.address == "small"]
         assert member.num_failures > 0
+
+
+def test_a_fleet_that_is_replaced_by_one_with_smaller_limits_is_believed_in_the_end() -> None:
+    """Else the run would neither go on nor end."""
+
+    async def main() -> float:
+        actor = FakeActor("a")
+        async with sampler(actor) as sample:
+            await sample_all(sample, [REQUEST])
+            actor.restart(ActorState.SERVING)
+            actor.failure = InvalidRequest("sampling.n", "the limit is 1")
+            await until(lambda: sample.fleet.live() and sample.fleet.live()[0].actor_id == "a#2", 0.001)
+            for reason in ("ATTEMPTS_EXHAUSTED", "INVALID_REQUEST"):
+                with pytest.raises(GroupFailed) as caught:
+                    await sample.sample(REQUEST, min_version=any_version, expected=None)
+                assert caught.value.reason == reason
+            return asyncio.get_running_loop().time()
+
+    assert 600 < VirtualLoop().run(main(), until=5000.0) < 800
 
 
 async def test_the_word_of_who_has_finished_groups_counts() -> None:
