@@ -15,7 +15,7 @@ from learner.config.algorithm import AlgorithmConfig
 from learner.config.optimizer import OptimizerConfig
 from learner.model.load import load_policy, model_cost
 from learner.model.optimizer import build_optimizer
-from learner.step import StepStats, train_step
+from learner.training.step import StepStats, train_step
 from learner.types import Group, ProcessedPrompt, PromptSample
 
 # Rates stay as they are while every step does its full work.

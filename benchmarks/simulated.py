@@ -31,15 +31,15 @@ from learner.batch.pack_bytes import decode_packs
 from learner.config import LearnerConfig
 from learner.control import Control
 from learner.data.dataset import PromptDataset
+from learner.data.ledger import Ledger
 from learner.data.rows import RowReader
-from learner.distributed import Ranks, join_ranks
-from learner.ledger import Ledger
 from learner.reporting.display import Display
 from learner.reporting.json_lines import JsonLines
 from learner.reporting.report import Progress, Reporter
 from learner.rollouts.dispatcher import DispatchStats
-from learner.step import StepStats
-from learner.trainer import RankZero, Trainer
+from learner.training.distributed import Ranks, join_ranks
+from learner.training.step import StepStats
+from learner.training.trainer import RankZero, Trainer
 from learner.types import Group, ProcessedPrompt, PromptSample
 from learner.weights.snapshot import Snapshot, Snapshotter
 
@@ -119,7 +119,7 @@ def make_prompts(num_rows: int, images: Sequence[bytes] = ()) -> PromptDataset:
 
 
 class SimulatedPolicy:
-    """What `Trainer` needs of `learner.policy.Policy`. A step takes `step_s`; the weights mean nothing."""
+    """What `Trainer` needs of `learner.training.policy.Policy`. A step takes `step_s`; the weights mean nothing."""
 
     placeholder_ids = (PLACEHOLDER_ID,)
     cost = ModelCost()
@@ -144,7 +144,7 @@ class SimulatedPolicy:
         return [[stats]]
 
     def snapshot(self, publish: Callable[[Snapshot], None]) -> None:
-        """As `learner.policy.Policy`."""
+        """As `learner.training.policy.Policy`."""
         self._snapshotter.take(self.version, publish)
 
     def save(self, run_dir: Path, _state: dict[str, Any]) -> Path:

@@ -40,11 +40,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point; the exit code is 2 for a mistake of the user, 1 for a run that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["fleet"]:
-        from learner import fleet_view
+        from learner.reporting import fleet_view
 
         sys.exit(fleet_view.main(arguments[1:]))
     if arguments[:1] == ["export"]:
-        from learner import export
+        from learner.storage import export
 
         sys.exit(export.main(arguments[1:]))
     options = parse(arguments)

@@ -34,9 +34,9 @@ from common.types import SamplingParams
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.data.dataset import PromptDataset
+from learner.data.ledger import Ledger
 from learner.evaluate import Evaluation, evaluate
 from learner.launcher.actors import logs as actor_logs
-from learner.ledger import Ledger
 from learner.reporting.metrics import LearnerMetrics
 from learner.rewards.runner import RewardRunner
 from learner.rollouts.buffer import BufferClosed, GroupBuffer

@@ -11,17 +11,13 @@ from common import log as logging
 from common import tracing
 from common.checkpoint import check_checkpoint
 from common.process.lifecycle import end_with_parent
-from learner import last_words, run_folder
+from learner import last_words
 from learner.batch.processing import PromptProcessor
-from learner.checkpoint import drop_partial
 from learner.config import LearnerConfig
 from learner.control import Control, sampling_params
 from learner.data.dataset import PromptDataset
-from learner.distributed import Ranks, join_ranks
-from learner.ledger import Ledger
-from learner.policy import Policy
+from learner.data.ledger import Ledger
 from learner.preflight import check_actors, load_task
-from learner.rank_watch import watching
 from learner.reporting.completions_log import CompletionsLog
 from learner.reporting.display import make_display
 from learner.reporting.held_out import held_out_of
@@ -31,7 +27,12 @@ from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import format_summary, write_summary
 from learner.reporting.trackers import Trackers, check_trackers
 from learner.stopping import StopRequest
-from learner.trainer import RankZero, Trainer
+from learner.storage import run_folder
+from learner.storage.checkpoint import drop_partial
+from learner.training.distributed import Ranks, join_ranks
+from learner.training.policy import Policy
+from learner.training.rank_watch import watching
+from learner.training.trainer import RankZero, Trainer
 
 log = logging.get_logger(__name__)
 

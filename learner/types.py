@@ -130,7 +130,7 @@ class Group:
 
     group_id: str
     sequence: int
-    """Place of the prompt in the data order; see `learner.ledger`."""
+    """Place of the prompt in the data order; see `learner.data.ledger`."""
     sample: PromptSample
     processed: ProcessedPrompt
     prompt: PromptInfo

@@ -25,7 +25,7 @@ tokens; `token_weights` has the denominators. They are those of the whole batch 
 that packs may simply be summed. With `mask_truncated_completions` the weight of a completion that was cut off is 0, its
 entropy and KL included (overlong filtering, arXiv 2503.14476, section 3.4); the denominators still count it.
 
-Nothing here hides a value that is not finite: it reaches the loss, and the step is skipped (learner.step).
+Nothing here hides a value that is not finite: it reaches the loss, and the step is skipped (learner.training.step).
 Log-ratios are cut at +-20 before `exp`; beyond that the clip decides anyway.
 """
 

@@ -22,7 +22,7 @@ import yaml
 from common.config import ConfigError
 from learner.config import LocalConfig
 from learner.launcher.interrupts import put_off
-from learner.run_folder import write_whole
+from learner.storage.run_folder import write_whole
 
 _HOST = "127.0.0.1"
 # A learner that is killed has this long to come back before its actors give up.

@@ -15,7 +15,6 @@ import yaml
 from common.checkpoint import check_checkpoint
 from common.config import ConfigError
 from common.process.lifecycle import end_with_parent
-from learner import run_folder
 from learner.config import LearnerConfig
 from learner.launcher.actors import addresses
 from learner.launcher.environment import learner_environment
@@ -23,6 +22,7 @@ from learner.launcher.gpus import GpuShares, share_gpus
 from learner.preflight import check_actors
 from learner.reporting.trackers import check_trackers
 from learner.rollouts.limits import check_local_limits
+from learner.storage import run_folder
 
 
 def with_local_actors(config: LearnerConfig) -> LearnerConfig:

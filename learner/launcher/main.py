@@ -92,9 +92,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(config: "LearnerConfig", prepare: "Callable[[LearnerConfig, Path], Path] | None") -> int:
-    from learner import run_folder
     from learner.launcher.check import mistakes, try_task, with_local_actors
     from learner.launcher.gpus import share_gpus
+    from learner.storage import run_folder
 
     signal.signal(signal.SIGTERM, _interrupt)
     # A mistake leaves neither a run folder nor an actor behind.
@@ -185,7 +185,7 @@ def _start_learner(config: "LearnerConfig", run_dir: Path, gpus: "tuple[str, ...
 
     from learner import last_words
     from learner.launcher.environment import learner_environment
-    from learner.run_folder import write_whole
+    from learner.storage.run_folder import write_whole
 
     last_words.clear(run_dir)  # one may have ended only now
     path = run_dir / "learner.yaml"

@@ -15,7 +15,7 @@ from learner.reporting.display import Display, StepReport
 from learner.reporting.json_lines import JsonLines
 from learner.reporting.summary import Summary
 from learner.rollouts.dispatcher import SKIPPED, STALE, DispatchStats
-from learner.step import StepStats
+from learner.training.step import StepStats
 from learner.types import Group, RewardParts
 
 

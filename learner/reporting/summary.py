@@ -11,7 +11,7 @@ from typing import Any
 
 from learner.reporting.held_out import ACCURACY, HeldOut
 from learner.reporting.json_lines import plain
-from learner.run_folder import write_whole
+from learner.storage.run_folder import write_whole
 
 SERVE_ADDRESS = "127.0.0.1:50051"
 

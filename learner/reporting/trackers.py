@@ -21,7 +21,7 @@ from common.log import get_logger
 from common.process.threads import run_in_thread
 from learner.config import LearnerConfig
 from learner.reporting.json_lines import plain
-from learner.run_folder import write_whole
+from learner.storage.run_folder import write_whole
 
 log = get_logger(__name__)
 

@@ -3,7 +3,7 @@
 A package offers its rewards under short names in its pyproject.toml, as this one does:
 
     [project.entry-points."outrider.rewards"]
-    exact_match = "learner.rewards.exact_match:exact_match"
+    exact_match = "learner.rewards.builtin.exact_match:exact_match"
 """
 
 import contextlib

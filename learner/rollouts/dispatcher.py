@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from common import tracing
 from common.log import get_logger
 from common.types import SamplingParams
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.rewards.base import RewardError, Rewards
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits

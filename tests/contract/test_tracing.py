@@ -23,7 +23,7 @@ from common.config import ConfigError
 from common.errors import InvalidRequest
 from common.media import content_hash
 from common.types import MediaItem, RolloutRequest, SamplingParams, TextPrompt
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher

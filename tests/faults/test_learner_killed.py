@@ -28,7 +28,7 @@ from actor.engine import EngineRequest
 from actor.server import ActorServer
 from common.types import Completion, PromptInfo
 from examples.digits.model import build_model
-from learner.checkpoint import latest_checkpoint
+from learner.storage.checkpoint import latest_checkpoint
 from tests.helpers.digits_engine import DigitsEngine, DigitsPrompt
 from tests.helpers.launched import Launched, launching, read_metrics
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common.types import ActorState, Completion, SamplingParams, TextPart
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher

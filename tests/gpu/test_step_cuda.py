@@ -14,11 +14,11 @@ from examples.digits.model import build_model
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config.algorithm import AlgorithmConfig
-from learner.distributed import keep_float32
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
-from learner.step import StepStats, train_step
+from learner.training.distributed import keep_float32
+from learner.training.step import StepStats, train_step
 from tests.helpers.groups import centred, mixed_groups
 
 NUM_STEPS = 3

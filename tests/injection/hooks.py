@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from common.collective import BroadcastGroup
-    from learner.step import StepStats
+    from learner.training.step import StepStats
     from learner.types import Group
 
 log = structlog.get_logger()
@@ -102,8 +102,8 @@ def on_engine(injector: Injector, engine: Any) -> None:
 def on_learner(injector: Injector) -> None:
     """The phases of a rank; those that only rank 0 has do not come on the others."""
     from common.client import GrpcClient
-    from learner.policy import Policy
     from learner.reporting.report import Reporter
+    from learner.training.policy import Policy
     from learner.weights import snapshot
     from learner.weights.snapshot import Snapshotter
 

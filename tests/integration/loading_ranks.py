@@ -13,9 +13,9 @@ from unittest.mock import patch
 import torch
 
 from learner.config import LearnerConfig
-from learner.distributed import Ranks, join_ranks
 from learner.model.load import load_policy
-from learner.policy import Policy
+from learner.training.distributed import Ranks, join_ranks
+from learner.training.policy import Policy
 
 
 def main(directory: Path, model_dir: Path) -> None:
@@ -48,7 +48,7 @@ def loads(config: LearnerConfig, ranks: Ranks) -> list[tuple[str, float]]:
         shard(*arguments, **settings)
         events.append(("sharded", time.monotonic()))
 
-    with patch("learner.policy.load_policy", slow_load), patch.object(Policy, "_shard", seen_shard):
+    with patch("learner.training.policy.load_policy", slow_load), patch.object(Policy, "_shard", seen_shard):
         Policy(config, ranks)
     return events
 

@@ -27,7 +27,7 @@ from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
 from learner.model.parts import text_model
 from learner.model.sequence_parallel import SequenceGroup, make_sequence_group, split_sequences
-from learner.step import train_step
+from learner.training.step import train_step
 from tests.helpers.ranks import joined_over_gloo
 
 LOSS = AlgorithmConfig(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)

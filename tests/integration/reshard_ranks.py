@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import distribute_tensor
 
 from learner.config import LearnerConfig
-from learner.distributed import join_ranks
-from learner.policy import Policy
+from learner.training.distributed import join_ranks
+from learner.training.policy import Policy
 
 
 def main(run_dir: Path, model_dir: Path, output: Path) -> None:

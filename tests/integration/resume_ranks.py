@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 
 from learner.config import LearnerConfig
-from learner.distributed import join_ranks
-from learner.policy import Policy
+from learner.training.distributed import join_ranks
+from learner.training.policy import Policy
 
 
 def main(run_dir: Path, model_dir: Path) -> None:
@@ -34,7 +34,7 @@ def main(run_dir: Path, model_dir: Path) -> None:
         policy.finish()
         torch.distributed.barrier()
         newest = run_dir / "checkpoints" / f"step-{2 - ranks.rank:06}"
-        with patch("learner.policy.latest_checkpoint", return_value=newest):
+        with patch("learner.training.policy.latest_checkpoint", return_value=newest):
             again = Policy(config, ranks)
             state = again.restore(run_dir)
         values = {

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
-from learner.distributed import Ranks, join_ranks
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parts import text_model
 from learner.model.sequence_parallel import split_sequences
-from learner.policy import Policy
-from learner.trainer import RankZero, Trainer
+from learner.training.distributed import Ranks, join_ranks
+from learner.training.policy import Policy
+from learner.training.trainer import RankZero, Trainer
 from tests.helpers.enlarged import enlarge
 from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
 

@@ -43,7 +43,7 @@ from learner.batch.processing import PromptProcessor
 from learner.config.algorithm import AlgorithmConfig
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
-from learner.step import train_step
+from learner.training.step import train_step
 from learner.types import PromptSample
 from learner.weights.epoch import EpochFailed
 from tests.helpers.fakes import until

@@ -18,7 +18,7 @@ from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.model.load import load_policy
-from learner.step import train_step
+from learner.training.step import train_step
 from learner.types import Group
 from tests.helpers.enlarged import enlarge
 from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
@@ -224,7 +224,7 @@ def test_processor_and_policy_load_in_either_order_in_a_fresh_process(model_dir:
     second = "policy" if first == "processor" else "processor"
     code = (
         "import sys; path = sys.argv[1]\n"
-        "import learner.step, learner.batch.packing, learner.model.parallelize\n"
+        "import learner.training.step, learner.batch.packing, learner.model.parallelize\n"
         "print('transformers' in sys.modules)\n"
         f"{lines[first]}\n{lines[second]}"
     )

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from learner.batch.pack_bytes import decode_packs
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.optimizer import OptimizerConfig
-from learner.distributed import make_mesh
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer
 from learner.model.parallelize import parallelize
-from learner.step import train_step
+from learner.training.distributed import make_mesh
+from learner.training.step import train_step
 from tests.helpers.enlarged import enlarge
 from tests.helpers.ranks import joined_over_gloo
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.types import Completion, SamplingParams
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.rewards.base import RewardError
 from learner.rollouts.buffer import GroupBuffer
 from learner.rollouts.credits import Credits

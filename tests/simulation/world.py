@@ -24,7 +24,7 @@ from typing import Any
 from actor.weights.policy_state import PolicyState
 from common.errors import TooLarge
 from common.types import ActorState, ChatPrompt, Completion, RolloutRequest, TextPart
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.types import Group, PromptSample
 from tests.simulation.actors import SimActor, SimEngine
 from tests.simulation.faults import EXTRA_S, KINDS, OTHER_KINDS

@@ -13,7 +13,7 @@ from actor.engine import EngineRequest
 from actor.engine_fake.engine import FakeEngine
 from benchmarks.simulated import FakeModelProcessor, Run, make_prompts
 from common.types import ChatPrompt, Completion, PromptInfo, SamplingParams, VersionSpan
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.types import Group
 from tests.kills.books import Books, Broken
 

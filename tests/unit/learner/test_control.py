@@ -16,8 +16,8 @@ from common.config import ConfigError, NotYet
 from common.types import ServerLimits
 from learner.config import LearnerConfig
 from learner.control import Control, describe, own_address, still_waiting
+from learner.data.ledger import Ledger
 from learner.evaluate import TooManyFailed
-from learner.ledger import Ledger
 from learner.rollouts.members import FleetEvent
 from learner.rollouts.slots import Slots
 from learner.types import ProcessedPrompt, PromptSample

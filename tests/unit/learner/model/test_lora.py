@@ -18,14 +18,14 @@ from learner.batch.packing import PackedBatch, pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
 from learner.config.model import Adapter
-from learner.distributed import Ranks, join_ranks
 from learner.launcher.main import _lora_rank
 from learner.model.adapter_settings import _is_plain, read_settings
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.lora import adapter_parameters, add_adapter, merged_state, save_adapter, without_adapter
 from learner.model.parts import vision_parts
-from learner.policy import Policy
+from learner.training.distributed import Ranks, join_ranks
+from learner.training.policy import Policy
 from learner.weights.snapshot import Snapshot, Snapshotter
 from tests.helpers.families import build
 from tests.helpers.groups import SUPPRESSED, centred, mixed_groups

@@ -9,10 +9,10 @@ import torch
 
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.distributed import join_ranks
 from learner.model import attention
 from learner.model.logprobs import completion_logprobs
 from learner.model.parallelize import parallelize
+from learner.training.distributed import join_ranks
 from tests.helpers.groups import centred, mixed_groups
 
 

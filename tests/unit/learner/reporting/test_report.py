@@ -17,7 +17,7 @@ from learner.reporting.json_lines import JsonLines
 from learner.reporting.metrics import LearnerMetrics
 from learner.reporting.report import Progress, Reporter, describe_rewards
 from learner.rollouts.dispatcher import DispatchStats
-from learner.step import StepStats
+from learner.training.step import StepStats
 from tests.helpers.fakes import make_group
 
 METRICS = Path(__file__).resolve().parents[4] / "docs" / "metrics.md"

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from learner.rewards.answer_format import answer_format
-from learner.rewards.box_iou import box_iou
-from learner.rewards.exact_match import exact_match
-from learner.rewards.math_equal import math_equal
-from learner.rewards.multiple_choice import multiple_choice
-from learner.rewards.ocr import ocr
+from learner.rewards.builtin.answer_format import answer_format
+from learner.rewards.builtin.box_iou import box_iou
+from learner.rewards.builtin.exact_match import exact_match
+from learner.rewards.builtin.math_equal import math_equal
+from learner.rewards.builtin.multiple_choice import multiple_choice
+from learner.rewards.builtin.ocr import ocr
 
 
 @pytest.mark.parametrize(

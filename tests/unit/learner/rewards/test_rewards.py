@@ -27,7 +27,7 @@ def module() -> Iterator[types.ModuleType]:
     del sys.modules[MODULE]
 
 
-@pytest.mark.parametrize("name", ["exact_match", "learner.rewards.exact_match:exact_match"])
+@pytest.mark.parametrize("name", ["exact_match", "learner.rewards.builtin.exact_match:exact_match"])
 def test_a_reward_by_name_and_by_path(name: str) -> None:
     assert load_reward(name)(make_task(" 7\n", "77", ground_truth=7)) == [1.0, 0.0]
 
@@ -100,7 +100,7 @@ def test_a_module_that_fails_is_one_line(
 
 
 def test_math_equal_without_its_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "learner.rewards.math_equal", raising=False)
+    monkeypatch.delitem(sys.modules, "learner.rewards.builtin.math_equal", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"math_equal needs the package math-verify; pip install -e '\.\[math\]'"):
         load_reward("math_equal")

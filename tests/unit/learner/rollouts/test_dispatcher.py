@@ -19,8 +19,8 @@ from common.config import ConfigError, NotYet
 from common.errors import InvalidRequest
 from common.types import SamplingParams
 from learner.data.dataset import PromptDataset
+from learner.data.ledger import Ledger
 from learner.data.rows import RowReader
-from learner.ledger import Ledger
 from learner.rollouts.buffer import BufferClosed, GroupBuffer
 from learner.rollouts.credits import Credits
 from learner.rollouts.dispatcher import Dispatcher, TooManyDrops

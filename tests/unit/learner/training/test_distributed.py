@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from learner.distributed import join_ranks
+from learner.training.distributed import join_ranks
 
 
 @pytest.fixture

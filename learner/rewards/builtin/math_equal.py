@@ -4,7 +4,7 @@ import logging
 import re
 
 from common.config import ConfigError
-from learner.rewards.answer import answer_of
+from learner.rewards.builtin.answer import answer_of
 
 try:
     import math_verify

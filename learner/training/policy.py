@@ -12,9 +12,7 @@ from common.config import ConfigError, NotYet
 from common.media.placeholders import placeholder_ids
 from learner.batch.pack_bytes import decode_packs
 from learner.batch.packing import PackedBatch
-from learner.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state
 from learner.config import LearnerConfig
-from learner.distributed import Ranks
 from learner.model.load import load_policy, model_cost
 from learner.model.logprobs import check_fused, completion_logprobs
 from learner.model.lora import without_adapter
@@ -22,7 +20,9 @@ from learner.model.optimizer import build_optimizer, learning_rate
 from learner.model.parallelize import parallelize
 from learner.model.parts import text_model, vision_parts
 from learner.model.sequence_parallel import split_sequences
-from learner.step import StepStats, train_step
+from learner.storage.checkpoint import CheckpointWriter, export_model, latest_checkpoint, load_checkpoint, read_state
+from learner.training.distributed import Ranks
+from learner.training.step import StepStats, train_step
 from learner.weights.snapshot import Snapshot, Snapshotter
 
 # In place of a path, which is longer.

@@ -14,9 +14,9 @@ from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
-from learner.distributed import join_ranks
-from learner.export import main
-from learner.policy import Policy
+from learner.storage.export import main
+from learner.training.distributed import join_ranks
+from learner.training.policy import Policy
 from tests.helpers.families import build
 from tests.helpers.groups import centred, group, image_bytes, sample
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.config import ConfigError
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 
 
 @given(seed=st.integers(0, 2**31), num_rows=st.integers(1, 40), num_epochs=st.integers(1, 4))

@@ -15,9 +15,9 @@ from learner.batch.pack_bytes import decode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
 from learner.config import LearnerConfig
-from learner.feed import Batch, BatchFeed, OtherModelError
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.rollouts.buffer import GroupBuffer
+from learner.training.feed import Batch, BatchFeed, OtherModelError
 from learner.types import Group
 from tests.helpers.fakes import until
 from tests.helpers.groups import centred, mixed_groups

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch.distributed as dist
 
-from learner import rank_watch
-from learner.rank_watch import Silence, at_fault, watching
 from learner.stopping import AgreedStop
+from learner.training import rank_watch
+from learner.training.rank_watch import Silence, at_fault, watching
 
 # With beats so short apart, that many go into the time that a rank may be silent.
 BEAT_S, NUM_LOOKS = 0.01, 100

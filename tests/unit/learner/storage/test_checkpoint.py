@@ -19,10 +19,10 @@ from common.config import ConfigError
 from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.checkpoint import drop_partial, latest_checkpoint, read_state
 from learner.config import LearnerConfig
-from learner.distributed import TIMEOUT, Ranks, join_ranks
-from learner.policy import Policy
+from learner.storage.checkpoint import drop_partial, latest_checkpoint, read_state
+from learner.training.distributed import TIMEOUT, Ranks, join_ranks
+from learner.training.policy import Policy
 from tests.helpers.families import FAMILIES, build
 from tests.helpers.groups import centred, group, image_bytes, mixed_groups, sample
 
@@ -158,7 +158,7 @@ def test_an_old_checkpoint_that_stays_ends_no_run(
 
     policy = make_policy()
     with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
-        patch.setattr("learner.checkpoint.shutil.rmtree", busy)
+        patch.setattr("learner.storage.checkpoint.shutil.rmtree", busy)
         for _ in range(3):
             train(policy)
             policy.save(tmp_path, {})

@@ -22,7 +22,7 @@ import yaml
 from common.config import ConfigError, NotYet
 from learner import last_words
 from learner.config import LearnerConfig
-from learner.same_run import differences, enumerated, identity, unchangeable, value_at
+from learner.storage.same_run import differences, enumerated, identity, unchangeable, value_at
 
 # Who may be at work in a folder: one of each.
 Role = Literal["launcher", "learner"]

@@ -27,7 +27,7 @@ from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.config import LearnerConfig
 from learner.control import Control
-from learner.ledger import Ledger
+from learner.data.ledger import Ledger
 from learner.stopping import RunFailed
 from learner.types import Group
 

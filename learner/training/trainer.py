@@ -5,7 +5,7 @@
 
 | waits for | unblocked by |
 |---|---|
-| the next batch (`learner.feed`) | enough finished groups, fresh enough; packed while the step before ran |
+| the next batch (`learner.training.feed`) | enough finished groups, fresh enough; packed while the step before ran |
 | collectives of a step | the other ranks |
 | `evaluate` | the held-out completions |
 
@@ -27,13 +27,13 @@ from pathlib import Path
 from common.log import get_logger
 from learner.config import LearnerConfig
 from learner.control import Control
-from learner.distributed import Ranks
-from learner.feed import BatchFeed
-from learner.ledger import Ledger
-from learner.policy import Policy
+from learner.data.ledger import Ledger
 from learner.reporting.report import Reporter
-from learner.step import StepStats, merge_stats
 from learner.stopping import AgreedStop, RunFailed, StopRequest
+from learner.training.distributed import Ranks
+from learner.training.feed import BatchFeed
+from learner.training.policy import Policy
+from learner.training.step import StepStats, merge_stats
 from learner.weights.snapshot import Snapshot
 
 log = get_logger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from learner.rewards.answer import answer_of
+from learner.rewards.builtin.answer import answer_of
 
 
 def ocr(*, completion: str, ground_truth: object, **_: object) -> float:

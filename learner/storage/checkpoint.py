@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from common.config import ConfigError
 from common.log import get_logger
-from learner.distributed import TIMEOUT
 from learner.model.lora import merged_state, save_adapter
 from learner.model.saved import share_weights
+from learner.training.distributed import TIMEOUT
 
 log = get_logger(__name__)
 

@@ -18,7 +18,7 @@ from learner.config.optimizer import OptimizerConfig
 from learner.model.load import freeze, load_policy, model_cost, prepare_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.optimizer import build_optimizer, learning_rate
-from learner.step import StepStats, clip_gradients, train_step
+from learner.training.step import StepStats, clip_gradients, train_step
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 from tests.helpers.groups import SUPPRESSED, centred, mixed_groups, reference_logprobs

@@ -2,7 +2,7 @@
 
 import re
 
-from learner.rewards.answer import answer_of
+from learner.rewards.builtin.answer import answer_of
 
 _BOXED = re.compile(r"\\boxed\{\W*(?:(?:text|textbf|textrm|mathbf|mathrm)\{\W*)?([A-Za-z])\s*[}).:,]")
 # "The answer is A dog" chooses nothing, and "the answer is A because" does.

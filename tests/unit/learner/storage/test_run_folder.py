@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from common.config import ConfigError, NotYet
-from learner import last_words, run_folder
+from learner import last_words
 from learner.config import LearnerConfig
+from learner.storage import run_folder
 
 
 def _config(runs_dir: Path, **changes: object) -> LearnerConfig:

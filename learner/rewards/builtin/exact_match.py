@@ -1,6 +1,6 @@
 """The reward 1 for the right answer and 0 for any other."""
 
-from learner.rewards.answer import answer_of
+from learner.rewards.builtin.answer import answer_of
 
 
 def exact_match(*, completion: str, ground_truth: object, **_: object) -> float:

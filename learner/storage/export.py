@@ -63,8 +63,8 @@ def export(checkpoint: Path, target: Path, *, dtype: str | None = None, model_di
 
     import torch
 
-    from learner.checkpoint import load_weights, write_export
     from learner.model.load import load_policy
+    from learner.storage.checkpoint import load_weights, write_export
 
     model, _ = load_policy(
         settings.path, dtype=getattr(torch, settings.dtype), frozen=settings.frozen, adapter=settings.adapter

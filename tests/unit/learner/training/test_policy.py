@@ -21,21 +21,21 @@ from learner.algorithms.losses import k3
 from learner.batch.pack_bytes import encode_packs
 from learner.batch.packing import pack_batch
 from learner.batch.processing import PromptProcessor
-from learner.checkpoint import CheckpointWriter, latest_checkpoint
 from learner.config import LearnerConfig, TrainerConfig
-from learner.distributed import join_ranks
+from learner.data.ledger import Ledger
 from learner.evaluate import Evaluation
-from learner.ledger import Ledger
 from learner.model.load import load_policy
 from learner.model.logprobs import completion_logprobs
 from learner.model.parts import vision_parts
-from learner.policy import Policy
 from learner.reporting.report import Progress, Reporter
 from learner.reporting.summary import Summary
 from learner.rollouts.dispatcher import TooManyDrops
-from learner.step import StepStats, merge_stats
 from learner.stopping import RunFailed, StopRequest
-from learner.trainer import ParityError, RankZero, Trainer
+from learner.storage.checkpoint import CheckpointWriter, latest_checkpoint
+from learner.training.distributed import join_ranks
+from learner.training.policy import Policy
+from learner.training.step import StepStats, merge_stats
+from learner.training.trainer import ParityError, RankZero, Trainer
 from learner.types import Group
 from learner.weights.snapshot import Snapshotter
 from tests.helpers.families import FAMILIES, build
@@ -392,7 +392,7 @@ def test_actors_that_compute_another_model_end_the_run(
         (5.0, 1, contextlib.nullcontext()),
         (default, 1, ends),
     ):
-        monkeypatch.setattr("learner.trainer._MIN_PARITY_TOKENS", min_tokens)
+        monkeypatch.setattr("learner.training.trainer._MIN_PARITY_TOKENS", min_tokens)
         config, control = one_step(model_dir, processor, limit)
         control.evaluate.return_value = None
         with join_ranks("cpu") as ranks, outcome:
