@@ -1,12 +1,12 @@
 """How vLLM is started: its arguments from the actor's settings, what CPUs need, and what vLLM cannot do there."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actor.config import VllmConfig, parse_cores
 from actor.engine_vllm.refused_settings import check_extra, refused_settings
+from actor.engine_vllm.rope_context import context_within_rope
 from actor.engine_vllm.update_room import check_host_room, host_memory, utilization_beside_updates
 from common.config import ConfigError
 
@@ -50,8 +50,7 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
                 "model: the checkpoint is quantized, and updates would come without its scales; start from the "
                 "unquantized checkpoint with vllm.extra.quantization"
             )
-        if takes_updates:
-            _check_long_rope(model_config)
+        arguments.max_model_len = context_within_rope(model_config, config.max_model_len, takes_updates=takes_updates)
         # As `actor.engine_vllm.shadow.can_shadow`, which asks the loaded model.
         has_second_set = not (model_config.quantization or model_config.use_mla or model_config.get_num_experts())
         if takes_updates and not has_second_set:
@@ -68,20 +67,6 @@ def engine_config(model: Path, config: VllmConfig, *, takes_updates: bool = True
                 has_second_set=has_second_set,
             )
         return arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-
-
-def _check_long_rope(model_config: Any) -> None:
-    """LongRoPE has two sets of frequencies, for contexts within and above the original one. vLLM takes one of them for
-    all sequences, by the longest that may come; transformers, and so the learner, by the longest that is there.
-    """
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    length, original = model_config.max_model_len, rope.get("original_max_position_embeddings", sys.maxsize)
-    if rope.get("rope_type") == "longrope" and length > original:
-        raise ConfigError(
-            f"vllm.max_model_len: is {length}, and above {original} vLLM gives this model's rotary embeddings "
-            "(longrope) other frequencies, in short sequences too, where the learner does not; set it to at most "
-            f"{original}"
-        )
 
 
 def _set_up_process(config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Phi3Config
+from transformers import Phi3Config, Qwen2Config
 from vllm import platforms
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -130,8 +130,24 @@ def test_a_context_with_other_frequencies_than_the_learners(monkeypatch: pytest.
         rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
     ).save_pretrained(tmp_path)
     monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", lambda self, _context: self)
-    engine_config(tmp_path, VllmConfig(max_model_len=65), takes_updates=False)
-    _config(tmp_path, "vllm.max_model_len=64")
+    assert engine_config(tmp_path, VllmConfig(max_model_len=65), takes_updates=False).max_model_len == 65
+    assert _config(tmp_path, "vllm.max_model_len=64").max_model_len == 64
+    with pytest.raises(ConfigError, match=r"^vllm\.max_model_len: is 65, .* set it to at most 64$"):
+        _config(tmp_path, "vllm.max_model_len=65")
+
+
+def test_a_context_beyond_the_table_of_rotary_embeddings(tmp_path: Path) -> None:
+    """vLLM's default is 128 here; of a prompt of 100 tokens its logprobs were NaN, read from beyond the table."""
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+    ).save_pretrained(tmp_path)
+    assert _config(tmp_path).model_config.max_model_len == 64
+    assert _config(tmp_path, "vllm.max_model_len=50").model_config.max_model_len == 50
     with pytest.raises(ConfigError, match=r"^vllm\.max_model_len: is 65, .* set it to at most 64$"):
         _config(tmp_path, "vllm.max_model_len=65")
 
