@@ -16,14 +16,16 @@ def context_within_rope(model_config: Any, asked: int | None, *, takes_updates: 
     - LongRoPE has frequencies for contexts within the original one, and others for longer ones. vLLM takes one of the
       two for all sequences, by `max_model_len`; transformers, and so the learner, by the longest one that is there.
     """
-    text_config = model_config.hf_text_config
-    rope = getattr(text_config, "rope_parameters", None) or {}
+    from vllm.transformers_utils.config import iter_rope_parameters
+
     limit, reason = sys.maxsize, ""
-    if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
-        limit, reason = text_config.max_position_embeddings, "vLLM has no dynamic rotary embeddings above"
-    elif rope.get("rope_type") == "longrope" and takes_updates:
-        limit = rope["original_max_position_embeddings"]
-        reason = "vLLM has other frequencies than the learner (longrope), for short sequences too, with more than"
+    for rope in iter_rope_parameters(model_config.hf_text_config):  # of each type of layers, all alike in length
+        if rope["rope_type"] == "dynamic" and "alpha" not in rope:
+            limit = model_config.hf_text_config.max_position_embeddings
+            reason = "vLLM has no dynamic rotary embeddings above"
+        elif rope["rope_type"] == "longrope" and takes_updates:
+            limit = rope["original_max_position_embeddings"]
+            reason = "vLLM has other frequencies than the learner (longrope), for short sequences too, with more than"
     if model_config.max_model_len <= limit:
         return asked
     if asked is None:
